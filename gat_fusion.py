@@ -1,0 +1,728 @@
+"""Cortical layers from expression and spatial context: MLP + graph attention + cross-attention (supervised).
+
+The system of the public repository "spatial-omics-fusion" (seed of this file), written from its description:
+
+    X (N, G) --MLP--> E (N, 128) --GAT x 2--> S (N, 128)
+                      E ------------ query ------------+
+                      S of the k neighbours - key/value +-> cross-attention x 2 -> Z (N, 128) -> classes
+
+Training is full-graph: one optimiser step per epoch. Every run prints the predictors that see no gene (coordinates only) first,
+because on randomly held-out spots they are as good as the published networks; see docs/gat_fusion.md.
+
+    python gat_fusion.py --data datasets/dlpfc --slice 151673 --split random --mode full --fusion cross
+    python gat_fusion.py --data datasets/dlpfc --slice 151674 --split slice --train 151673
+    python gat_fusion.py --data my_visium_folder --predict runs/.../model.pt
+"""
+import copy
+import pickle
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.sparse.linalg import cg
+from scipy.spatial import cKDTree
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+from torch.nn import functional as F
+
+import data
+import metrics
+import run
+from data import DataError
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+GAT_MODES = {"gat_only", "concat", "full", "embedding", "multimodal"}
+GCN_MODES = {"gcn_only", "gcn_full"}
+GRAPH_ONLY = {"gat_only", "gcn_only"}                                   # the graph layers see the genes, there is no MLP
+IMAGE_MODES = {"img_expr", "multimodal"}
+EMBEDDING_MODES = {"embedding_only", "embedding"}
+GENE_FREE = {"majority", "coords_knn", "coords_rbf"}
+BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr")
+
+
+@dataclass
+class Config(run.Config):
+    """Flags of gat_fusion.py; defaults are the published ones unless the help says otherwise."""
+
+    mode: Literal["expr_only", "gat_only", "gcn_only", "concat", "full", "gcn_full", "embedding_only", "embedding", "img_expr", "multimodal",
+                  "coords_knn", "coords_rbf", "majority", "expr_lr", "smoothed_lr"] = "full"
+    "which parts are on; the last five are baselines without a network"
+    fusion: Literal["cross", "gated"] = "cross"
+    "how expression and graph embeddings meet in full, gcn_full, embedding and multimodal"
+    split: Literal["random", "blocks", "slice", "donor"] = "random"
+    "random 60/20/20 spots (leaks position), blocks with a buffer, or train on other slices / other donors"
+    split_seed: int = 42
+    "seed of the split, separate from --seed"
+    fold: int = 0
+    "fold of --split blocks (0-4)"
+    n_blocks: int = 5
+    "tiles per side for --split blocks"
+    buffer: float = 0.0
+    "lattice pitches kept free of training spots around test blocks; 0 means the receptive field of the mode"
+    train: str = ""
+    "training slices for --split slice, comma-separated; empty: for slice all others of the donor, for donor all of the other donors"
+    labels: str = ""
+    "two-column CSV barcode,label instead of the labels beside the data"
+    k: int = 6
+    "neighbours of a spot"
+    library: Literal["given", "own"] = "given"
+    "library size: the one that came with the data where there is one (the file may hold a subset of the genes), or the file's row sums"
+    scale: Literal["auto", "train", "slice"] = "auto"
+    "z-score by the training rows, or each slice by its own spots (no label is used); auto: slice where whole slices are held out"
+    n_top_genes: int = 3000
+    "highly variable genes, chosen on training rows"
+    hvg: Literal["seurat", "seurat_v3", "none"] = "seurat"
+    "how they are chosen"
+    embedding: str = ""
+    "frozen per-spot vectors for the embedding modes: .npy (rows as in the matrix) or .npz with `embedding` and `barcodes`"
+    encoder: str = "handmade"
+    "image features: handmade, a Hugging Face vision model such as microsoft/resnet-50, or a .npy/.npz file"
+    crop_um: float = 310.0
+    "side of the image crop in micrometres (the published 64 hires pixels are 3.1 spot pitches)"
+    cache: str = ""
+    "folder for image features; empty: <data>/.features where that can be written"
+    dim: int = 128
+    "width of all embeddings"
+    hidden: int = 256
+    "hidden width of the expression MLP"
+    heads: int = 4
+    "attention heads"
+    layers: int = 2
+    "graph layers and cross-attention layers"
+    dropout: float = 0.1
+    "dropout everywhere, attention weights included"
+    lr: float = 1e-3
+    "AdamW learning rate"
+    weight_decay: float = 1e-4
+    "AdamW weight decay, on all parameters"
+    epochs: int = 200
+    "most epochs (one optimiser step each)"
+    patience: int = 20
+    "stop after so many epochs without a better validation ARI"
+    min_shared: float = 0.5
+    "with --predict: the least share of the checkpoint's genes that the new slide must have"
+    predict: str = ""
+    "checkpoint (model.pt of a run): predict --data with it, train nothing"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Neighbours:
+    """A fixed-degree neighbour table (N, k), -1 = empty, made ready for the layers once.
+
+    `own` (N, k+1) starts with the spot itself (graph attention, GCN); `others` (N, k) does not (cross-attention). Empty places point
+    at the spot itself and are masked; a spot with no neighbour at all attends to itself.
+    """
+
+    def __init__(self, table, device="cpu"):
+        table = torch.as_tensor(table, device=device)                   # (N, k)
+        n = len(table)
+        myself = torch.arange(n, device=device)[:, None]                # (N, 1)
+        empty = table < 0
+        empty[:, 0] &= ~empty.all(1)                                    # the isolated spot keeps one place: itself
+        self.others = torch.where(table < 0, myself, table)             # (N, k)
+        self.own = torch.cat([myself, self.others], 1)                  # (N, k+1)
+        self.others_empty = empty if empty.any() else None
+        missing = torch.cat([torch.zeros_like(myself, dtype=torch.bool), table < 0], 1)
+        self.own_empty = missing if missing.any() else None
+        self.n = n
+
+
+def softmax_over_table(scores, empty):
+    """scores (N, heads, k), empty (N, k) bool or None -> weights (N, heads, k) that sum to 1 over the places in use."""
+    if empty is not None:
+        scores = scores.masked_fill(empty[:, None], float("-inf"))
+    return scores.softmax(-1)
+
+
+def weighted_neighbour_sum(values, table, weights):
+    """out[i, h] = sum_j weights[i, h, j] * values[table[i, j], h], as a weighted embedding bag over (N heads) rows.
+
+    values (N, heads, d), table (N, k), weights (N, heads, k) -> (N, heads, d). The readable form, which the tests compare with, is
+    `torch.einsum("nhk,nkhd->nhd", weights, values[table])`; it builds an (N, k, heads, d) tensor, this does not.
+    """
+    n, heads, d = values.shape
+    rows = table[:, None, :] * heads + torch.arange(heads, device=table.device)[:, None]    # (N, heads, k)
+    return F.embedding_bag(rows.flatten(0, 1), values.reshape(n * heads, d), per_sample_weights=weights.flatten(0, 1), mode="sum").view(n, heads, d)
+
+
+class GraphAttention(nn.Module):
+    """Graph attention (Velickovic et al. 2018, Eq. 1-5), heads concatenated.
+
+    e_ij = LeakyReLU(u . W h_j + v . W h_i);  alpha_ij = softmax_j e_ij over the neighbours and i itself;  h'_i = sum_j alpha_ij W h_j + b
+    """
+
+    def __init__(self, dim_in, dim_out, heads=4, dropout=0.1):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.project = nn.Linear(dim_in, dim_out, bias=False)
+        self.u = nn.Parameter(torch.empty(heads, dim_out // heads))     # scores the neighbour
+        self.v = nn.Parameter(torch.empty(heads, dim_out // heads))     # scores the spot itself
+        self.bias = nn.Parameter(torch.zeros(dim_out))
+        for w in (self.project.weight, self.u, self.v):
+            nn.init.xavier_uniform_(w)
+
+    def forward(self, h, graph):
+        """h (N, dim_in) -> (N, dim_out), alpha (N, heads, k+1)."""
+        h = self.project(h).view(len(h), self.heads, -1)                # (N, heads, d)
+        to, of = (h * self.u).sum(-1), (h * self.v).sum(-1)             # (N, heads) each
+        e = to.index_select(0, graph.own.flatten()).view(*graph.own.shape, self.heads).transpose(1, 2)    # (N, heads, k+1)
+        alpha = softmax_over_table(F.leaky_relu(e + of[:, :, None], 0.2), graph.own_empty)
+        out = weighted_neighbour_sum(h, graph.own, F.dropout(alpha, self.dropout, self.training))
+        return out.flatten(1) + self.bias, alpha                        # (N, dim_out)
+
+
+class GraphConvolution(nn.Module):
+    """H' = D^-1/2 (A + I) D^-1/2 H W + b (Kipf & Welling 2017, Eq. 2), D counting the places in use of each row of the table."""
+
+    def __init__(self, dim_in, dim_out):
+        super().__init__()
+        self.project = nn.Linear(dim_in, dim_out, bias=False)
+        self.bias = nn.Parameter(torch.zeros(dim_out))
+        nn.init.xavier_uniform_(self.project.weight)
+
+    def forward(self, h, graph):
+        """h (N, dim_in) -> (N, dim_out), weights (N, 1, k+1)."""
+        used = torch.ones_like(graph.own, dtype=h.dtype) if graph.own_empty is None else (~graph.own_empty).to(h.dtype)
+        d = used.sum(1).rsqrt()                                         # (N,)
+        w = (used * d[:, None] * d[graph.own])[:, None]                 # (N, 1, k+1)
+        return weighted_neighbour_sum(self.project(h)[:, None], graph.own, w).squeeze(1) + self.bias, w    # (N, dim_out)
+
+
+class GraphEncoder(nn.Module):
+    """`layers` blocks of conv -> LayerNorm -> ELU -> dropout, with a residual where the widths agree."""
+
+    def __init__(self, kind, dim_in, dim, heads, layers, dropout):
+        super().__init__()
+        widths = [dim_in] + [dim] * layers
+        self.convs = nn.ModuleList(GraphAttention(a, b, heads, dropout) if kind == "gat" else GraphConvolution(a, b)
+                                   for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h, graph):
+        """h (N, dim_in) -> (N, dim), the last layer's attention."""
+        for conv, norm in zip(self.convs, self.norms):
+            out, alpha = conv(h, graph)                                 # (N, dim)
+            out = self.dropout(F.elu(norm(out)))
+            h = out + h if out.shape == h.shape else out
+        return h, alpha
+
+
+class Gated(nn.Module):
+    """g = sigmoid(W [a; b] + c);  f = g a + (1 - g) b;  LN(f + FFN(f)). Without `ffn` it is the image gate: LN(f)."""
+
+    def __init__(self, dim, dropout, ffn=True):
+        super().__init__()
+        self.gate = nn.Linear(2 * dim, dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, dim)) if ffn else None
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, a, b):
+        """a, b (N, dim) -> (N, dim)."""
+        g = torch.sigmoid(self.gate(torch.cat([a, b], 1)))              # (N, dim)
+        f = g * a + (1 - g) * b
+        return self.norm(f if self.ffn is None else f + self.ffn(f))
+
+
+class CrossAttentionLayer(nn.Module):
+    """Multi-head attention of a spot's expression (query) over its neighbours' spatial embeddings (key, value), post-norm.
+
+    Keys and values are projected once per spot and gathered afterwards: O(N d^2 + N k d), where projecting the gathered (N, k, d)
+    tensor costs O(N k d^2).
+    """
+
+    def __init__(self, dim, heads, dropout):
+        super().__init__()
+        self.heads, self.p = heads, dropout
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+        self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim))
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.drop = nn.Dropout(dropout)
+        for linear in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, z, s, graph):
+        """z (N, dim) queries, s (N, dim) spatial embeddings -> (N, dim), alpha (N, heads, k)."""
+        n, dim = z.shape
+        q, key, value = (f(x).view(n, self.heads, -1) for f, x in ((self.query, z), (self.key, s), (self.value, s)))    # (N, heads, d)
+        near = key.flatten(1).index_select(0, graph.others.flatten()).view(n, -1, self.heads, q.shape[-1])              # (N, k, heads, d)
+        scores = torch.einsum("nhd,nkhd->nhk", q, near) / q.shape[-1] ** 0.5
+        alpha = softmax_over_table(scores, graph.others_empty)          # (N, heads, k)
+        a = weighted_neighbour_sum(value, graph.others, F.dropout(alpha, self.p, self.training)).flatten(1)             # (N, dim)
+        z = self.norm1(z + self.drop(self.out(a)))
+        return self.norm2(z + self.drop(self.ffn(z))), alpha
+
+
+class GatFusion(nn.Module):
+    """The mode matrix of the paper in one module: which of expression / graph / image encoders exist and how they are fused.
+
+    dim_in: width of the expression input (genes, or the frozen embedding); dim_image: width of the image features.
+    """
+
+    def __init__(self, mode, dim_in, n_classes, fusion="cross", dim_image=0, dim=128, hidden=256, heads=4, layers=2, dropout=0.1):
+        super().__init__()
+        self.mode, self.fusion = mode, fusion
+        self.expression = None
+        if mode in EMBEDDING_MODES:
+            self.expression = nn.Sequential(nn.LayerNorm(dim_in), nn.Linear(dim_in, dim), nn.GELU(), nn.Dropout(dropout))
+        elif mode not in GRAPH_ONLY:
+            self.expression = mlp(dim_in, hidden, dim, dropout)
+        self.spatial = None
+        if mode in GAT_MODES | GCN_MODES:
+            kind = "gcn" if mode in GCN_MODES else "gat"
+            self.spatial = GraphEncoder(kind, dim_in if mode in GRAPH_ONLY else dim, dim, heads, layers, dropout)
+        self.image = mlp(dim_image, dim, dim, dropout) if mode in IMAGE_MODES else None
+        fused = mode in {"full", "gcn_full", "embedding", "multimodal"}
+        self.cross = nn.ModuleList(CrossAttentionLayer(dim, heads, dropout) for _ in range(layers)) if fused and fusion == "cross" else None
+        self.gate = Gated(dim, dropout) if (fused and fusion == "gated") or mode == "img_expr" else None
+        self.image_gate = Gated(dim, dropout, ffn=False) if mode == "multimodal" else None
+        self.head = nn.Linear(2 * dim if mode == "concat" else dim, n_classes)
+
+    def forward(self, x, graph=None, image=None):
+        """x (N, dim_in), graph Neighbours, image (N, dim_image) -> logits (N, C), {"embedding": (N, dim), "attention": (N, heads, k)}."""
+        z = e = x if self.expression is None else self.expression(x)    # (N, dim)
+        attention = None
+        if self.spatial is not None:
+            s, attention = self.spatial(e, graph)                       # (N, dim)
+            z = torch.cat([e, s], 1) if self.mode == "concat" else s    # concat: (N, 2 dim)
+        if self.cross is not None:
+            z = e
+            for layer in self.cross:                                    # the same s in every layer, as published
+                z, attention = layer(z, s, graph)
+        elif self.gate is not None:
+            z = self.gate(e, self.image(image) if self.mode == "img_expr" else s)
+        if self.image_gate is not None:
+            z = self.image_gate(z, self.image(image))
+        return self.head(z), {"embedding": z, "attention": attention}
+
+
+def mlp(dim_in, hidden, dim, dropout):
+    """LayerNorm -> Linear -> GELU -> Dropout -> Linear: (N, dim_in) -> (N, dim)."""
+    return nn.Sequential(nn.LayerNorm(dim_in), nn.Linear(dim_in, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Baselines: what a network has to beat. Each returns class probabilities (N, C) for all spots
+# ---------------------------------------------------------------------------------------------------------------------
+
+def majority(task):
+    """The largest training class for everyone."""
+    counts = np.bincount(task.labels[task.split.train], minlength=task.n_classes)
+    return np.tile(np.eye(task.n_classes)[counts.argmax()], (len(task.labels), 1))    # (N, C)
+
+
+def coords_knn(task):
+    """Inverse-distance vote of the nearest training *labels*; k by validation ARI. No gene is seen."""
+    train = task.split.train
+    tries = [KNeighborsClassifier(k, weights="distance").fit(task.place[train], task.labels[train])
+             for k in (1, 3, 5, 7, 9, 12, 15, 20, 30) if k <= train.sum()]
+    return best_on_validation(task, (spread(m.predict_proba(task.place), m.classes_, task.n_classes) for m in tries))
+
+
+def coords_rbf(task):
+    """RBF-kernel ridge on one-hot labels over positions; bandwidth and ridge by validation ARI. No gene is seen.
+
+    The kernel is cut at 4 bandwidths, so it is a sparse matrix and the solve (conjugate gradients) stays linear in the number of spots.
+    """
+    train, onehot = task.split.train, np.eye(task.n_classes)[task.labels[task.split.train]]    # (n, C)
+    pitch = data.lattice_pitch(task.place[task.slide_of == 0])
+    seen, everyone = cKDTree(task.place[train]), cKDTree(task.place)
+
+    def predict(bandwidth, ridge):
+        def kernel(a, b):
+            d = a.sparse_distance_matrix(b, 4 * bandwidth, output_type="coo_matrix").tocsr()
+            d.data = np.exp(-0.5 * (d.data / bandwidth) ** 2)
+            return d
+        square = kernel(seen, seen) + ridge * sp.identity(len(onehot))
+        weights = np.stack([cg(square, y, rtol=1e-6, maxiter=300)[0] for y in onehot.T], 1)    # (n, C)
+        score = np.clip(kernel(everyone, seen) @ weights, 1e-6, None)   # (N, C)
+        return score / score.sum(1, keepdims=True)
+
+    return best_on_validation(task, (predict(b * pitch, r) for b in (2.0, 3.0) for r in (0.1, 0.3)))
+
+
+def expr_lr(task):
+    """Logistic regression on 50 principal components of a spot's own expression."""
+    return logistic(task, task.pcs)
+
+
+def smoothed_lr(task):
+    """Logistic regression on 50 principal components averaged over a spot and its 36 nearest spots."""
+    return logistic(task, data.neighbour_mean(task.pcs, task.table(36)))
+
+
+def logistic(task, x):
+    """Multinomial logistic regression, fitted on training rows; inverse regularisation by validation ARI. x (N, D) -> (N, C)."""
+    train = task.split.train
+    x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-9)
+
+    def predict(c):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)         # 300 steps are enough for a baseline; the score says so itself
+            model = LogisticRegression(C=c, max_iter=300).fit(x[train], task.labels[train])
+        return spread(model.predict_proba(x), model.classes_, task.n_classes)
+
+    return best_on_validation(task, (predict(c) for c in (0.003, 0.03, 0.3)))
+
+
+def best_on_validation(task, candidates):
+    """The candidate (N, C) with the best ARI on the validation spots; the first on ties or where there is no validation spot."""
+    val = task.split.val
+    candidates = list(candidates)
+    if not val.any():
+        return candidates[0]
+    return max(candidates, key=lambda p: metrics.clustering(task.labels[val], p[val].argmax(1))["ari"])
+
+
+def spread(prob, classes, n_classes):
+    """Columns of the classes that a model saw -> columns of all classes: (N, len(classes)) -> (N, C)."""
+    out = np.zeros((len(prob), n_classes))
+    out[:, classes] = prob
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Task: slides -> inputs, labels, split
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Task:
+    """All spots of the slides of one run, stacked (the scored slide first), with one label map, one split and block-diagonal graphs.
+
+    labels (N,) int, -1 = none; place (N, 2) what a coordinates-only predictor may see: pixels inside one slide, coordinates
+    standardised per slide across slides; slide_of (N,) which slide a spot belongs to; x (N, G) float32 inputs, made on first use.
+    """
+
+    def __init__(self, config, slides):
+        self.config, self.slides = config, slides
+        self.classes, labels = data.global_labels(slides)
+        self.labels, self.n_classes = np.concatenate(labels), len(self.classes)
+        self.slide_of = np.repeat(np.arange(len(slides)), [s.n_spots for s in slides])
+        self.place = slides[0].xy if len(slides) == 1 else np.concatenate([(s.xy - s.xy.mean(0)) / s.xy.std(0) for s in slides])    # (N, 2)
+        if config.split == "random":
+            self.split = data.random_split(self.labels, config.split_seed)
+        elif config.split == "blocks":
+            buffer = config.buffer or receptive_field(config)
+            self.split = data.block_split(self.labels, slides[0].xy, config.fold, config.n_blocks, buffer=buffer, seed=config.split_seed)
+        else:
+            self.split = data.holdout_split(slides, self.labels, config.split, config.split_seed)
+
+    def table(self, k):
+        """(N, k) rows of the k nearest spots, never across slides."""
+        start = np.cumsum([0] + [s.n_spots for s in self.slides])
+        return np.concatenate([data.knn_table(s.xy, k) + at for s, at in zip(self.slides, start)])
+
+    @cached_property
+    def expression(self):
+        """data.Expression: gene choice and scaler, fitted on training rows."""
+        c, genes = self.config, data.common_genes(self.slides)
+        parts = [(s.select_genes(genes), self.split.train[self.slide_of == i]) for i, s in enumerate(self.slides)]
+        parts = [(s.counts[rows], None if library_size(c, s) is None else library_size(c, s)[rows]) for s, rows in parts if rows.any()]
+        sizes = None if any(size is None for _, size in parts) else np.concatenate([size for _, size in parts])
+        return data.Expression(c.n_top_genes, c.hvg).fit(sp.vstack([counts for counts, _ in parts]).tocsr(), genes, sizes)
+
+    @cached_property
+    def x(self):
+        """(N, G) z-scores, or the frozen vectors (N, D) of the embedding modes."""
+        if self.config.mode in EMBEDDING_MODES:
+            return np.concatenate([data.read_embedding(self.config.embedding, s) for s in self.slides])
+        return np.concatenate([inputs(self.config, self.expression, s) for s in self.slides])
+
+    @cached_property
+    def pcs(self):
+        """(N, 50) principal components of the z-scores, fitted on training rows, for the linear baselines."""
+        rows, x = self.split.train, np.concatenate([inputs(self.config, self.expression, s) for s in self.slides]) \
+            if self.config.mode in EMBEDDING_MODES else self.x
+        return PCA(min(50, rows.sum() - 1, x.shape[1]), svd_solver="randomized", random_state=0).fit(x[rows]).transform(x)
+
+    @cached_property
+    def image(self):
+        """(N, D) frozen image features, standardised by training rows, or None where the mode has no image branch."""
+        if self.config.mode not in IMAGE_MODES:
+            return None
+        f = np.concatenate([image_features(self.config, s) for s in self.slides])
+        rows = self.split.train
+        self.image_scale = (f[rows].mean(0), f[rows].std(0) + 1e-6)
+        return ((f - self.image_scale[0]) / self.image_scale[1]).astype(np.float32)
+
+
+def library_size(config, slide):
+    """(N,) total counts that came with the slide, or None for the row sums of its matrix."""
+    return slide.library_size if config.library == "given" else None
+
+
+def inputs(config, expression, slide):
+    """(N, G) float32 z-scores of one slide in the gene order of `expression`."""
+    own = config.scale == "slice" or (config.scale == "auto" and config.split in ("slice", "donor"))
+    return expression.transform(slide.counts, slide.genes, library_size(config, slide), own_scale=own)
+
+
+def image_features(config, slide):
+    """(N, D) frozen features of the crop around each spot, cached by image, encoder and crop."""
+    return data.image_features(slide, config.encoder, config.crop_um, config.cache or Path(config.data) / ".features", run.pick_device(config.device))
+
+
+def receptive_field(config):
+    """Lattice pitches that a prediction can look across: hops x radius of the k-neighbourhood (k = 6: 1, 18: 2, 36: 3, 96: 6 rings)."""
+    ring = int(np.ceil((np.sqrt(12 * config.k + 9) - 3) / 6 - 1e-9))    # 3 r (r + 1) = k
+    hops = {"expr_only": 0, "embedding_only": 0, "img_expr": 0, "gat_only": config.layers, "gcn_only": config.layers, "concat": config.layers}
+    extra = 1 if config.fusion == "cross" else 0
+    return float(max(1, ring * hops.get(config.mode, config.layers + extra)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def class_weights(labels, n_classes):
+    """w_c proportional to 1 / n_c over training spots, rescaled to sum to C: (C,). A class without a spot gets no weight."""
+    counts = np.bincount(labels, minlength=n_classes)
+    w = np.where(counts > 0, 1 / (counts + 1e-6), 0)
+    return torch.tensor(w / w.sum() * n_classes, dtype=torch.float32)
+
+
+def build(config, dim_in, n_classes, dim_image):
+    """GatFusion from the flags."""
+    return GatFusion(config.mode, dim_in, n_classes, config.fusion, dim_image, config.dim, config.hidden, config.heads, config.layers, config.dropout)
+
+
+def train(task, device):
+    """Full-graph training with early stopping on validation ARI. Returns the best model (eval mode), prob (N, C), extras, history."""
+    c = task.config
+    x, labels = torch.as_tensor(task.x, device=device), torch.as_tensor(task.labels, device=device)
+    image = None if task.image is None else torch.as_tensor(task.image, device=device)
+    graph = Neighbours(task.table(c.k), device)
+    fit, val = torch.as_tensor(task.split.train, device=device), task.split.val
+    model = build(c, x.shape[1], task.n_classes, 0 if image is None else image.shape[1]).to(device)
+    loss_of = nn.CrossEntropyLoss(class_weights(task.labels[task.split.train], task.n_classes).to(device))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, mode="max", factor=0.5, patience=10)
+    best, state, since, history = -np.inf, None, 0, []
+    for epoch in run.progress(range(c.epochs), "epochs"):
+        model.train()
+        loss = loss_of(model(x, graph, image)[0][fit], labels[fit])
+        if not torch.isfinite(loss):
+            raise DataError(f"the cross-entropy is {loss.item()} at epoch {epoch}: lower --lr, or check the inputs for extreme values")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        prob = predict(model, x, graph, image)[0]
+        score = metrics.clustering(task.labels[val], prob[val].argmax(1))["ari"]
+        schedule.step(score)
+        history.append((loss.item(), score))
+        since += 1
+        if score > best:
+            best, state, since = score, copy.deepcopy(model.state_dict()), 0
+        if since >= c.patience:
+            break
+    model.load_state_dict(state)
+    return model, *predict(model, x, graph, image), np.array(history)
+
+
+@torch.no_grad()
+def predict(model, x, graph, image=None):
+    """prob (N, C) float64 numpy, {"embedding", "attention"} numpy, in eval mode."""
+    model.eval()
+    logits, extra = model(x, graph, image)
+    return logits.double().softmax(1).cpu().numpy(), {k: v.cpu().numpy() for k, v in extra.items() if v is not None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------------------------------
+
+def load(config):
+    """Slides of the run: the scored one first, then the training slices of --split slice / donor."""
+    genes = config.mode not in GENE_FREE
+    first = data.load_slide(config.data, config.slice or None, counts=genes, labels=config.labels or None)
+    if config.split not in ("slice", "donor"):
+        return [first]
+    names = [n.strip() for n in config.train.split(",") if n.strip()]
+    if not names:
+        others = [data.load_slide(config.data, n, counts=False) for n in data.list_slices(config.data) if n != first.sample]
+        names = [s.sample for s in others if (s.patient == first.patient) == (config.split == "slice")]
+    if not names or first.sample in names:
+        raise DataError(f"--split {config.split} finds no other slice to train on beside {first.sample} in {config.data}: name them with --train")
+    slides = [first, *(data.load_slide(config.data, n, counts=genes) for n in names)]
+    if config.split == "donor" and any(s.patient == first.patient for s in slides[1:]):
+        raise DataError(f"--split donor was given a training slice of the donor of {first.sample} ({first.patient}): choose other slices with --train")
+    return slides
+
+
+def variant(config):
+    """Folder name of the run: split, mode, fusion, and every other flag that is not at its default."""
+    named = {"random": "random", "blocks": f"blocks{config.fold}"}.get(config.split, f"{config.split}-{config.train or 'all'}".replace(",", "+"))
+    words = [named, config.mode] + [config.fusion] * (config.mode in {"full", "gcn_full", "embedding", "multimodal"})
+    told = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "mode", "fusion", "split", "fold", "train", "cache", "predict", "min_shared"}
+    default = Config()
+    words += [f"{name}={Path(str(value)).name}" for name, value in vars(config).items() if name not in told and value != getattr(default, name)]
+    return "-".join(words)
+
+
+def score(task, prob, lattice):
+    """Flat dict of the scores of prob (N, C) on the test spots; boundary scores by the lattice distance of the scored slide."""
+    test = task.split.test
+    out = metrics.classification(task.labels[test], prob[test])
+    here = task.slide_of == 0
+    return out | metrics.boundary_accuracy(task.labels[here], prob[here].argmax(1), lattice, mask=test[here])
+
+
+def boundary_distance(slide, labels):
+    """(N,) lattice steps to the nearest other label, on the full labelled lattice, whatever graph the model uses."""
+    return metrics.boundary_distance(labels, data.lattice_table(slide.grid) if slide.grid is not None else data.knn_table(slide.xy, 6))
+
+
+def baselines(task, distance):
+    """{name: prob (N, C)}, {name: scores} of the baselines that the task has inputs for, the trivial ones first; prints each."""
+    prob, scores = {}, {}
+    for name in BASELINES:
+        if name in GENE_FREE or task.config.mode not in GENE_FREE:
+            prob[name] = globals()[name](task)
+            scores[name] = score(task, prob[name], distance)
+            print(line(name, scores[name]), flush=True)
+    return prob, scores
+
+
+def line(name, s):
+    """One row of the printed table."""
+    return f"{name:<14}" + "  ".join(f"{k} {s[k]:.3f}" for k in ("ari", "nmi", "accuracy", "macro_f1", "kappa_quadratic", "log_loss", "boundary_accuracy"))
+
+
+def main(argv=None):
+    """Train and score one model, or predict with one (--predict)."""
+    config = run.parse(Config, argv, __doc__.split("\n")[0])
+    if config.predict:
+        return predict_slide(config)
+    if config.mode in EMBEDDING_MODES and not config.embedding:
+        raise DataError(f"--mode {config.mode} needs frozen vectors: name a .npy or .npz file with --embedding")
+    slides = load(config)
+    record = run.Run("gat_fusion", config, slides[0].sample, variant(config))
+    task = Task(config, slides)
+    here, test = task.slide_of == 0, task.split.test
+    distance = boundary_distance(slides[0], task.labels[here])
+    print(f"{slides[0].sample}: {here.sum()} spots, split {task.split.name} ({task.split.detail}): {task.split.train.sum()} train, "
+          f"{task.split.val.sum()} validation, {test.sum()} test" + ("; this split leaks position" if task.split.leaks_position else ""))
+    prob, others = baselines(task, distance)
+    arrays = {"barcodes": slides[0].barcodes, "xy": slides[0].xy, "labels": task.labels[here], "test": test[here], "classes": np.array(task.classes)}
+    files, n_params, history = {}, 0, None
+    if config.mode in BASELINES:
+        p = prob[config.mode]
+    else:
+        model, p, extra, history = train(task, record.device)
+        n_params = sum(w.numel() for w in model.parameters())
+        arrays |= {name: value[here] for name, value in extra.items()}
+        files["model.pt"] = lambda f: torch.save(checkpoint(task, model), f)
+    found = score(task, p, distance)
+    found |= {f"gain_over_{name}": found["ari"] - others[name]["ari"] for name in others}
+    print(line(config.mode, found) + f"  gain over coords_knn {found['gain_over_coords_knn']:+.3f}, coords_rbf {found['gain_over_coords_rbf']:+.3f}")
+    arrays |= {"prob": p[here], "pred": p[here].argmax(1), "coords_knn": prob["coords_knn"][here].argmax(1)}
+    draw(record, slides[0], arrays, history)
+    record.finish(found, others, arrays, n_params, task.split, data.file_checksum(*(s.source for s in slides)), files,
+                  epochs=0 if history is None else len(history), receptive_field_pitches=receptive_field(config))
+    return 0
+
+
+def checkpoint(task, model):
+    """Everything that --predict needs, as tensors, numbers and strings: loads with weights_only=True."""
+    return {"config": vars(task.config).copy(), "classes": task.classes, "weights": model.state_dict(), "dim_in": task.x.shape[1],
+            "expression": None if task.config.mode in EMBEDDING_MODES else task.expression.state(),
+            "image_scale": None if task.image is None else [torch.tensor(v) for v in task.image_scale]}
+
+
+def predict_slide(config):
+    """Predict the layers of a new slide with a saved model: genes aligned by name, the graph built inside the new slide."""
+    try:
+        saved = torch.load(config.predict, map_location="cpu", weights_only=True)
+        known = Config(**saved["config"])
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise DataError(f"{config.predict} is not a gat_fusion checkpoint ({str(error).splitlines()[0]}): give the model.pt of a finished run") from error
+    slide = data.load_slide(config.data, config.slice or None, labels=config.labels or None)
+    config.mode, known.embedding, known.encoder = known.mode, config.embedding or known.embedding, known.encoder
+    record = run.Run("gat_fusion", config, slide.sample, f"predict-{Path(config.predict).resolve().parent.parent.name}")
+    if known.mode in EMBEDDING_MODES:
+        x = data.read_embedding(known.embedding, slide)
+    else:
+        expression = data.Expression.from_state(saved["expression"])
+        shared = np.isin(expression.genes, slide.genes).mean()
+        if shared < config.min_shared:
+            raise DataError(f"{slide.source} has {shared:.0%} of the checkpoint's {len(expression.genes)} genes, fewer than --min_shared "
+                            f"{config.min_shared:.0%}: retrain on the common genes, or lower --min_shared")
+        x = inputs(known, expression, slide)
+    image = None
+    if saved["image_scale"] is not None:
+        mean, std = (v.numpy() for v in saved["image_scale"])
+        known.cache = config.cache or str(Path(config.data) / ".features")
+        image = torch.as_tensor(((image_features(known, slide) - mean) / std).astype(np.float32), device=record.device)
+    model = build(known, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]).to(record.device)
+    model.load_state_dict(saved["weights"])
+    p, extra = predict(model, torch.as_tensor(x, device=record.device), Neighbours(data.knn_table(slide.xy, known.k), record.device), image)
+    code = {c: i for i, c in enumerate(saved["classes"])}
+    labels = np.array([code.get(c, -1) for c in slide.classes] + [-1])[slide.labels]
+    arrays = {"barcodes": slide.barcodes, "xy": slide.xy, "labels": labels, "test": labels >= 0, "classes": np.array(saved["classes"]), "prob": p,
+              "pred": p.argmax(1), **extra}
+    found = {}
+    if len(np.unique(labels[labels >= 0])) > 1:
+        found = metrics.classification(labels, p) | metrics.boundary_accuracy(labels, p.argmax(1), boundary_distance(slide, labels))
+        print(line("predict", found))
+    draw(record, slide, arrays, None)
+    record.finish(found, {}, arrays, sum(w.numel() for w in model.parameters()), checksum=data.file_checksum(slide.source), checkpoint=config.predict)
+    return 0
+
+
+def draw(record, slide, arrays, history):
+    """Figures: truth / prediction / error / coordinates-only on the tissue; loss and validation ARI; attention of the last layer."""
+    panels = [("truth", arrays["labels"]), ("prediction", arrays["pred"])]
+    if "coords_knn" in arrays:
+        panels.append(("coordinates only, no gene", arrays["coords_knn"]))
+    wrong = (arrays["labels"] != arrays["pred"]) & arrays["test"]
+    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(4.4 * (len(panels) + 1), 4.4))
+    size, xy = max(0.5, 12000 / slide.n_spots), slide.xy
+    palette = plt.get_cmap("tab10")
+    for axis, (title, codes) in zip(axes, panels):
+        for c, name in enumerate(arrays["classes"]):
+            axis.scatter(*xy[codes == c].T, s=size, color=palette(c % 10), label=name, linewidths=0)
+        axis.set_title(title)
+    axes[-1].scatter(*xy.T, s=size, color="0.88", linewidths=0)
+    axes[-1].scatter(*xy[arrays["test"]].T, s=size, color="0.65", linewidths=0)
+    axes[-1].scatter(*xy[wrong].T, s=size * 1.5, color="crimson", linewidths=0)
+    axes[-1].set_title(f"errors: {wrong.sum()} of {arrays['test'].sum()} test spots")
+    axes[0].legend(markerscale=4, fontsize=7, loc="lower left", framealpha=0.6)
+    for axis in axes:
+        axis.set(aspect="equal", xticks=[], yticks=[])
+        axis.invert_yaxis()
+    record.figure("tissue", figure)
+    if history is not None:
+        figure, axis = plt.subplots(figsize=(5, 3))
+        axis.plot(history[:, 0], color="0.4", label="training cross-entropy")
+        axis.plot(history[:, 1], color="crimson", label="validation ARI")
+        axis.set_xlabel("epoch")
+        axis.legend()
+        record.figure("training", figure)
+    if "attention" in arrays:
+        alpha = arrays["attention"].mean(1)                             # (N, k)
+        entropy = -(alpha * np.log(np.maximum(alpha, 1e-12))).sum(1) / np.log(alpha.shape[1])
+        figure, axis = plt.subplots(figsize=(5, 4.4))
+        shown = axis.scatter(*xy.T, s=size, c=entropy, linewidths=0)
+        figure.colorbar(shown, label="attention entropy / log k (1 = plain mean)")
+        axis.set(aspect="equal", xticks=[], yticks=[])
+        axis.invert_yaxis()
+        record.figure("attention", figure)
+    plt.close("all")
+
+
+if __name__ == "__main__":
+    run.cli(main)

@@ -1,0 +1,214 @@
+"""What every script does around the science: flags from a dataclass, seed, device, progress, one record per run.
+
+A method declares its flags as a dataclass that extends `Config`; the string under each field is its help text. A run is complete
+when `run.json` exists: it is written last, and every file is written beside its place and renamed into it.
+"""
+import argparse
+import ast
+import dataclasses
+import inspect
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import textwrap
+import time
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import scipy
+import sklearn
+import torch
+from tqdm import tqdm
+
+from data import DataError
+
+
+@dataclass
+class Config:
+    """Flags that mean the same in every script."""
+
+    data: str = "datasets/dlpfc"
+    "folder with the data (a Visium folder, a folder of slices, an h5ad file, a HEST task folder)"
+    slice: str = ""
+    "sample to run on, e.g. 151673; may stay empty where the folder holds one sample"
+    seed: int = 0
+    "seed of initialisation and training"
+    device: str = "auto"
+    "auto, cpu, cuda, cuda:1, mps"
+    threads: int = 0
+    "CPU threads; 0 leaves torch's default"
+    deterministic: bool = True
+    "same seed, same machine, same numbers (costs a little speed on a GPU)"
+    runs: str = "runs"
+    "folder of the run records"
+
+
+def field_help(cls):
+    """Field name -> the string literal that stands under it in the class body, base classes included."""
+    text = field_help(cls.__base__) if dataclasses.is_dataclass(cls.__base__) else {}
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    for field, doc in zip(body, body[1:]):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+            text[field.target.id] = " ".join(str(doc.value.value).split())
+    return text
+
+
+def parse(cls, argv=None, description=None):
+    """Flags -> an instance of the dataclass `cls`. Types bool (--x / --no-x), Literal (choices), int, float and str."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    text, types = field_help(cls), typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        flag, kind, note = f"--{f.name}", types[f.name], text.get(f.name, "").replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=note)
+        elif typing.get_origin(kind) is typing.Literal:
+            parser.add_argument(flag, choices=typing.get_args(kind), default=f.default, help=note)
+        else:
+            parser.add_argument(flag, type=kind, default=f.default, metavar=kind.__name__.upper(), help=note)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def seed_everything(seed, deterministic=True):
+    """Seed python, numpy and torch; with `deterministic`, refuse kernels whose result depends on scheduling."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False         # a debugging aid that costs a tenth of a training step
+
+
+def pick_device(name="auto"):
+    """`auto` -> cuda, else mps, else cpu. Raises DataError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}): choose --device auto or cpu") from error
+    return device
+
+
+def progress(iterable, desc, **kwargs):
+    """tqdm on a terminal, silent elsewhere."""
+    return tqdm(iterable, desc=desc, disable=None, leave=False, **kwargs)
+
+
+class Run:
+    """One run: `runs/<method>/<data>/<slice or fold>/<variant>/seed<k>/` with run.json, arrays.npz and figures.
+
+    Creating it seeds everything and chooses the device; nothing is written before `finish`, so a run that fails leaves no record.
+    """
+
+    def __init__(self, method, config, part, variant):
+        self.method, self.config, self.start = method, config, time.perf_counter()
+        name = Path(config.data).resolve().name
+        self.folder = Path(config.runs) / method / Path(name).stem / part / variant / f"seed{config.seed}"
+        seed_everything(config.seed, config.deterministic)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = pick_device(config.device)
+        self.figures = {}
+
+    def figure(self, name, figure):
+        """Keep a matplotlib figure, saved as <name>.png when the run finishes."""
+        self.figures[name] = figure
+
+    def finish(self, metrics, baselines, arrays, n_params=0, split=None, checksum="", files=None, **more):
+        """Write figures, arrays.npz, `files` and, last, run.json; print the record's path as the last line. Returns that path.
+
+        metrics: flat dict of numbers; baselines: {name: the same}; arrays: {name: numpy array}; split: a data.Split or None;
+        files: {file name: function that writes to an open binary file}; `more` goes into the record as it is.
+        """
+        record = {
+            "method": self.method, "config": dataclasses.asdict(self.config), "metrics": _plain(metrics), "baselines": _plain(baselines),
+            "split": None if split is None else {"name": split.name, "leaks_position": split.leaks_position, "detail": split.detail},
+            "n_params": n_params, "seconds": round(time.perf_counter() - self.start, 2),
+            "peak_rss_mb": round(peak_rss_mb()), "device": device_name(self.device), "versions": versions(), "git_commit": git_commit(),
+            "data_checksum": checksum, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), **_plain(more)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name, figure in self.figures.items():
+                write_atomically(self.folder / f"{name}.png", lambda f, figure=figure: figure.savefig(f, dpi=110, bbox_inches="tight", format="png"))
+            for name, write in (files or {}).items():
+                write_atomically(self.folder / name, write)
+            write_atomically(self.folder / "arrays.npz", lambda f: np.savez_compressed(f, **arrays))
+            path = self.folder / "run.json"
+            write_atomically(path, lambda f: f.write(json.dumps(record, indent=1, allow_nan=False).encode()))
+        except OSError as error:
+            raise DataError(f"cannot write the run record to {self.folder} ({error.strerror}): choose another folder with --runs") from error
+        print(path, flush=True)
+        return path
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary neighbour of `path` and rename it into place, so that no reader sees half a file."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value):
+    """numpy -> JSON: NaN and infinity become null, arrays become lists."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+def peak_rss_mb():
+    """Peak resident memory of this process in MB (ru_maxrss is in KiB on Linux, in bytes on macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def device_name(device):
+    """Name of the accelerator, or `cpu x <threads>`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x {torch.get_num_threads()} threads"
+
+
+def versions():
+    """Versions of everything that can change a number."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
+            "scikit-learn": sklearn.__version__, "h5py": h5py.__version__}
+
+
+def git_commit():
+    """Commit of the checkout that holds this file, `+` where the tree differs from it, empty outside git."""
+    here = Path(__file__).resolve().parent
+    try:
+        ask = [subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+               for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return ask[0] + ("+" if ask[1] else "")
+
+
+def cli(main, argv=None):
+    """Exit with main's status; a user's error is one sentence on stderr and status 2."""
+    try:
+        status = main(argv)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status or 0)

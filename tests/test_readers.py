@@ -1,0 +1,576 @@
+"""Readers against naive parsers, the anndata and scanpy libraries, hand-written old layouts and damaged files."""
+import hashlib
+import json
+import shutil
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from PIL import Image
+
+import readers
+from data import DataError
+
+N_SPOTS, N_GENES = 60, 12
+
+
+@pytest.fixture
+def counts():
+    return np.random.default_rng(0).poisson(0.7, (N_SPOTS, N_GENES)).astype(np.int32)
+
+
+def barcodes(n=N_SPOTS):
+    return [f"{'ACGT'[i % 4]}{'ACGT'[i // 4 % 4]}{'ACGT'[i // 16 % 4]}{i:04d}-1" for i in range(n)]
+
+
+def lattice(n=N_SPOTS, pitch=100.0):
+    """Row, column of a hex lattice and its pixels (x, y), x along columns."""
+    row = np.arange(n) // 10
+    col = 2 * (np.arange(n) % 10) + row % 2
+    return row, col, 200 + col * pitch / 2, 300 + row * pitch * np.sqrt(3) / 2
+
+
+def write_10x(path, dense, names=None, codes=None, ids=None, kind=None, dtype=np.int32):
+    """10x HDF5 v3 as Space Ranger lays it out: features x barcodes, CSC."""
+    matrix = sp.csc_matrix(dense.T)
+    genes = names or [f"G{j}" for j in range(dense.shape[1])]
+    with h5py.File(path, "w") as handle:
+        group = handle.create_group("matrix")
+        group["barcodes"] = np.array(codes or barcodes(len(dense)), dtype="S")
+        group["data"], group["indices"], group["indptr"] = matrix.readers.astype(dtype), matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
+        group["shape"] = np.array(matrix.shape, dtype=np.int32)
+        group["features/name"] = np.array(genes, dtype="S")
+        group["features/id"] = np.array(ids or [f"ENSG{j:011d}" for j in range(len(genes))], dtype="S")
+        group["features/feature_type"] = np.array(kind or ["Gene Expression"] * len(genes), dtype="S")
+        group["features/genome"] = np.array(["GRCh38"] * len(genes), dtype="S")
+
+
+def write_visium(folder, dense, header=False, image=True):
+    """A small Space Ranger folder; positions are in reversed order and hold out-of-tissue spots, so a join by row would fail."""
+    (folder / "spatial").mkdir(parents=True)
+    write_10x(folder / "filtered_feature_bc_matrix.h5", dense)
+    row, col, x, y = lattice(len(dense))
+    lines = [f"{b},1,{r},{c},{v:.0f},{u:.0f}" for b, r, c, u, v in zip(barcodes(len(dense)), row, col, x, y)]
+    lines = ["OUT-1,0,77,127,9000,9000", *lines][::-1]
+    name = "tissue_positions.csv" if header else "tissue_positions_list.csv"
+    (folder / "spatial" / name).write_text("\n".join([",".join(readers._POSITIONS)] * header + lines) + "\n")
+    scales = {"spot_diameter_fullres": 70.0, "tissue_hires_scalef": 0.2, "tissue_lowres_scalef": 0.1}
+    (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(scales))
+    if image:
+        pixels = np.random.default_rng(1).integers(0, 255, (150, 180, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "spatial" / "tissue_lowres_image.png")
+    return folder
+
+
+@pytest.fixture
+def visium(tmp_path, counts):
+    return write_visium(tmp_path / "S1", counts)
+
+
+# ----------------------------------------------------------------------------------------------------------- real files
+@pytest.mark.parametrize("name, n_spots, n_genes, n_unlabelled, patient",
+                         [("151673", 3639, 8513, 28, "Br8100"), ("151674", 3673, 5000, 38, "Br8100"), ("151510", 4634, 500, 39, "Br5292")])
+def test_dlpfc_folder(real_data, name, n_spots, n_genes, n_unlabelled, patient):
+    folder = real_data / "dlpfc" / name
+    slide = readers.load_visium(folder)
+    assert slide.counts.shape == (n_spots, n_genes) == (slide.n_spots, slide.n_genes)
+    assert (slide.labels < 0).sum() == n_unlabelled and slide.patient == patient and slide.sample == name
+    assert slide.classes == ["Layer1", "Layer2", "Layer3", "Layer4", "Layer5", "Layer6", "WM"]
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5") as handle:
+        assert slide.barcodes.tolist() == [b.decode() for b in handle["matrix/barcodes"]]
+        assert slide.counts.readers.sum() == handle["matrix/data"][()].sum()
+    header, *rows = [line.split("\t") for line in (folder / "metadata.tsv").read_text().splitlines()]
+    label = {row[0]: row[1 + header.index("layer_guess")] for row in rows}  # + 1: R row names have no header
+    total = {row[0]: float(row[1 + header.index("sum_umi")]) for row in rows}
+    position = {row[0]: row for row in (line.split(",") for line in (folder / "spatial" / "tissue_positions_list.csv").read_text().split())}
+    for i, barcode in enumerate(slide.barcodes):
+        assert ("NA" if slide.labels[i] < 0 else slide.classes[slide.labels[i]]) == label[barcode]
+        assert slide.xy[i].tolist() == [float(position[barcode][5]), float(position[barcode][4])]
+        assert slide.grid[i].tolist() == [int(position[barcode][2]), int(position[barcode][3])]
+        assert position[barcode][1] == "1" and slide.library_size[i] == total[barcode]
+    assert 0.715 < slide.um_per_px < 0.73  # 100 um over the 138 px between neighbours of one row
+    assert slide.image.shape == (600, 600, 3) and slide.image.dtype == np.uint8 and slide.image_scale == pytest.approx(0.045004502)
+
+
+def test_real_matrix_equals_scanpy(real_data):
+    scanpy = pytest.importorskip("scanpy")
+    path = real_data / "dlpfc" / "151673" / "filtered_feature_bc_matrix.h5"
+    matrix, genes, codes = readers.read_10x_h5(path)
+    theirs = scanpy.read_10x_h5(path)
+    assert (matrix != theirs.X.astype(np.int32)).nnz == 0
+    theirs.var_names_make_unique()
+    assert genes.tolist() == theirs.var_names.tolist() and codes.tolist() == theirs.obs_names.tolist()
+    assert matrix.dtype == np.int32 and matrix.has_canonical_format and matrix.readers.min() > 0
+
+
+# slice: spots, labelled, classes, as counted on the published annotation
+LABELS_ONLY = {"151507": (4226, 4221, 7), "151508": (4384, 4381, 7), "151509": (4789, 4788, 7), "151669": (3661, 3636, 5), "151670": (3498, 3484, 5),
+               "151671": (4110, 4093, 5), "151672": (4015, 3888, 5), "151675": (3592, 3566, 7), "151676": (3460, 3431, 7)}
+
+
+def test_labels_only_folders(real_data):
+    found = {}
+    for name in readers.list_slices(real_data / "dlpfc_labels_only"):
+        slide = readers.load_slide(real_data / "dlpfc_labels_only", name, counts=False)
+        found[name] = (slide.n_spots, int((slide.labels >= 0).sum()), len(slide.classes))
+        assert slide.counts is None and slide.n_genes == 0 and slide.barcodes.tolist() == sorted(slide.barcodes.tolist())
+    assert found == LABELS_ONLY
+    with pytest.raises(DataError, match="filtered_feature_bc_matrix.h5"):
+        readers.load_visium(real_data / "dlpfc_labels_only" / "151507")
+
+
+def test_counts_false_keeps_the_row_order_of_the_matrix(real_data):
+    full, bare = (readers.load_visium(real_data / "dlpfc" / "151673", counts=flag) for flag in (True, False))
+    assert full.barcodes.tolist() == bare.barcodes.tolist() and (full.labels == bare.labels).all() and bare.counts is None
+
+
+@pytest.mark.parametrize("sample", ["A2", "C4"])
+def test_hest_patches_join_by_barcode(real_data, sample):
+    slide = readers.load_hest(real_data / "her2st", sample)
+    with h5py.File(real_data / "her2st" / "patches" / f"{sample}.h5") as handle:
+        images, codes = handle["img"][()], [code[0].decode() for code in handle["barcode"][()]]
+    expected = images[[codes.index(barcode) for barcode in slide.barcodes]]
+    rows = np.random.default_rng(0).permutation(slide.n_spots)[:40]
+    assert slide.patches.shape == (slide.n_spots, 224, 224, 3) and len(slide.patches) == slide.n_spots
+    assert (slide.patches[rows] == expected[rows]).all()
+    assert (slide.patches[[3, 3, 1]] == expected[[3, 3, 1]]).all() and (slide.patches[5] == expected[5]).all()
+    assert (slide.patches[-1] == expected[-1]).all()
+    assert (slide.patches[10:2:-3] == expected[10:2:-3]).all() and slide.patches[[]].shape == (0, 224, 224, 3)
+    part = slide.subset(rows)
+    assert (part.patches[2:9] == expected[rows[2:9]]).all() and part.barcodes.tolist() == slide.barcodes[rows].tolist()
+    with pytest.raises(IndexError):
+        slide.patches[slide.n_spots]
+
+
+def test_hest_task_folder(real_data):
+    root = real_data / "her2st"
+    assert readers.hest_samples(root) == readers.list_slices(root) == ["A2", "B4", "C2", "C3", "C4", "C5"]
+    assert readers.hest_split(root, 1) == (["A2", "C2", "C3", "C4", "C5"], ["B4"])
+    genes = readers.hest_genes(root)
+    assert len(genes) == 50 and genes[0] == "SCGB2A2"
+    slide = readers.load_slide(root, "C3")
+    assert slide.patient == "C" and slide.n_spots == 180 and 0.68 < slide.um_per_px < 0.69
+    assert slide.select_genes(genes).genes.tolist() == genes
+    for call in (lambda: readers.hest_split(root, 9), lambda: readers.load_hest(root, "Z9"), lambda: readers.hest_genes(root / "adata")):
+        with pytest.raises(DataError):
+            call()
+
+
+@pytest.mark.parametrize("sample", ["B1", "H1"])
+def test_real_h5ad_equals_anndata(real_data, sample):
+    anndata = pytest.importorskip("anndata")
+    path = real_data / "her2st_labelled" / f"{sample}.h5ad"
+    slide, theirs = readers.load_slide(path), anndata.read_h5ad(path)
+    assert (slide.counts != theirs.X).nnz == 0 and slide.genes.tolist() == theirs.var_names.tolist()
+    assert slide.barcodes.tolist() == theirs.obs_names.tolist() and (slide.xy == theirs.obsm["spatial"]).all()
+    names = ["undetermined" if code < 0 else slide.classes[code] for code in slide.labels]
+    assert names == theirs.obs["label"].tolist() and "undetermined" not in slide.classes and slide.patient == sample[0]
+
+
+# --------------------------------------------------------------------------------------------------- Space Ranger layouts
+@pytest.mark.parametrize("layout", ["list", "header", "txt", "parquet", "prefixed"])
+def test_positions_layouts(tmp_path, counts, layout):
+    folder = write_visium(tmp_path / "S1", counts, header=layout == "header")
+    spatial = folder / "spatial"
+    if layout == "txt":
+        (spatial / "tissue_positions_list.csv").rename(folder / "tissue_positions_list.txt")
+    if layout == "prefixed":  # as in the archive of the original DLPFC publication
+        (folder / "filtered_feature_bc_matrix.h5").rename(folder / "S1_filtered_feature_bc_matrix.h5")
+        (spatial / "tissue_lowres_image.png").rename(spatial / "S1_tissue_lowres_image.png")
+    if layout == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        rows = [line.split(",") for line in (spatial / "tissue_positions_list.csv").read_text().split()]
+        columns = {name: [row[j] if j == 0 else float(row[j]) for row in rows] for j, name in enumerate(readers._POSITIONS)}
+        parquet.write_table(pyarrow.table(columns), spatial / "tissue_positions.parquet")
+        (spatial / "tissue_positions_list.csv").unlink()
+    slide = readers.load_visium(folder)
+    row, col, x, y = lattice()
+    assert slide.barcodes.tolist() == barcodes() and (slide.counts.toarray() == counts).all()
+    assert (slide.grid == np.stack([row, col], 1)).all() and np.abs(slide.xy - np.stack([x, y], 1)).max() <= 0.5
+    assert slide.um_per_px == pytest.approx(1.0, rel=2e-3) and slide.image.shape == (150, 180, 3) and slide.image_scale == 0.1
+
+
+def test_parquet_without_pyarrow(visium, monkeypatch):
+    (visium / "spatial" / "tissue_positions_list.csv").rename(visium / "spatial" / "tissue_positions.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"tissue_positions.parquet.*pip install pyarrow"):
+        readers.load_visium(visium)
+
+
+def test_hires_preferred_outs_folder_and_microns_per_pixel(tmp_path, counts):
+    folder = write_visium(tmp_path / "brain" / "outs", counts)
+    Image.fromarray(np.full((300, 360), 7, dtype=np.uint8)).save(folder / "spatial" / "tissue_hires_image.png")
+    path = folder / "spatial" / "scalefactors_json.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "microns_per_pixel": 0.27}))
+    slide = readers.load_visium(folder)
+    assert slide.image.shape == (300, 360, 3) and (slide.image == 7).all() and slide.image_scale == 0.2  # grey -> RGB
+    assert slide.um_per_px == 0.27 and slide.sample == "brain"
+
+
+def test_out_of_tissue_rows_of_a_raw_matrix_are_dropped(visium, counts):
+    path = visium / "spatial" / "tissue_positions_list.csv"
+    path.write_text(path.read_text().replace(f"{barcodes()[4]},1,", f"{barcodes()[4]},0,"))
+    slide = readers.load_visium(visium)
+    assert slide.barcodes.tolist() == barcodes()[:4] + barcodes()[5:] and (slide.counts.toarray() == np.delete(counts, 4, axis=0)).all()
+
+
+def test_v3_keeps_gene_expression_and_unsorted_entries(tmp_path, counts):
+    kind = ["Gene Expression"] * 10 + ["Antibody Capture"] * 2
+    write_10x(tmp_path / "m.h5", counts, kind=kind)
+    with h5py.File(tmp_path / "m.h5", "a") as handle:  # reverse the entries of the first spot, as an unsorted file has them
+        end = handle["matrix/indptr"][1]
+        for name in ("data", "indices"):
+            handle[f"matrix/{name}"][:end] = handle[f"matrix/{name}"][:end][::-1]
+    matrix, genes, _ = readers.read_10x_h5(tmp_path / "m.h5")
+    assert genes.tolist() == [f"G{j}" for j in range(10)] and (matrix.toarray() == counts[:, :10]).all() and matrix.has_sorted_indices
+
+
+def test_v2_matrix(tmp_path, counts):
+    matrix = sp.csc_matrix(counts.T)
+    with h5py.File(tmp_path / "old.h5", "w") as handle:
+        group = handle.create_group("GRCh38")
+        group["barcodes"], group["genes"] = np.array(barcodes(), dtype="S"), np.array([f"ENSG{j}" for j in range(N_GENES)], dtype="S")
+        group["gene_names"] = np.array([f"G{j}" for j in range(N_GENES)], dtype="S")
+        group["data"], group["indices"], group["indptr"], group["shape"] = matrix.data, matrix.indices, matrix.indptr, np.array(matrix.shape)
+    ours, genes, codes = readers.read_10x_h5(tmp_path / "old.h5")
+    assert (ours.toarray() == counts).all() and genes.tolist() == [f"G{j}" for j in range(N_GENES)] and codes.tolist() == barcodes()
+    scanpy = pytest.importorskip("scanpy")
+    assert (scanpy.read_10x_h5(tmp_path / "old.h5").X.toarray() == counts).all()
+
+
+def test_repeated_symbols_as_anndata_names_them(tmp_path, counts):
+    names = ["A", "B", "A", "A", "A-1", "C", "B", "D", "E", "F", "H", "I"]
+    write_10x(tmp_path / "m.h5", counts, names=names)
+    with pytest.warns(UserWarning, match=r"m\.h5: 3 repeated gene symbols"):
+        matrix, genes, _ = readers.read_10x_h5(tmp_path / "m.h5")
+    assert len(set(genes)) == N_GENES and genes[2].startswith("A-") and (matrix.toarray() == counts).all()
+    utils = pytest.importorskip("anndata.utils")
+    pandas = pytest.importorskip("pandas")
+    assert genes.tolist() == utils.make_index_unique(pandas.Index(names)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------- labels
+@pytest.mark.parametrize("form", ["csv", "tsv with header", "layer map in parent", "metadata", "metadata reordered"])
+def test_label_files(visium, form):
+    names = [("L1", "WM", "L3")[i % 3] for i in range(N_SPOTS)]
+    names[5] = "NA"
+    path, given = visium / "truth.txt", True
+    if form == "csv":
+        path.write_text("\n".join(f"{b},{n}" for b, n in list(zip(barcodes(), names))[::-1]))
+    elif form == "tsv with header":
+        path.write_text("\n".join(["barcode\tlayer"] + [f"{b}\t{n}" for b, n in zip(barcodes(), names)]))
+    elif form == "layer map in parent":
+        path, given = visium.parent / "barcode_level_layer_map.tsv", False
+        path.write_text("\n".join([f"{b}\tother\tL6" for b in barcodes()] + [f"{b}\tS1\t{n}" for b, n in zip(barcodes(), names)]))
+    else:
+        path, given = visium / "metadata.tsv", False
+        column = "layer_guess_reordered" if "reordered" in form else "layer_guess"
+        header = f"barcode\tsum_umi\tsubject\t{column}"
+        path.write_text("\n".join([header] + [f"r{i}\t{b}\t{i + 100}\tBr1\t{n}" for i, (b, n) in enumerate(zip(barcodes(), names))]))
+    slide = readers.load_visium(visium, labels=path if given else None)
+    assert slide.classes == ["Layer1", "Layer3", "WM"] and slide.labels[:6].tolist() == [0, 2, 1, 0, 2, -1] and slide.labels.dtype == np.int64
+    if form.startswith("metadata"):
+        assert slide.patient == "Br1" and slide.library_size.tolist() == [100.0 + i for i in range(N_SPOTS)]
+
+
+def test_slide_without_labels(visium):
+    slide = readers.load_visium(visium)
+    assert (slide.labels == -1).all() and slide.classes == [] and slide.library_size is None
+
+
+# ------------------------------------------------------------------------------------------------------------------ Slide
+def test_subset_select_genes_and_lazy_image(counts):
+    reads = []
+
+    def read():
+        reads.append(1)
+        return np.zeros((4, 5, 3), dtype=np.uint8)
+
+    slide = readers.Slide(sp.csr_matrix(counts), np.array([f"G{j}" for j in range(N_GENES)]), np.array(barcodes()),
+                       np.arange(2.0 * N_SPOTS).reshape(-1, 2), labels=np.arange(N_SPOTS) % 3,
+                       classes=["a", "b", "c"], image=read, library_size=np.arange(N_SPOTS))
+    mask = np.arange(N_SPOTS) % 4 == 1
+    for rows in (mask, np.flatnonzero(mask), np.flatnonzero(mask).tolist()):
+        part = slide.subset(rows)
+        assert (part.counts.toarray() == counts[mask]).all() and part.barcodes.tolist() == np.array(barcodes())[mask].tolist()
+        assert (part.xy == slide.xy[mask]).all() and (part.labels == slide.labels[mask]).all()
+        assert (part.library_size == slide.library_size[mask]).all()
+        assert part.grid is None and part.n_spots == mask.sum() and slide.n_spots == N_SPOTS
+    assert slide.subset([]).n_spots == 0 and not reads and "S" in repr(slide) and not reads
+    assert slide.image.shape == (4, 5, 3) and slide.image is slide.image and reads == [1]
+    chosen = slide.select_genes(["G7", "G2"])
+    assert chosen.genes.tolist() == ["G7", "G2"] and (chosen.counts.toarray() == counts[:, [7, 2]]).all()
+    with pytest.raises(DataError, match="lacks 1 of the 2 genes"):
+        slide.select_genes(["G1", "none"])
+    slide.image = np.full((2, 2, 4), 0.5)
+    assert slide.image.shape == (2, 2, 3) and slide.image.dtype == np.uint8 and (slide.image == 128).all()
+
+
+def test_file_checksum(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    (tmp_path / "b").write_bytes(b"y")
+    assert readers.file_checksum(tmp_path / "a") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+    assert readers.file_checksum(tmp_path / "a", tmp_path / "b") == hashlib.sha256(b"x" * 3_000_000 + b"y").hexdigest()
+    with pytest.raises(DataError, match="cannot be read"):
+        readers.file_checksum(tmp_path / "c")
+
+
+# ------------------------------------------------------------------------------------------------------------------- h5ad
+def make_adata(counts, kind="csr", dtype=np.float32):
+    anndata, pandas = pytest.importorskip("anndata"), pytest.importorskip("pandas")
+    row, col, x, y = lattice()
+    label = pandas.Categorical([("WM", "Layer2", None)[i % 3] for i in range(N_SPOTS)])
+    obs = pandas.DataFrame({"array_row": row, "array_col": col, "layer_guess": label, "text": [f"t{i % 2}" for i in range(N_SPOTS)],
+                            "number": pandas.array([i if i % 5 else None for i in range(N_SPOTS)], dtype="Int64")}, index=barcodes())
+    obs["group"] = pandas.Categorical([i % 4 for i in range(N_SPOTS)])
+    wrap = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.asarray}[kind]
+    return anndata.AnnData(wrap(counts.astype(dtype)), obs=obs, var=pandas.DataFrame(index=[f"G{j}" for j in range(N_GENES)]),
+                           obsm={"spatial": np.stack([x, y], 1)})
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+def test_h5ad_matrix_kinds(tmp_path, counts, kind):
+    adata = make_adata(counts, kind)
+    adata.uns["patient"] = "P1"
+    pixels = np.random.default_rng(2).random((200, 180, 3)).astype(np.float32)
+    adata.uns["spatial"] = {"lib": {"images": {"hires": pixels, "lowres": pixels[:50]},
+                                     "scalefactors": {"tissue_hires_scalef": 0.15, "tissue_lowres_scalef": 0.03}}}
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    slide = readers.load_h5ad(tmp_path / "s.h5ad")
+    assert (slide.counts.toarray() == counts).all() and slide.counts.dtype == np.int32 and isinstance(slide.counts, sp.csr_matrix)
+    assert slide.counts.has_sorted_indices and slide.genes.tolist() == adata.var_names.tolist() and slide.barcodes.tolist() == barcodes()
+    assert (slide.xy == adata.obsm["spatial"]).all() and slide.um_per_px == pytest.approx(1.0)
+    assert slide.grid.tolist() == adata.obs[["array_row", "array_col"]].to_numpy().tolist()
+    assert slide.classes == ["Layer2", "WM"] and slide.labels[:4].tolist() == [1, 0, -1, 1] and (slide.sample, slide.patient) == ("s", "P1")
+    assert slide.image.shape == (200, 180, 3) and slide.image_scale == 0.15 and (slide.image == np.rint(pixels * 255)).all()
+    assert readers.load_h5ad(tmp_path / "s.h5ad", label_key="text").classes == ["t0", "t1"]
+    assert readers.load_h5ad(tmp_path / "s.h5ad", label_key="group").labels.tolist() == [i % 4 for i in range(N_SPOTS)]
+    assert readers.load_h5ad(tmp_path / "s.h5ad", label_key="group").classes == ["0", "1", "2", "3"]
+    number = readers.load_h5ad(tmp_path / "s.h5ad", label_key="number").labels
+    assert ((number < 0) == (np.arange(N_SPOTS) % 5 == 0)).all()
+
+
+@pytest.mark.parametrize("place", ["layer", "raw"])
+def test_h5ad_counts_beside_normalised_x(tmp_path, counts, place):
+    adata = make_adata(counts)
+    if place == "raw":
+        adata.raw = adata.copy()
+        adata = adata[:, 2:].copy()  # raw keeps all genes
+    else:
+        adata.layers["counts"] = adata.X.copy()
+    adata.X = np.log1p(adata.X.toarray() * 1.7)
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    slide = readers.load_h5ad(tmp_path / "s.h5ad")
+    assert (slide.counts.toarray() == counts).all() and slide.n_genes == N_GENES
+    assert (readers.load_h5ad(tmp_path / "s.h5ad", layer="counts" if place == "layer" else "raw").counts.toarray() == counts).all()
+    with pytest.raises(DataError, match=r"s\.h5ad.*non-integer.*layer="):
+        readers.load_h5ad(tmp_path / "s.h5ad", layer="X")
+
+
+def test_h5ad_without_counts_or_coordinates(tmp_path, counts):
+    adata = make_adata(counts)
+    del adata.obsm["spatial"]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(DataError, match=r"a\.h5ad has no coordinates"):
+        readers.load_h5ad(tmp_path / "a.h5ad")
+    adata.obs["pxl_col_in_fullres"], adata.obs["pxl_row_in_fullres"] = np.arange(N_SPOTS) * 2.0, np.arange(N_SPOTS) * 3.0
+    adata.obs["in_tissue"] = (np.arange(N_SPOTS) % 2).astype(int)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    slide = readers.load_h5ad(tmp_path / "a.h5ad", layer="X")
+    assert slide.barcodes.tolist() == barcodes()[1::2] and slide.xy[1].tolist() == [6.0, 9.0] and (slide.counts.toarray() == counts[1::2]).all()
+    adata.obsm["spatial"] = np.where(np.arange(N_SPOTS)[:, None] == 3, np.nan, np.ones((N_SPOTS, 2)))
+    adata.write_h5ad(tmp_path / "c.h5ad")
+    with pytest.raises(DataError, match=r"c\.h5ad has coordinates .*not finite"):
+        readers.load_h5ad(tmp_path / "c.h5ad")
+    with pytest.raises(DataError, match="no obs column nope: choose one of"):
+        readers.load_h5ad(tmp_path / "a.h5ad", label_key="nope")
+    with pytest.raises(DataError, match="no nope: give raw counts"):
+        readers.load_h5ad(tmp_path / "a.h5ad", layer="nope")
+    for value, problem in ((np.nan, "NaN"), (-1.0, "negative"), (0.5, "non-integer")):
+        bad = adata.copy()
+        bad.X.data[3] = value
+        bad.write_h5ad(tmp_path / "b.h5ad")
+        with pytest.raises(DataError, match=rf"b\.h5ad holds {problem}"):
+            readers.load_h5ad(tmp_path / "b.h5ad")
+
+
+@pytest.mark.parametrize("age", ["0.6", "0.7"])
+def test_h5ad_old_encodings(tmp_path, counts, age):
+    """AnnData 0.6: obs, var and obsm are compound datasets, categories in uns; 0.7: obs/__categories by reference. Written with h5py by hand."""
+    path, matrix, (row, _, x, y) = tmp_path / "old.h5ad", sp.csr_matrix(counts.astype(np.float32)), lattice()
+    codes = np.array([(1, 0, -1)[i % 3] for i in range(N_SPOTS)], dtype=np.int8)
+    with h5py.File(path, "w") as handle:
+        group = handle.create_group("X")
+        group["data"], group["indices"], group["indptr"] = matrix.data, matrix.indices, matrix.indptr
+        handle.create_group("uns")
+        if age == "0.6":
+            group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = "csr", np.array(matrix.shape)
+            obs = np.zeros(N_SPOTS, dtype=[("index", "S12"), ("layer_guess", "i1"), ("array_row", "i8")])
+            obs["index"], obs["layer_guess"], obs["array_row"] = np.array(barcodes(), dtype="S"), codes, row
+            handle["obs"] = obs
+            handle["var"] = np.array([(f"G{j}".encode(),) for j in range(N_GENES)], dtype=[("index", "S5")])
+            obsm = np.zeros(N_SPOTS, dtype=[("X_pca", "f4", (3,)), ("spatial", "f8", (2,))])
+            obsm["spatial"] = np.stack([x, y], 1)
+            handle["obsm"] = obsm
+            handle["uns/layer_guess_categories"] = np.array([b"Layer2", b"WM"])
+        else:
+            group.attrs["encoding-type"], group.attrs["shape"] = "csr_matrix", np.array(matrix.shape)
+            handle["obs/index"], handle["var/_index"] = np.array(barcodes(), dtype=object), np.array([f"G{j}" for j in range(N_GENES)], dtype=object)
+            handle["obs"].attrs["_index"], handle["var"].attrs["_index"] = "index", "_index"
+            handle["obs/layer_guess"] = codes
+            handle["obs/__categories/layer_guess"] = np.array(["Layer2", "WM"], dtype=object)
+            handle["obs/layer_guess"].attrs["categories"] = handle["obs/__categories/layer_guess"].ref
+            handle["obsm/spatial"] = np.stack([x, y], 1)
+    slide = readers.load_h5ad(path)
+    assert (slide.counts.toarray() == counts).all() and slide.barcodes.tolist() == barcodes() and slide.genes[3] == "G3"
+    assert slide.classes == ["Layer2", "WM"] and (slide.labels == codes).all() and (slide.xy == np.stack([x, y], 1)).all()
+
+
+# ------------------------------------------------------------------------------------------------------------------- HEST
+@pytest.fixture
+def hest(tmp_path, counts):
+    adata = make_adata(counts)
+    (tmp_path / "st").mkdir()
+    (tmp_path / "patches").mkdir()
+    adata.write_h5ad(tmp_path / "st" / "T1.h5ad")
+    with h5py.File(tmp_path / "patches" / "T1.h5", "w") as handle:  # reversed, one spot without a patch, one patch without a spot
+        codes = [*barcodes()[:0:-1], "unknown-1"]
+        handle["barcode"] = np.array(codes, dtype="S").reshape(-1, 1)
+        handle["img"] = np.broadcast_to(np.arange(N_SPOTS, dtype=np.uint8)[:, None, None, None], (N_SPOTS, 4, 4, 3))
+    (tmp_path / "HEST_v1_1_0.csv").write_text("dataset_title,id,patient,pixel_size_um_estimated\n\"a, b\",T1,Patient 1,0.25\n")
+    return tmp_path
+
+
+def test_hest_1k_layout(hest, counts):
+    slide = readers.load_slide(hest, "T1")
+    assert slide.patient == "Patient 1" and slide.um_per_px == 0.25 and slide.barcodes.tolist() == barcodes()[1:]
+    assert slide.patches[:][:, 0, 0, 0].tolist() == [N_SPOTS - 1 - i for i in range(1, N_SPOTS)]
+    assert (slide.counts.toarray() == counts[1:]).all() and readers.load_hest(hest, "T1", patches=False).n_spots == N_SPOTS
+
+
+def test_hest_bad_patches(hest):
+    with h5py.File(hest / "patches" / "T1.h5", "a") as handle:
+        del handle["barcode"]
+        handle["barcode"] = np.array([f"x{i}" for i in range(N_SPOTS)], dtype="S").reshape(-1, 1)
+    with pytest.raises(DataError, match=r"T1\.h5 shares no barcode with .*T1\.h5ad"):
+        readers.load_hest(hest, "T1")
+    (hest / "patches" / "T1.h5").unlink()
+    with pytest.raises(DataError, match=r"T1\.h5 does not exist"):
+        readers.load_hest(hest, "T1")
+    (hest / "splits").mkdir()
+    with pytest.raises(DataError, match="none here"):
+        readers.hest_split(hest, 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+def _edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+def _truncate(path, keep=0.6):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+
+def _edit_h5(folder, name, change):
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "a") as handle:
+        values = change(handle[name][()])
+        del handle[name]
+        handle[name] = values
+
+
+def _drop(folder, name):
+    with h5py.File(folder / "filtered_feature_bc_matrix.h5", "a") as handle:
+        del handle[name]
+
+
+def _put(index, value, dtype):
+    def change(values):
+        values = values.astype(dtype)
+        values[index] = value
+        return values
+    return change
+
+
+MATRIX, POSITIONS, SCALES = "filtered_feature_bc_matrix.h5", "spatial/tissue_positions_list.csv", "spatial/scalefactors_json.json"
+IMAGE = "spatial/tissue_lowres_image.png"
+BAD = {
+    "missing h5": (lambda f: (f / MATRIX).unlink(), "has no filtered_feature_bc_matrix"),
+    "truncated h5": (lambda f: _truncate(f / MATRIX), "cannot be read as a 10x HDF5 matrix"),
+    "text as h5": (lambda f: (f / MATRIX).write_text("<html>"), "cannot be read as a 10x HDF5 matrix"),
+    "no features": (lambda f: _drop(f, "matrix/features/name"), "cannot be read as"),
+    "index out of range": (lambda f: _edit_h5(f, "matrix/indices", _put(0, 999, "i8")), "cannot be read as"),
+    "empty positions": (lambda f: (f / POSITIONS).write_text(""), "is not a positions table"),
+    "no positions": (lambda f: (f / POSITIONS).unlink(), "has no tissue_positions"),
+    "malformed positions": (lambda f: _edit(f / POSITIONS, ",1,", ",yes,"), "is not a positions table"),
+    "no shared barcode": (lambda f: _edit(f / POSITIONS, "-1,", "-2,"), "holds none of the 60 barcodes"),
+    "a barcode missing": (lambda f: _edit(f / POSITIONS, barcodes()[7], "XXX"), r"holds only 59 of the 60 barcodes.*1 missing"),
+    "barcode twice in matrix": (lambda f: _edit_h5(f, "matrix/barcodes", _put(1, barcodes()[0].encode(), "S9")), "2 times"),
+    "barcode twice in positions": (lambda f: _edit(f / POSITIONS, barcodes()[1], barcodes()[0]), "2 times"),
+    "nothing in tissue": (lambda f: _edit(f / POSITIONS, ",1,", ",0,"), "marks no spot"),
+    "NaN": (lambda f: _edit_h5(f, "matrix/data", _put(2, np.nan, "f4")), "holds NaN"),
+    "negative": (lambda f: _edit_h5(f, "matrix/data", _put(2, -4, "i4")), "holds negative"),
+    "non-integer": (lambda f: _edit_h5(f, "matrix/data", _put(2, 1.5, "f4")), "holds non-integer"),
+    "image of another slide": (lambda f: _edit(f / SCALES, "0.1}", "1.0}"), "does not fit its scale factor 1"),
+    "no scale factor": (lambda f: _edit(f / SCALES, "tissue_lowres_scalef", "other"), "has no tissue_lowres_scalef"),
+    "no scale factor file": (lambda f: (f / SCALES).unlink(), "has no tissue_lowres_scalef"),
+    "malformed JSON": (lambda f: _truncate(f / SCALES), "not a JSON object"),
+    "JSON list": (lambda f: (f / SCALES).write_text("[1]"), "not a JSON object"),
+    "truncated PNG": (lambda f: _truncate(f / IMAGE), "cannot be read as an image"),
+    "empty PNG": (lambda f: (f / IMAGE).write_text(""), "cannot be read as an image"),
+    "labels of another slide": (lambda f: (f / "metadata.tsv").write_text("barcode\tlayer_guess\nzzz\tLayer1\n"), "shares no barcode"),
+    "empty labels": (lambda f: (f / "metadata.tsv").write_text(""), "is empty"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_visium_input(visium, case):
+    damage, message = BAD[case]
+    readers.load_visium(visium)  # sound before
+    damage(visium)
+    with pytest.raises(DataError, match=message) as caught:
+        readers.load_visium(visium)
+    text = str(caught.value)
+    assert str(visium) in text and "\n" not in text and ":" in text  # names the file, is one line, ends in a remedy
+
+
+def test_image_that_breaks_after_loading(visium):
+    slide = readers.load_visium(visium)
+    _truncate(visium / IMAGE)
+    with pytest.raises(DataError, match=r"tissue_lowres_image\.png cannot be read as an image"):
+        slide.image.sum()
+
+
+@pytest.mark.parametrize("text, message", [("a,b\nc,d\n", "shares no barcode"), ("a,b,c,d\n", "has 4 columns"),
+                                           ("", "is empty"), (None, "cannot be read as a text")])
+def test_bad_label_file(visium, text, message):
+    path = visium / "labels.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=rf"labels\.csv {message}"):
+        readers.load_visium(visium, labels=path)
+
+
+def test_load_slide_detects_layouts(tmp_path, counts):
+    write_visium(tmp_path / "root" / "S1", counts)
+    root = tmp_path / "root"
+    assert readers.list_slices(root) == ["S1"] and readers.load_slide(root).sample == readers.load_slide(root / "S1").sample == "S1"
+    shutil.copytree(root / "S1", root / "S2")
+    assert readers.load_slide(root, "S2").sample == "S2" and readers.list_slices(root) == ["S1", "S2"]
+    nowhere = tmp_path / "nowhere"
+    for call, message in ((lambda: readers.load_slide(root), r"holds 2 slices \(S1, S2\)"),
+                          (lambda: readers.load_slide(root, "S3"), "has no slice S3: choose one of S1, S2"),
+                          (lambda: readers.load_slide(nowhere), "nowhere"), (lambda: readers.load_slide(tmp_path / "x.h5ad"), r"x\.h5ad"),
+                          (lambda: readers.list_slices(nowhere), "is not a folder"), (lambda: readers.load_visium(nowhere), "is not a folder")):
+        with pytest.raises(DataError, match=message):
+            call()
+    make_adata(counts).write_h5ad(root / "H.h5ad")
+    labels = root / "labels.csv"
+    labels.write_text("\n".join(f"{b},{'ab'[i % 2]}" for i, b in enumerate(barcodes())))
+    assert readers.load_slide(root, "H").classes == ["Layer2", "WM"] and readers.load_slide(root, "H", labels="text").classes == ["t0", "t1"]
+    assert readers.load_slide(root, "H", labels=labels).labels.tolist() == [i % 2 for i in range(N_SPOTS)]
+    assert readers.load_slide(root, "H", counts=False).counts is None and readers.list_slices(root) == ["H", "S1", "S2"]
+    _truncate(root / "H.h5ad")
+    with pytest.raises(DataError, match=r"H\.h5ad cannot be read as an h5ad file"):
+        readers.load_slide(root, "H")
