@@ -360,7 +360,7 @@ def holdout_split(slides, labels, name="slice", seed=0, n_blocks=5):
         train[rows], val[rows] = part.train, part.test
     test = (labels >= 0) & (np.arange(len(labels)) < start[1])
     same = any(s.patient == slides[0].patient for s in slides[1:])
-    detail = f"{slides[0].sample} held out, trained on {', '.join(s.sample for s in slides[1:])}, a fifth of their {n_blocks} x {n_blocks} blocks for validation"
+    detail = f"{slides[0].sample} held out, trained on {', '.join(s.sample for s in slides[1:])}, a fifth of their blocks for validation"
     return Split(name, train, val, test, same, detail)
 
 

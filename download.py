@@ -67,9 +67,9 @@ def fetch(url, path, size=None, sha256=None, *, retries=5, timeout=30.0, backoff
     """Download `url` to `path`, or raise and leave `path` as it was; -> its manifest record {url, size, sha256, date}.
 
     size: expected bytes; sha256: expected hex digest; timeout: seconds without a byte before a connection is given up. The pause before retry
-    n = 0, 1, ... is backoff * 2**n seconds (at most 60) times a random factor in [0.5, 1.5], or the seconds of Retry-After (at most 120). Tried
-    again: status 408, 425, 429, 5xx, time-outs, broken connections, short reads; other refusals are not. `<path>.part` stays for the next call after these
-    and after a kill, and goes when its content is wrong. Raises DownloadError (the server's side) or DataError (the disk's side).
+    n = 0, 1, ... is backoff * 2**n seconds (at most 60) times a random factor in [0.5, 1.5], or the seconds of Retry-After (at most 120).
+    Tried again: status 408, 425, 429, 5xx, time-outs, broken connections, short reads; other refusals are not. `<path>.part` stays for the next call
+    after these and after a kill, and goes when its content is wrong. Raises DownloadError (the server's side) or DataError (the disk's side).
     """
     path, part = Path(path), Path(f"{path}.part")
     try:
@@ -157,7 +157,7 @@ def _receive(response, part, have, total):
     with open(part, "ab") as out, tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
         while total is None or have < total:
             try:
-                block = response.read1(CHUNK if total is None else min(CHUNK, total - have))  # Python 3.10's read1 goes beyond Content-Length
+                block = response.read1(CHUNK if total is None else min(CHUNK, total - have))  # never beyond Content-Length
             except (OSError, http.client.HTTPException) as error:
                 raise _Retry(f"the connection broke after {have} of {total or 'unknown'} bytes ({error or type(error).__name__})", None) from None
             if not block:

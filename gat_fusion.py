@@ -120,8 +120,33 @@ class Config(run.Config):
 # Layers
 # ---------------------------------------------------------------------------------------------------------------------
 
+class Table:
+    """Who attends to whom: index (N, k), all places filled, and empty (N, k) bool or None, the places that do not count."""
+
+    def __init__(self, index, empty):
+        self.index, self.empty = index, empty if empty.any() else None
+        self._bags = {}
+
+    def bags(self, heads):
+        """Row numbers for embedding bags over (N heads) rows, forward and reversed, made once per number of heads.
+
+        forward (N heads, k): row of (neighbour, head) in the bag of (spot, head). Reversed, bag (head, spot) holds the rows of those who
+        chose the spot: `chosen_by` (heads N k,), `start` (heads N,), and `place` (heads N k,), where their weight stands in (N, heads, k).
+        """
+        if heads not in self._bags:
+            n, k = self.index.shape
+            head = torch.arange(heads, device=self.index.device)[:, None]
+            forward = (self.index[:, None] * heads + head).flatten(0, 1)                # (N heads, k)
+            order = self.index.flatten().argsort(stable=True)                           # (N k,) edges by the spot that is chosen
+            start = F.pad(torch.bincount(self.index.flatten(), minlength=n).cumsum(0), (1, 0))[:-1]    # (N,)
+            chooser, slot = order // k, order % k
+            self._bags[heads] = (forward, (chooser * heads + head).flatten(), (start + head * n * k).flatten(),
+                                 (chooser * heads * k + slot + head * k).flatten())
+        return self._bags[heads]
+
+
 class Neighbours:
-    """A fixed-degree neighbour table (N, k), -1 = empty, made ready for the layers once.
+    """A fixed-degree neighbour table (N, k), -1 = empty, as two `Table`s made ready for the layers once.
 
     `own` (N, k+1) starts with the spot itself (graph attention, GCN); `others` (N, k) does not (cross-attention). Empty places point
     at the spot itself and are masked; a spot with no neighbour at all attends to itself.
@@ -129,16 +154,13 @@ class Neighbours:
 
     def __init__(self, table, device="cpu"):
         table = torch.as_tensor(table, device=device)                   # (N, k)
-        n = len(table)
-        myself = torch.arange(n, device=device)[:, None]                # (N, 1)
+        myself = torch.arange(len(table), device=device)[:, None]       # (N, 1)
         empty = table < 0
-        empty[:, 0] &= ~empty.all(1)                                    # the isolated spot keeps one place: itself
-        self.others = torch.where(table < 0, myself, table)             # (N, k)
-        self.own = torch.cat([myself, self.others], 1)                  # (N, k+1)
-        self.others_empty = empty if empty.any() else None
-        missing = torch.cat([torch.zeros_like(myself, dtype=torch.bool), table < 0], 1)
-        self.own_empty = missing if missing.any() else None
-        self.n = n
+        others = torch.where(empty, myself, table)                      # (N, k)
+        self.own = Table(torch.cat([myself, others], 1), torch.cat([torch.zeros_like(empty[:, :1]), empty], 1))    # (N, k+1)
+        alone = empty.all(1)
+        empty[:, 0] &= ~alone                                           # the isolated spot keeps one place: itself
+        self.others = Table(others, empty)
 
 
 def softmax_over_table(scores, empty):
@@ -148,15 +170,43 @@ def softmax_over_table(scores, empty):
     return scores.softmax(-1)
 
 
-def weighted_neighbour_sum(values, table, weights):
-    """out[i, h] = sum_j weights[i, h, j] * values[table[i, j], h], as a weighted embedding bag over (N heads) rows.
+class WeightedNeighbourSum(torch.autograd.Function):
+    """out[i, h] = sum_j weights[i, h, j] * values[index[i, j], h], forward and backward as weighted embedding bags.
 
-    values (N, heads, d), table (N, k), weights (N, heads, k) -> (N, heads, d). The readable form, which the tests compare with, is
-    `torch.einsum("nhk,nkhd->nhd", weights, values[table])`; it builds an (N, k, heads, d) tensor, this does not.
+    The readable form, which the tests compare with, is `torch.einsum("nhk,nkhd->nhd", weights, values[index])`; it builds an
+    (N, k, heads, d) tensor, and its backward scatters one. Here the gradient of the values is the same sum over the reversed table
+    (every spot collects from those who chose it), so nothing is scattered and the order of additions is fixed.
     """
-    n, heads, d = values.shape
-    rows = table[:, None, :] * heads + torch.arange(heads, device=table.device)[:, None]    # (N, heads, k)
-    return F.embedding_bag(rows.flatten(0, 1), values.reshape(n * heads, d), per_sample_weights=weights.flatten(0, 1), mode="sum").view(n, heads, d)
+
+    @staticmethod
+    def forward(ctx, values, weights, table):
+        """values (N, heads, d), weights (N, heads, k), table Table -> (N, heads, d)."""
+        n, heads, d = values.shape
+        ctx.save_for_backward(values, weights)
+        ctx.table = table
+        rows = table.bags(heads)[0]
+        return F.embedding_bag(rows, values.reshape(n * heads, d), per_sample_weights=weights.reshape(rows.shape), mode="sum").view(n, heads, d)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, weights = ctx.saved_tensors
+        n, heads, d = values.shape
+        _, chosen_by, start, place = ctx.table.bags(heads)
+        grad, d_values, d_weights = grad.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            d_values = F.embedding_bag(chosen_by, grad.view(n * heads, d), start, mode="sum",
+                                       per_sample_weights=weights.flatten().index_select(0, place)).view(heads, n, d).transpose(0, 1)
+        if ctx.needs_input_grad[1]:
+            d_weights, flat = torch.empty_like(weights), values.flatten(1)
+            step = 512 if grad.device.type == "cpu" else n               # on a CPU a piece that stays in cache is twice as fast
+            for i in range(0, n, step):
+                index = ctx.table.index[i:i + step]
+                near = flat.index_select(0, index.flatten()).view(*index.shape, heads, d)            # (n', k, heads, d)
+                d_weights[i:i + step] = (near * grad[i:i + step, None]).sum(-1).transpose(1, 2)      # (n', heads, k)
+        return d_values, d_weights, None
+
+
+weighted_neighbour_sum = WeightedNeighbourSum.apply
 
 
 class GraphAttention(nn.Module):
@@ -179,9 +229,10 @@ class GraphAttention(nn.Module):
         """h (N, dim_in) -> (N, dim_out), alpha (N, heads, k+1)."""
         h = self.project(h).view(len(h), self.heads, -1)                # (N, heads, d)
         to, of = (h * self.u).sum(-1), (h * self.v).sum(-1)             # (N, heads) each
-        e = to.index_select(0, graph.own.flatten()).view(*graph.own.shape, self.heads).transpose(1, 2)    # (N, heads, k+1)
-        alpha = softmax_over_table(F.leaky_relu(e + of[:, :, None], 0.2), graph.own_empty)
-        out = weighted_neighbour_sum(h, graph.own, F.dropout(alpha, self.dropout, self.training))
+        index = graph.own.index                                         # (N, k+1)
+        e = to.index_select(0, index.flatten()).view(*index.shape, self.heads).transpose(1, 2)        # (N, heads, k+1)
+        alpha = softmax_over_table(F.leaky_relu(e + of[:, :, None], 0.2), graph.own.empty)
+        out = weighted_neighbour_sum(h, F.dropout(alpha, self.dropout, self.training), graph.own)
         return out.flatten(1) + self.bias, alpha                        # (N, dim_out)
 
 
@@ -196,10 +247,11 @@ class GraphConvolution(nn.Module):
 
     def forward(self, h, graph):
         """h (N, dim_in) -> (N, dim_out), weights (N, 1, k+1)."""
-        used = torch.ones_like(graph.own, dtype=h.dtype) if graph.own_empty is None else (~graph.own_empty).to(h.dtype)
+        index, empty = graph.own.index, graph.own.empty
+        used = torch.ones_like(index, dtype=h.dtype) if empty is None else (~empty).to(h.dtype)
         d = used.sum(1).rsqrt()                                         # (N,)
-        w = (used * d[:, None] * d[graph.own])[:, None]                 # (N, 1, k+1)
-        return weighted_neighbour_sum(self.project(h)[:, None], graph.own, w).squeeze(1) + self.bias, w    # (N, dim_out)
+        w = (used * d[:, None] * d[index])[:, None]                     # (N, 1, k+1)
+        return weighted_neighbour_sum(self.project(h)[:, None], w, graph.own).squeeze(1) + self.bias, w    # (N, dim_out)
 
 
 class GraphEncoder(nn.Module):
@@ -260,10 +312,10 @@ class CrossAttentionLayer(nn.Module):
         """z (N, dim) queries, s (N, dim) spatial embeddings -> (N, dim), alpha (N, heads, k)."""
         n, dim = z.shape
         q, key, value = (f(x).view(n, self.heads, -1) for f, x in ((self.query, z), (self.key, s), (self.value, s)))    # (N, heads, d)
-        near = key.flatten(1).index_select(0, graph.others.flatten()).view(n, -1, self.heads, q.shape[-1])              # (N, k, heads, d)
+        near = key.flatten(1).index_select(0, graph.others.index.flatten()).view(n, -1, self.heads, q.shape[-1])        # (N, k, heads, d)
         scores = torch.einsum("nhd,nkhd->nhk", q, near) / q.shape[-1] ** 0.5
-        alpha = softmax_over_table(scores, graph.others_empty)          # (N, heads, k)
-        a = weighted_neighbour_sum(value, graph.others, F.dropout(alpha, self.p, self.training)).flatten(1)             # (N, dim)
+        alpha = softmax_over_table(scores, graph.others.empty)          # (N, heads, k)
+        a = weighted_neighbour_sum(value, F.dropout(alpha, self.p, self.training), graph.others).flatten(1)             # (N, dim)
         z = self.norm1(z + self.drop(self.out(a)))
         return self.norm2(z + self.drop(self.ffn(z))), alpha
 

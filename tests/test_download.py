@@ -303,6 +303,14 @@ def expect_failure(server, tmp_path, route, name="file.csv", requests=None, matc
     return folder
 
 
+def test_bytes_beyond_the_declared_length_are_not_taken(server, tmp_path):
+    """Content-Length ends the answer: what follows it belongs to no file, and a known size tells that the file is longer."""
+    long = TEXT * 4
+    url = at(server, lambda handler: handler.reply(long, declared=len(long) - 100))
+    assert fetch(url, tmp_path / "f.csv", **FAST)["size"] == len(long) - 100
+    expect_failure(server, tmp_path, server.routes["/file.csv"], "long.csv", size=len(long), match="offers")
+
+
 def test_always_truncated(server, tmp_path):
     expect_failure(server, tmp_path, truncated(TEXT, 1000), requests=4, match="closed after 1000 of")
 

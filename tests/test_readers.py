@@ -39,7 +39,7 @@ def write_10x(path, dense, names=None, codes=None, ids=None, kind=None, dtype=np
     with h5py.File(path, "w") as handle:
         group = handle.create_group("matrix")
         group["barcodes"] = np.array(codes or barcodes(len(dense)), dtype="S")
-        group["data"], group["indices"], group["indptr"] = matrix.readers.astype(dtype), matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
+        group["data"], group["indices"], group["indptr"] = matrix.data.astype(dtype), matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
         group["shape"] = np.array(matrix.shape, dtype=np.int32)
         group["features/name"] = np.array(genes, dtype="S")
         group["features/id"] = np.array(ids or [f"ENSG{j:011d}" for j in range(len(genes))], dtype="S")
@@ -80,7 +80,7 @@ def test_dlpfc_folder(real_data, name, n_spots, n_genes, n_unlabelled, patient):
     assert slide.classes == ["Layer1", "Layer2", "Layer3", "Layer4", "Layer5", "Layer6", "WM"]
     with h5py.File(folder / "filtered_feature_bc_matrix.h5") as handle:
         assert slide.barcodes.tolist() == [b.decode() for b in handle["matrix/barcodes"]]
-        assert slide.counts.readers.sum() == handle["matrix/data"][()].sum()
+        assert slide.counts.data.sum() == handle["matrix/data"][()].sum()
     header, *rows = [line.split("\t") for line in (folder / "metadata.tsv").read_text().splitlines()]
     label = {row[0]: row[1 + header.index("layer_guess")] for row in rows}  # + 1: R row names have no header
     total = {row[0]: float(row[1 + header.index("sum_umi")]) for row in rows}
@@ -102,7 +102,7 @@ def test_real_matrix_equals_scanpy(real_data):
     assert (matrix != theirs.X.astype(np.int32)).nnz == 0
     theirs.var_names_make_unique()
     assert genes.tolist() == theirs.var_names.tolist() and codes.tolist() == theirs.obs_names.tolist()
-    assert matrix.dtype == np.int32 and matrix.has_canonical_format and matrix.readers.min() > 0
+    assert matrix.dtype == np.int32 and matrix.has_canonical_format and matrix.data.min() > 0
 
 
 # slice: spots, labelled, classes, as counted on the published annotation
