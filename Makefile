@@ -1,0 +1,73 @@
+# make help lists the targets. Every run is a file target: -j runs them in parallel, an interrupted sweep resumes.
+PY     ?= .venv/bin/python
+DATA   ?= datasets/dlpfc
+RUNS   ?= runs
+SEEDS  ?= 0 1 2
+SPLITS ?= random blocks slice
+MODELS ?= full-cross full-gated concat gat_only gcn_only gcn_full-cross expr_only
+FOLDS  ?= 0 1 2 3 4
+LAUNCH ?=
+
+SLICES ?= $(sort $(patsubst $(DATA)/%/spatial,%,$(wildcard $(DATA)/*/spatial)) $(patsubst $(DATA)/%.h5ad,%,$(wildcard $(DATA)/*.h5ad)))
+ALL_12 := 151507 151508 151509 151510 151669 151670 151671 151672 151673 151674 151675 151676
+slices := $(or $(strip $(SLICES)),$(ALL_12))
+name   := $(notdir $(patsubst %/,%,$(DATA)))
+stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
+
+.PHONY: help test demo reproduce-dlpfc sweep clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+.venv/.stamp: requirements.txt
+	test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/.stamp-dev: requirements-dev.txt .venv/.stamp
+	.venv/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+test: $(if $(stamp),.venv/.stamp-dev)  ## the whole test suite (finds real data through PLAINST_DATA)
+	$(PY) -m pytest -q
+
+demo: $(stamp)  ## no download, no GPU: simulate a small cortex, run every method, print the table, write runs/demo/report.png
+	rm -rf $(RUNS)/demo
+	$(PY) simulate.py cortex $(RUNS)/demo/data --n_spots 1000 --n_genes 500 --n_slices 2
+	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/demo/data RUNS=$(RUNS)/demo SLICES="sim1 sim2" SEEDS=0 FOLDS=0 MODELS="full-cross gcn_only expr_only"
+
+# $(call siblings,slice): the other slices of its donor that are there; a name outside the DLPFC set takes all the others.
+donors   := 151507+151508+151509+151510 151669+151670+151671+151672 151673+151674+151675+151676
+donor    = $(subst +, ,$(foreach d,$(donors),$(if $(findstring $(1),$(d)),$(d))))
+siblings = $(filter-out $(1),$(if $(strip $(call donor,$(1))),$(filter $(call donor,$(1)),$(slices)),$(slices)))
+empty :=
+space := $(empty) $(empty)
+plus  = $(subst $(space),+,$(strip $(1)))
+comma := ,
+
+# One rule a run: $(1) slice, $(2) folder of the variant, $(3) model (mode or mode-fusion), $(4) flags of the split, $(5) seed
+define a_run
+runs_wanted += $(RUNS)/gat_fusion/$(name)/$(1)/$(2)-$(3)/seed$(5)/run.json
+$(RUNS)/gat_fusion/$(name)/$(1)/$(2)-$(3)/seed$(5)/run.json: | $(stamp) $(DATA)
+	$(LAUNCH) $(PY) gat_fusion.py --data $(DATA) --slice $(1) $(4) --mode $(firstword $(subst -, ,$(3)))$(addprefix $(space)--fusion ,$(word 2,$(subst -, ,$(3)))) --seed $(5) --runs $(RUNS)
+endef
+$(foreach s,$(slices),$(foreach m,$(MODELS),$(foreach k,$(SEEDS),\
+  $(if $(filter random,$(SPLITS)),$(eval $(call a_run,$(s),random,$(m),--split random,$(k))))\
+)))
+$(foreach s,$(slices),$(foreach k,$(SEEDS),\
+  $(if $(filter blocks,$(SPLITS)),$(foreach f,$(FOLDS),$(eval $(call a_run,$(s),blocks$(f),full-cross,--split blocks --fold $(f),$(k)))))\
+  $(if $(filter slice,$(SPLITS)),$(if $(call siblings,$(s)),\
+    $(eval $(call a_run,$(s),slice-$(call plus,$(call siblings,$(s))),full-cross,--split slice --train $(subst $(space),$(comma),$(strip $(call siblings,$(s)))),$(k)))))\
+))
+
+$(DATA):
+	$(PY) download.py dlpfc --out $(DATA)
+
+sweep: $(runs_wanted)
+	$(PY) report.py --runs $(RUNS) --data $(name)
+
+reproduce-dlpfc: sweep  ## DATA= SLICES="151673 ..." SEEDS="0 1 2" MODELS= SPLITS= LAUNCH="srun --gres=gpu:1": every model, split and slice, then the table
+
+clean:  ## delete the virtual environment and caches, keep runs and data
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__

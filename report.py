@@ -1,0 +1,142 @@
+"""runs/ -> the comparison table (Markdown) and its figure. Reads run records only, never a model.
+
+    python report.py --runs runs [--data dlpfc] [--out runs/report]
+
+Every cell is the median over the runs of that row (folds and seeds) with their minimum and maximum; nothing is a best of anything.
+"""
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from data import DataError  # noqa: E402
+from run import cli, write_atomically  # noqa: E402
+
+# Seed-time README of the released system: mean +- std over 12 slices, all genes, one seed, random split. Shown for context.
+PUBLISHED = {"full-cross": ".928 +- .022", "full-gated": ".920 +- .027", "concat": ".917 +- .026", "gat_only": ".919 +- .029", "gcn_only": ".922 +- .027",
+             "expr_only": ".356 +- .068", "multimodal-cross": ".928 +- .023"}
+SHOWN = ("accuracy", "macro_f1", "kappa_quadratic", "log_loss", "boundary_accuracy")
+BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr")
+
+
+def read_runs(folder):
+    """List of run records below `folder`. Raises DataError if there is none or one is not readable."""
+    records = []
+    for path in sorted(Path(folder).rglob("run.json")):
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise DataError(f"{path} is not a run record ({error}): delete it and run again") from error
+        method, data, part, variant = path.relative_to(folder).parts[-6:-2] if len(path.relative_to(folder).parts) >= 6 else ("", "", "", "")
+        record |= {"method": method or record["method"], "data": data, "part": part, "variant": variant}
+        records.append(record)
+    if not records:
+        raise DataError(f"{folder} holds no run record (run.json): run a method first, for example make demo")
+    return records
+
+
+def rows_of(records):
+    """{(split, leaks): {row name: {slice: [metrics of every run]}}}, the baselines as rows of their own, once per split and slice."""
+    table, seen = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), set()
+    for r in records:
+        if r["split"] is None:
+            continue
+        group, variant = (r["split"]["name"], r["split"]["leaks_position"]), r["variant"]
+        prefix, name = variant.split("-", 1)
+        name = name.split("-", 1)[1] if prefix in ("slice", "donor") else name      # after the split stands the training slices' names
+        for baseline, values in r["baselines"].items():
+            key = (group, r["part"], r["split"]["detail"], baseline)
+            if key not in seen:                                        # the same numbers stand in every run of this split
+                seen.add(key)
+                table[group][baseline][r["part"]].append(values)
+        if name not in BASELINES:
+            table[group][name][r["part"]].append(r["metrics"])
+    return table
+
+
+def cell(values):
+    """`median (min-max)` of the numbers that are there, or a dash."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    return f"{statistics.median(values):.3f}" + (f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else "")
+
+
+def ordered(rows):
+    """Baselines first, then the models by name."""
+    return sorted(rows, key=lambda name: (BASELINES.index(name) if name in BASELINES else len(BASELINES), name))
+
+
+def markdown(records):
+    """The tables as one Markdown text: per split, rows = baselines and models, columns = ARI per slice, then other scores over all slices."""
+    out = []
+    for (split, leaks), rows in sorted(rows_of(records).items()):
+        slices = sorted({s for row in rows.values() for s in row})
+        out += [f"\n### Split `{split}`" + (" - leaks position" if leaks else " - does not leak position"), "",
+                "| model | " + " | ".join(f"ARI {s}" for s in slices) + " | " + " | ".join(SHOWN) + " | ARI gain over coords_knn | runs | published ARI |",
+                "|---" * (len(slices) + len(SHOWN) + 4) + "|"]
+        for name in ordered(rows):
+            every = [m for runs in rows[name].values() for m in runs]
+            columns = [cell([m["ari"] for m in rows[name].get(s, [])]) for s in slices]
+            columns += [cell([statistics.median(m[k] for m in every if m.get(k) is not None)]) if any(m.get(k) is not None for m in every) else "-" for k in SHOWN]
+            published = PUBLISHED.get(name, "") if split == "random" else ""
+            out.append(f"| {name} | " + " | ".join([*columns, cell([m.get("gain_over_coords_knn") for m in every]), str(len(every)), published]) + " |")
+    first = records[0]
+    commits = sorted({r["git_commit"][:9] for r in records})
+    out += ["", f"Median (min-max) over folds and seeds; {len(records)} runs, commit {', '.join(commits)}, torch {first['versions']['torch']}, {first['device']}; "
+            f"run time median {statistics.median(r['seconds'] for r in records):.0f} s, peak memory {max(r['peak_rss_mb'] for r in records)} MB. "
+            "Published: 12 slices, all genes, one seed, random split; not the same genes as here unless all genes were downloaded."]
+    return "\n".join(out).strip() + "\n"
+
+
+def draw(records):
+    """Dots of ARI: one panel per split, one line per row, one dot per run; the coordinates-only kNN's median is the dashed line."""
+    tables = sorted(rows_of(records).items())
+    figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 1.2 + 0.32 * max(len(rows) for _, rows in tables)), squeeze=False)
+    for axis, ((split, leaks), rows) in zip(axes[0], tables):
+        names = ordered(rows)[::-1]
+        slices = sorted({s for row in rows.values() for s in row})
+        for y, name in enumerate(names):
+            for i, s in enumerate(slices):
+                dots = [m["ari"] for m in rows[name].get(s, [])]
+                axis.scatter(dots, [y] * len(dots), s=22, alpha=0.75, color=plt.get_cmap("tab10")(i % 10), label=s if y == 0 else None, linewidths=0)
+        floor = [m["ari"] for runs in rows.get("coords_knn", {}).values() for m in runs]
+        if floor:
+            axis.axvline(statistics.median(floor), ls="--", color="0.5", lw=1)
+        axis.set(yticks=range(len(names)), yticklabels=names, xlabel="ARI on test spots", xlim=(-0.05, 1.02))
+        axis.set_title(f"{split} ({'leaks position' if leaks else 'no position leak'})", fontsize=10)
+        axis.grid(axis="x", color="0.92")
+    axes[0][0].legend(fontsize=7, loc="upper left")
+    figure.tight_layout()
+    return figure
+
+
+def main(argv=None):
+    """Print the table, write <out>.md and <out>.png."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--runs", default="runs", help="folder of the run records")
+    parser.add_argument("--data", default="", help="only the records of this data set, e.g. dlpfc")
+    parser.add_argument("--out", default="", help="where to write, without ending; empty: <runs>/report")
+    flags = parser.parse_args(argv)
+    records = [r for r in read_runs(flags.runs) if flags.data in ("", r["data"])]
+    if not any(r["split"] for r in records):
+        raise DataError(f"{flags.runs} holds no scored run of {flags.data or 'any data set'}: check --data")
+    out, text = Path(flags.out or Path(flags.runs) / "report"), markdown(records)
+    try:
+        write_atomically(out.with_suffix(".md"), lambda f: f.write(text.encode()))
+        write_atomically(out.with_suffix(".png"), lambda f: draw(records).savefig(f, dpi=120, format="png"))
+    except OSError as error:
+        raise DataError(f"cannot write {out}.md ({error.strerror}): choose another place with --out") from error
+    print(text)
+    print(out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)
