@@ -14,7 +14,7 @@ slices := $(or $(strip $(SLICES)),$(ALL_12))
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep clean
+.PHONY: help test demo reproduce-dlpfc sweep floors bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -68,6 +68,12 @@ sweep: $(runs_wanted)
 	$(PY) report.py --runs $(RUNS) --data $(name)
 
 reproduce-dlpfc: sweep  ## DATA= SLICES="151673 ..." SEEDS="0 1 2" MODELS= SPLITS= LAUNCH="srun --gres=gpu:1": every model, split and slice, then the table
+
+floors:  ## coordinates-only scores, no gene: make floors DATA=<folder of slices, labels are enough>
+	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0
+
+bench: $(if $(stamp),.venv/.stamp-dev)  ## graph attention against torch_geometric
+	$(PY) tests/bench_attention.py
 
 clean:  ## delete the virtual environment and caches, keep runs and data
 	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -679,6 +679,8 @@ def main(argv=None):
         arrays |= {name: value[here] for name, value in extra.items()}
         files["model.pt"] = lambda f: torch.save(checkpoint(task, model), f)
     found = score(task, p, distance)
+    if history is not None and task.split.val.any():
+        found["val_ari"] = history[:, 1].max()                          # for choices between flags: never the test score
     found |= {f"gain_over_{name}": found["ari"] - others[name]["ari"] for name in others}
     print(line(config.mode, found) + f"  gain over coords_knn {found['gain_over_coords_knn']:+.3f}, coords_rbf {found['gain_over_coords_rbf']:+.3f}")
     arrays |= {"prob": p[here], "pred": p[here].argmax(1), "coords_knn": prob["coords_knn"][here].argmax(1)}

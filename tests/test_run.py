@@ -1,0 +1,120 @@
+"""run: flags, records, atomic writes, errors."""
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import run
+from conftest import ROOT
+
+
+@dataclass
+class Flags(run.Config):
+    """Flags of a toy method."""
+
+    rate: float = 0.5
+    """share of spots, in % of
+    all"""
+    kind: Literal["a", "b"] = "a"
+    "which"
+    fast: bool = False
+    "skip the slow part"
+
+
+def test_flags_come_from_the_dataclass(capsys):
+    flags = run.parse(Flags, ["--rate", "0.25", "--kind", "b", "--fast", "--slice", "x", "--no-deterministic"])
+    assert (flags.rate, flags.kind, flags.fast, flags.slice, flags.deterministic, flags.seed) == (0.25, "b", True, "x", False, 0)
+    with pytest.raises(SystemExit) as stop:
+        run.parse(Flags, ["--kind", "c"])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit):
+        run.parse(Flags, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "share of spots, in % of all (default: 0.5)" in text and "seed of initialisation and training" in text
+
+
+def finished(tmp_path, **more):
+    record = run.Run("toy", Flags(data=str(tmp_path / "sim.h5ad"), seed=3, runs=str(tmp_path / "runs"), device="cpu"), "s1", "plain")
+    return record, record.finish({"ari": np.float32(0.5), "nan": float("nan")}, {"majority": {"ari": 0}}, {"x": np.arange(3)}, 7,
+                                 data.Split("random", *np.zeros((3, 2), bool), True, "why"), "abc", **more)
+
+
+def test_record(tmp_path, capsys):
+    _, path = finished(tmp_path, files={"model.pt": lambda f: torch.save({"w": torch.ones(2)}, f)}, epochs=4)
+    assert path == tmp_path / "runs" / "toy" / "sim" / "s1" / "plain" / "seed3" / "run.json"
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(path)
+    record = json.loads(path.read_text())
+    assert record["metrics"] == {"ari": 0.5, "nan": None} and record["baselines"] == {"majority": {"ari": 0}} and record["epochs"] == 4
+    assert record["split"] == {"name": "random", "leaks_position": True, "detail": "why"} and record["config"]["rate"] == 0.5
+    assert record["n_params"] == 7 and record["data_checksum"] == "abc" and record["versions"]["torch"] == torch.__version__
+    assert sorted(p.name for p in path.parent.iterdir()) == ["arrays.npz", "model.pt", "run.json"]
+
+
+def test_nothing_is_written_before_the_end_and_json_comes_last(tmp_path):
+    def broken(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(data.DataError, match="No space left"):
+        finished(tmp_path, files={"model.pt": broken})
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_write_atomically_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a"
+    run.write_atomically(path, lambda f: f.write(b"old"))
+
+    def broken(file):
+        file.write(b"ne")
+        raise ValueError("stop")
+    with pytest.raises(ValueError, match="stop"):
+        run.write_atomically(path, broken)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_seeds_and_device():
+    run.seed_everything(5)
+    a = torch.rand(3), np.random.rand(3)
+    run.seed_everything(5)
+    assert torch.equal(a[0], torch.rand(3)) and np.array_equal(a[1], np.random.rand(3))
+    assert run.pick_device("cpu").type == "cpu"
+    with pytest.raises(data.DataError, match="--device auto"):
+        run.pick_device("nonsense")
+
+
+def test_errors_are_one_sentence_and_status_2(capsys):
+    def main(argv):
+        raise data.DataError("a.h5 is bad: get another")
+    with pytest.raises(SystemExit) as stop:
+        run.cli(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: a.h5 is bad: get another\n"
+
+
+def test_unwritable_runs_folder(tmp_path):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with pytest.raises(data.DataError, match="--runs"):
+        finished(tmp_path)
+
+
+def test_scripts_import_nothing_of_each_other():
+    """The method files import only data, metrics and run; data imports the readers only."""
+    import ast
+    ours = {p.stem for p in ROOT.glob("*.py")}
+    allowed = {"gat_fusion": {"data", "metrics", "run"}, "data": {"readers"}, "readers": set(), "metrics": set(), "run": {"data"},
+               "report": {"data", "run"}, "simulate": {"data"}, "download": {"data", "run"}}
+    for name, floor in allowed.items():
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        used = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        used |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert used & ours <= floor, name
+    assert ours == set(allowed)
+
+
+def test_runs_from_another_folder(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "gat_fusion.py"), "--data", "none"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
