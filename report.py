@@ -84,13 +84,14 @@ def markdown(records):
         for name in ordered(rows):
             every = [m for runs in rows[name].values() for m in runs]
             columns = [cell([m["ari"] for m in rows[name].get(s, [])]) for s in slices]
-            columns += [cell([statistics.median(m[k] for m in every if m.get(k) is not None)]) if any(m.get(k) is not None for m in every) else "-" for k in SHOWN]
+            known = {k: [m[k] for m in every if m.get(k) is not None] for k in SHOWN}
+            columns += [f"{statistics.median(known[k]):.3f}" if known[k] else "-" for k in SHOWN]
             published = PUBLISHED.get(name, "") if split == "random" else ""
             out.append(f"| {name} | " + " | ".join([*columns, cell([m.get("gain_over_coords_knn") for m in every]), str(len(every)), published]) + " |")
     first = records[0]
     commits = sorted({r["git_commit"][:9] for r in records})
-    out += ["", f"Median (min-max) over folds and seeds; {len(records)} runs, commit {', '.join(commits)}, torch {first['versions']['torch']}, {first['device']}; "
-            f"run time median {statistics.median(r['seconds'] for r in records):.0f} s, peak memory {max(r['peak_rss_mb'] for r in records)} MB. "
+    out += ["", f"Median (min-max) over folds and seeds; {len(records)} runs, commit {', '.join(commits)}, torch {first['versions']['torch']}, "
+            f"{first['device']}; run time median {statistics.median(r['seconds'] for r in records):.0f} s, peak memory {max(r['peak_rss_mb'] for r in records)} MB. "
             "Published: 12 slices, all genes, one seed, random split; not the same genes as here unless all genes were downloaded."]
     return "\n".join(out).strip() + "\n"
 

@@ -284,7 +284,8 @@ SMALL = ("--epochs", 2, "--dim", 16, "--hidden", 16)
 
 
 @pytest.mark.parametrize("flags", [
-    ("--mode", "full"), ("--mode", "full", "--fusion", "gated"), ("--mode", "multimodal"), ("--mode", "img_expr"), ("--mode", "coords_knn"), ("--mode", "smoothed_lr"),
+    ("--mode", "full"), ("--mode", "full", "--fusion", "gated"), ("--mode", "multimodal"), ("--mode", "img_expr"),
+    ("--mode", "coords_knn"), ("--mode", "smoothed_lr"),
     ("--split", "blocks", "--buffer", 2), ("--split", "slice"), ("--split", "donor"), ("--mode", "gcn_only", "--split", "slice", "--train", "s2")])
 def test_end_to_end(cortex, tmp_path, capsys, flags):
     assert program("--data", cortex, "--slice", "s1", "--runs", tmp_path, "--cache", tmp_path / "cache", *SMALL, *flags) == 0
