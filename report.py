@@ -91,7 +91,8 @@ def markdown(records):
     first = records[0]
     commits = sorted({r["git_commit"][:9] for r in records})
     out += ["", f"Median (min-max) over folds and seeds; {len(records)} runs, commit {', '.join(commits)}, torch {first['versions']['torch']}, "
-            f"{first['device']}; run time median {statistics.median(r['seconds'] for r in records):.0f} s, peak memory {max(r['peak_rss_mb'] for r in records)} MB. "
+            f"{first['device']}; run time median {statistics.median(r['seconds'] for r in records):.0f} s, "
+            f"peak memory {max(r['peak_rss_mb'] for r in records)} MB. "
             "Published: 12 slices, all genes, one seed, random split; not the same genes as here unless all genes were downloaded."]
     return "\n".join(out).strip() + "\n"
 
