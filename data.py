@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def normalise_log1p(counts, library_size=None, target_sum=1e4):
 def mean_var(x):
     """Column means and unbiased variances of a sparse (N, G) matrix in float64, without densifying: (G,), (G,)."""
     n = x.shape[0]
+    x = x.astype(np.float64) if x.dtype.kind in "iu" else x             # squares of 32-bit counts overflow from 46,341 on
     mean = np.asarray(x.mean(0, dtype=np.float64)).ravel()
     square = np.asarray(x.multiply(x).sum(0, dtype=np.float64)).ravel() / n
     return mean, np.maximum(square - mean**2, 0) * n / max(n - 1, 1)
@@ -310,11 +312,14 @@ class Split:
 
 def random_split(labels, seed=42):
     """The published split: labelled spots 60/20/20, stratified, spots drawn at random inside one slice. It leaks position:
-    about 60 % of a test spot's neighbours are training spots. Raises DataError with fewer than two classes of five spots."""
+    about 60 % of a test spot's neighbours are training spots. Raises DataError with fewer than two classes, or too few spots of one."""
     rows = np.flatnonzero(labels >= 0)
     check_labels(labels)
-    train, rest = train_test_split(rows, train_size=0.6, stratify=labels[rows], random_state=seed)
-    val, test = train_test_split(rest, train_size=0.5, stratify=labels[rest], random_state=seed)
+    try:
+        train, rest = train_test_split(rows, train_size=0.6, stratify=labels[rows], random_state=seed)
+        val, test = train_test_split(rest, train_size=0.5, stratify=labels[rest], random_state=seed)
+    except ValueError as error:
+        raise DataError(f"the labels cannot be split 60/20/20 within each class ({error}): drop or merge classes of fewer than five spots") from error
     return Split("random", *(_mask(r, len(labels)) for r in (train, val, test)), True, f"60/20/20 stratified, seed {seed}")
 
 
@@ -405,18 +410,23 @@ def global_labels(slides):
 
 def read_embedding(path, slide):
     """(N, D) float32 frozen vectors of a slide's spots: .npz with `embedding` and `barcodes` (joined by barcode), or .npy in row order."""
-    path = Path(path)
+    path, names = Path(path), None
     try:
-        loaded = np.load(path, allow_pickle=False)
-        values, names = (loaded["embedding"], loaded["barcodes"].astype(str)) if path.suffix == ".npz" else (loaded, None)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        with open(path, "rb") as file:
+            values = np.load(file, allow_pickle=False)
+            if not isinstance(values, np.ndarray):                       # an .npz by content, whatever its name
+                values, names = values["embedding"], values["barcodes"].astype(str)
+            finite = bool(np.isfinite(values).all())
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path} holds no embedding ({error}): give .npy (N, D), or .npz with `embedding` (N, D) and `barcodes` (N,)") from error
-    if values.ndim != 2 or not np.isfinite(values).all():
+    if values.ndim != 2 or not finite:
         raise DataError(f"{path} has shape {values.shape} or NaN values: an embedding is a finite (N, D) array")
     if names is None:
         if len(values) != slide.n_spots:
             raise DataError(f"{path} has {len(values)} rows, slide {slide.sample} {slide.n_spots} spots: save an .npz with `barcodes` to join by name")
         return values.astype(np.float32)
+    if names.shape != (len(values),):
+        raise DataError(f"{path} has {len(values)} vectors but barcodes of shape {names.shape}: save one barcode per row")
     row = {b: i for i, b in enumerate(names)}
     missing = [b for b in slide.barcodes if b not in row]
     if missing:
@@ -445,7 +455,7 @@ HAEMATOXYLIN_EOSIN = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])  # optic
 
 
 def handmade_descriptor(patches):
-    """(n, h, w, 3) uint8 -> (n, 43) float32 colour and texture statistics: RGB, haematoxylin and eosin density, gradients at two scales."""
+    """(n, h, w, 3) uint8 -> (n, 42) float32 colour and texture statistics: RGB, haematoxylin and eosin density, gradients at two scales."""
     rgb = patches.astype(np.float32) / 255
     density = -np.log(np.maximum(rgb, 1 / 255))                          # (n, h, w, 3)
     stains = density @ np.linalg.pinv(HAEMATOXYLIN_EOSIN).astype(np.float32)    # (n, h, w, 2)
@@ -506,14 +516,14 @@ def image_features(slide, encoder="handmade", crop_um=310.0, cache=None, device=
     """(N, D) float32 frozen image features around each spot.
 
     encoder: `handmade`, a Hugging Face name, or a .npy / .npz file. The slide's own patches are used where it has them, else crops of
-    `crop_um` from its image. Cached as an .npz under `cache`, keyed by image, positions, encoder and crop.
+    `crop_um` from its image. Cached as an .npz under `cache`, keyed by image, its scale, positions, encoder and crop.
     """
     if Path(encoder).suffix in (".npy", ".npz"):
         return read_embedding(encoder, slide)
     if slide.patches is None:
         crops(slide, np.arange(1), crop_um)                              # complain before the encoder is loaded
     seen = slide.patches[0] if slide.patches is not None else slide.image
-    key = hashlib.sha256(repr((encoder, crop_um, slide.sample, slide.n_spots)).encode())
+    key = hashlib.sha256(repr((encoder, crop_um, slide.image_scale, slide.um_per_px, slide.sample, slide.n_spots)).encode())
     for part in (np.ascontiguousarray(seen), np.ascontiguousarray(slide.xy)):
         key.update(part.tobytes())
     path = None if cache is None else Path(cache) / f"{slide.sample}-{key.hexdigest()[:16]}.npz"

@@ -754,7 +754,7 @@ def draw(record, slide, arrays, history):
     axes[-1].scatter(*xy[arrays["test"]].T, s=size, color="0.65", linewidths=0)
     axes[-1].scatter(*xy[wrong].T, s=size * 1.5, color="crimson", linewidths=0)
     axes[-1].set_title(f"errors: {wrong.sum()} of {arrays['test'].sum()} test spots")
-    axes[0].legend(markerscale=4, fontsize=7, loc="lower left", framealpha=0.6)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="lower center", ncols=len(arrays["classes"]), markerscale=4, frameon=False)
     for axis in axes:
         axis.set(aspect="equal", xticks=[], yticks=[])
         axis.invert_yaxis()

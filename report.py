@@ -114,8 +114,8 @@ def draw(records):
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel="ARI on test spots", xlim=(-0.05, 1.02))
         axis.set_title(f"{split} ({'leaks position' if leaks else 'no position leak'})", fontsize=10)
         axis.grid(axis="x", color="0.92")
-    axes[0][0].legend(fontsize=7, loc="upper left")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=8, frameon=False)
     return figure
 
 
