@@ -10,6 +10,7 @@ import csv
 import functools
 import hashlib
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -436,7 +437,7 @@ def load_visium(folder, counts: bool = True, labels=None) -> Slide:
     else metadata.tsv, else the positions file. `labels`: a two-column CSV/TSV (barcode, label), metadata.tsv or barcode_level_layer_map.tsv; without
     it the latter two are looked for. Raises DataError for any file that is missing, damaged or of another slide.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.abspath(folder))                               # a linked slice keeps the name of the link
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a Space Ranger output folder")
     sample = folder.parent.name if folder.name == "outs" else folder.name

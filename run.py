@@ -41,7 +41,7 @@ class Config:
     seed: int = 0
     "seed of initialisation and training"
     device: str = "auto"
-    "auto, cpu, cuda, cuda:1, mps"
+    "auto (cuda where there is one), cpu, cuda, cuda:1"
     threads: int = 0
     "CPU threads; 0 leaves torch's default"
     deterministic: bool = True
@@ -87,9 +87,9 @@ def seed_everything(seed, deterministic=True):
 
 
 def pick_device(name="auto"):
-    """`auto` -> cuda, else mps, else cpu. Raises DataError for a device that is not there."""
+    """`auto` -> cuda where there is one, else cpu. Raises DataError for a device that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -106,13 +106,14 @@ def progress(iterable, desc, **kwargs):
 class Run:
     """One run: `runs/<method>/<data>/<slice or fold>/<variant>/seed<k>/` with run.json, arrays.npz and figures.
 
-    Creating it seeds everything and chooses the device; nothing is written before `finish`, so a run that fails leaves no record.
+    `start` is the time.perf_counter() from which `seconds` counts, to take in the reading of files. Creating it seeds everything and
+    chooses the device; nothing is written before `finish`, so a run that fails leaves no record.
     """
 
-    def __init__(self, method, config, part, variant):
-        self.method, self.config, self.start = method, config, time.perf_counter()
-        name = Path(config.data).resolve().name
-        self.folder = Path(config.runs) / method / Path(name).stem / part / variant / f"seed{config.seed}"
+    def __init__(self, method, config, part, variant, start=None):
+        self.method, self.config, self.start = method, config, time.perf_counter() if start is None else start
+        name = os.path.basename(os.path.abspath(config.data)).removesuffix(".h5ad")     # as given: a link keeps its own name
+        self.folder = Path(config.runs) / method / name / part / variant / f"seed{config.seed}"
         seed_everything(config.seed, config.deterministic)
         if config.threads:
             torch.set_num_threads(config.threads)
