@@ -1,20 +1,26 @@
-# make help lists the targets. Every run is a file target: -j runs them in parallel, an interrupted sweep resumes.
+# make help lists the targets. Every run is a file target: -j runs them in parallel, an interrupted sweep or download resumes.
 PY     ?= .venv/bin/python
 DATA   ?= datasets/dlpfc
 RUNS   ?= runs
 SEEDS  ?= 0 1 2
 SPLITS ?= random blocks slice
 MODELS ?= full-cross full-gated concat gat_only gcn_only gcn_full-cross expr_only
+HELD_OUT_MODELS ?= full-cross
 FOLDS  ?= 0 1 2 3 4
 LAUNCH ?=
 
-SLICES ?= $(sort $(patsubst $(DATA)/%/spatial,%,$(wildcard $(DATA)/*/spatial)) $(patsubst $(DATA)/%.h5ad,%,$(wildcard $(DATA)/*.h5ad)))
+$(foreach v,DATA RUNS,$(if $(word 2,$($(v))),$(error $(v) is "$($(v))": make cannot handle spaces in a path, give one without (a link will do))))
 ALL_12 := 151507 151508 151509 151510 151669 151670 151671 151672 151673 151674 151675 151676
-slices := $(or $(strip $(SLICES)),$(ALL_12))
+here   := $(sort $(patsubst $(DATA)/%/spatial,%,$(wildcard $(DATA)/*/spatial)) $(patsubst $(DATA)/%.h5ad,%,$(wildcard $(DATA)/*.h5ad)))
+public := $(filter datasets/dlpfc,$(patsubst %/,%,$(DATA)))
+slices := $(or $(strip $(SLICES)),$(if $(public),$(ALL_12),$(here)))
+wanted := $(if $(public),$(filter-out $(here),$(slices)))
+# A mode that fuses has its fusion in the name of its run's folder.
+fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cross,$(m)))
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep floors bench clean
+.PHONY: help test demo reproduce-dlpfc sweep fetch floors bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -49,25 +55,27 @@ comma := ,
 # One rule a run: $(1) slice, $(2) folder of the variant, $(3) model (mode or mode-fusion), $(4) flags of the split, $(5) seed
 define a_run
 runs_wanted += $(RUNS)/gat_fusion/$(name)/$(1)/$(2)-$(3)/seed$(5)/run.json
-$(RUNS)/gat_fusion/$(name)/$(1)/$(2)-$(3)/seed$(5)/run.json: | $(stamp) $(DATA)
+$(RUNS)/gat_fusion/$(name)/$(1)/$(2)-$(3)/seed$(5)/run.json: | $(stamp) $(if $(wanted),fetch)
 	$(LAUNCH) $(PY) gat_fusion.py --data $(DATA) --slice $(1) $(4) --mode $(firstword $(subst -, ,$(3)))$(addprefix $(space)--fusion ,$(word 2,$(subst -, ,$(3)))) --seed $(5) --runs $(RUNS)
 endef
-$(foreach s,$(slices),$(foreach m,$(MODELS),$(foreach k,$(SEEDS),\
+$(foreach s,$(slices),$(foreach m,$(call fused,$(MODELS)),$(foreach k,$(SEEDS),\
   $(if $(filter random,$(SPLITS)),$(eval $(call a_run,$(s),random,$(m),--split random,$(k))))\
 )))
-$(foreach s,$(slices),$(foreach k,$(SEEDS),\
-  $(if $(filter blocks,$(SPLITS)),$(foreach f,$(FOLDS),$(eval $(call a_run,$(s),blocks$(f),full-cross,--split blocks --fold $(f),$(k)))))\
+$(foreach s,$(slices),$(foreach m,$(call fused,$(HELD_OUT_MODELS)),$(foreach k,$(SEEDS),\
+  $(if $(filter blocks,$(SPLITS)),$(foreach f,$(FOLDS),$(eval $(call a_run,$(s),blocks$(f),$(m),--split blocks --fold $(f),$(k)))))\
   $(if $(filter slice,$(SPLITS)),$(if $(call siblings,$(s)),\
-    $(eval $(call a_run,$(s),slice-$(call plus,$(call siblings,$(s))),full-cross,--split slice --train $(subst $(space),$(comma),$(strip $(call siblings,$(s)))),$(k)))))\
-))
+    $(eval $(call a_run,$(s),slice-$(call plus,$(call siblings,$(s))),$(m),--split slice --train $(subst $(space),$(comma),$(strip $(call siblings,$(s)))),$(k)))))\
+)))
 
-$(DATA):
-	$(PY) download.py dlpfc --out $(DATA)
+# Only asked for while slices of the public set are lacking. A file gets its name when it is whole, so an interrupted download goes on with the rest.
+fetch: | $(stamp)
+	$(PY) download.py dlpfc --slices $(subst $(space),$(comma),$(strip $(wanted))) --out $(DATA)
 
 sweep: $(runs_wanted)
+	@$(if $(strip $(slices)),,echo "error: DATA=$(DATA) holds no slice: give a folder of Visium folders or h5ad files, or leave DATA out for the public 12" >&2; exit 2)
 	$(PY) report.py --runs $(RUNS) --data $(name)
 
-reproduce-dlpfc: sweep  ## DATA= SLICES="151673 ..." SEEDS="0 1 2" MODELS= SPLITS= LAUNCH="srun --gres=gpu:1": every model, split and slice, then the table
+reproduce-dlpfc: sweep  ## MODELS on random spots, HELD_OUT_MODELS on blocks and slices, then the table; also DATA SLICES SEEDS SPLITS FOLDS LAUNCH
 
 floors:  ## coordinates-only scores, no gene: make floors DATA=<folder of slices, labels are enough>
 	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0

@@ -28,6 +28,7 @@ from readers import (  # noqa: F401 - the readers are part of this module's inte
     hest_genes,
     hest_samples,
     hest_split,
+    is_one_slide,
     list_slices,
     load_h5ad,
     load_hest,
@@ -226,14 +227,14 @@ def truncated_pca(x, n_components, fit_rows=None, seed=0):
 # Graphs: every graph is an (N, k) table of neighbour rows; -1 is "no neighbour"
 # ---------------------------------------------------------------------------------------------------------------------
 
-def knn_table(xy, k, query=None):
+def knn_table(xy, k, query=None, name=""):
     """Rows of the k nearest spots by KD-tree, nearest first, self excluded: (N, k) int64.
 
-    With `query` (M, 2): the nearest rows of `xy` to each query point, (M, k). Raises DataError with fewer than k + 1 (k) spots.
+    With `query` (M, 2): the nearest rows of `xy` to each query point, (M, k). Raises DataError, naming slide `name`, with fewer than k + 1 (k) spots.
     """
     need = k + 1 if query is None else k
     if len(xy) < need:
-        raise DataError(f"a graph with k = {k} needs at least {need} spots, this slide has {len(xy)}: choose a smaller k")
+        raise DataError(f"a graph with k = {k} needs at least {need} spots, {_called(name)} has {len(xy)}: choose a smaller k")
     tree = cKDTree(xy)
     if query is not None:
         return tree.query(query, k=np.arange(1, k + 1))[1].astype(np.int64)
@@ -323,12 +324,13 @@ def random_split(labels, seed=42):
     return Split("random", *(_mask(r, len(labels)) for r in (train, val, test)), True, f"60/20/20 stratified, seed {seed}")
 
 
-def block_split(labels, xy, fold=0, n_blocks=5, n_folds=5, buffer=3.0, pitch=None, seed=0, val=True):
+def block_split(labels, xy, fold=0, n_blocks=5, n_folds=5, buffer=3.0, pitch=None, seed=0, val=True, reach=0.0):
     """Whole n_blocks x n_blocks tiles of the tissue's bounding box are held out; training spots within `buffer` lattice pitches of a
     test spot are dropped. Tiles are dealt to folds at random; the next fold's tiles are for validation (`val`), also kept `buffer` from the test.
 
-    labels (N,) int, xy (N, 2) px, pitch px (median nearest-neighbour distance where None). Does not leak position if the buffer is
-    at least the model's receptive field.
+    labels (N,) int, xy (N, 2) px, pitch px (median nearest-neighbour distance where None). `reach` is the model's receptive field in pitches: the
+    split leaks position where the buffer is 0 or smaller than that. No buffer lies between training and validation spots. Raises DataError where
+    the test, the validation (if asked for) or all but one training class would be empty.
     """
     check_labels(labels)
     if not 0 <= fold < n_folds:
@@ -345,37 +347,56 @@ def block_split(labels, xy, fold=0, n_blocks=5, n_folds=5, buffer=3.0, pitch=Non
     pitch = pitch or lattice_pitch(xy)
     near = cKDTree(xy[test]).query(xy)[0] <= buffer * pitch + 1e-6 if buffer > 0 else np.zeros(len(xy), bool)
     detail = f"fold {fold} of {n_folds}, {n_blocks} x {n_blocks} blocks, buffer {buffer:g} pitches, seed {seed}"
-    split = Split("blocks", train & ~near, validate & ~near, test, buffer <= 0, detail)
+    split = Split("blocks", train & ~near, validate & ~near, test, buffer <= 0 or buffer < reach, detail)
     if len(np.unique(labels[split.train])) < 2:
         raise DataError(f"the buffer of {buffer:g} pitches leaves fewer than two classes to train on: choose a smaller buffer or more blocks")
+    if val and not split.val.any():
+        raise DataError(f"fold {fold} of the {n_blocks} x {n_blocks} blocks with a buffer of {buffer:g} pitches leaves no labelled spot for validation: "
+                        "choose a smaller buffer, more blocks or another fold")
     return split
 
 
 def holdout_split(slides, labels, name="slice", seed=0, n_blocks=5):
     """Slide 0 is scored, the others train; a fifth of their n_blocks x n_blocks tiles is for validation. labels (N,) stacked over slides.
 
-    `slice` leaks position where the slides are of the scored slide's donor: neighbouring sections are near copies. `donor` does not.
+    `slice` leaks position where a slide is, or may be (patient unknown), of the scored slide's donor: neighbouring sections are near copies.
+    `donor` does not; it raises DataError unless every slide's patient is known.
     """
-    check_labels(labels)
+    if name == "donor":
+        check_donors(slides)
     start = np.cumsum([0] + [s.n_spots for s in slides])
+    for s, a, b in zip(slides, start, start[1:]):
+        check_labels(labels[a:b], s.sample)
     train, val = np.zeros(len(labels), bool), np.zeros(len(labels), bool)
     for i in range(1, len(slides)):
         rows = slice(start[i], start[i + 1])
         part = block_split(labels[rows], slides[i].xy, 0, n_blocks, buffer=0.0, seed=seed, val=False)
         train[rows], val[rows] = part.train, part.test
     test = (labels >= 0) & (np.arange(len(labels)) < start[1])
-    same = any(s.patient == slides[0].patient for s in slides[1:])
+    same = any(s.patient == slides[0].patient or not s.patient for s in slides[1:]) or not slides[0].patient
     detail = f"{slides[0].sample} held out, trained on {', '.join(s.sample for s in slides[1:])}, a fifth of their blocks for validation"
     return Split(name, train, val, test, same, detail)
 
 
-def check_labels(labels):
-    """Raise DataError unless at least two classes have labelled spots."""
+def check_labels(labels, name=""):
+    """Raise DataError, naming slide `name`, unless at least two classes have labelled spots."""
     present = np.unique(labels[labels >= 0])
     if len(present) == 0:
-        raise DataError("this slide has no labels: give metadata.tsv, barcode_level_layer_map.tsv or a two-column CSV with --labels")
+        raise DataError(f"{_called(name)} has no labels: give metadata.tsv, barcode_level_layer_map.tsv or a two-column CSV with --labels")
     if len(present) == 1:
-        raise DataError("this slide has one class only: a classifier needs at least two")
+        raise DataError(f"{_called(name)} has one class only: a classifier needs at least two, add labels or choose another slide")
+
+
+def check_donors(slides):
+    """Raise DataError, naming the slide, unless every slide's patient is known."""
+    for slide in slides:
+        if not slide.patient:
+            raise DataError(f"slide {slide.sample} names no patient, so donors cannot be told apart: add `subject` to its metadata.tsv "
+                            "(h5ad: obs column `patient`), or use --split slice with --train")
+
+
+def _called(name):
+    return f"slide {name}" if name else "this slide"
 
 
 def lattice_pitch(xy):
@@ -409,8 +430,11 @@ def global_labels(slides):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def read_embedding(path, slide):
-    """(N, D) float32 frozen vectors of a slide's spots: .npz with `embedding` and `barcodes` (joined by barcode), or .npy in row order."""
-    path, names = Path(path), None
+    """(N, D) float32 frozen vectors of a slide's spots: .npz with `embedding` and `barcodes` (joined by barcode), or .npy in row order.
+
+    `{slice}` in the path stands for the slide's sample name. Raises DataError for a file that is damaged or does not fit the slide.
+    """
+    path, names = slice_path(path, slide), None
     try:
         with open(path, "rb") as file:
             values = np.load(file, allow_pickle=False)
@@ -428,10 +452,18 @@ def read_embedding(path, slide):
     if names.shape != (len(values),):
         raise DataError(f"{path} has {len(values)} vectors but barcodes of shape {names.shape}: save one barcode per row")
     row = {b: i for i, b in enumerate(names)}
+    if len(row) < len(names):
+        twice = next(b for i, b in enumerate(names) if row[b] != i)
+        raise DataError(f"{path} has {len(names) - len(row)} duplicate barcodes ({twice} ...): save one row per barcode")
     missing = [b for b in slide.barcodes if b not in row]
     if missing:
         raise DataError(f"{path} lacks {len(missing)} of the {slide.n_spots} barcodes of slide {slide.sample} ({missing[0]} ...): embed all spots")
     return values[[row[b] for b in slide.barcodes]].astype(np.float32)
+
+
+def slice_path(path, slide):
+    """Path with `{slice}` replaced by the slide's sample name."""
+    return Path(str(path).replace("{slice}", slide.sample))
 
 
 def crops(slide, rows, side_um):
@@ -489,6 +521,7 @@ def pretrained_encoder(name, device="cpu"):
         raise DataError(f"encoder {name!r} cannot be loaded ({str(error).splitlines()[0]}): check the name, or the connection") from error
     vision = getattr(model.config, "vision_config", model.config)
     size, mean, std = getattr(vision, "image_size", 224) or 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    size = size[0] if isinstance(size, (list, tuple)) else size
     written = Path(name) / "preprocessor_config.json"
     if not Path(name).is_dir():
         from transformers.utils import cached_file
@@ -522,11 +555,7 @@ def image_features(slide, encoder="handmade", crop_um=310.0, cache=None, device=
         return read_embedding(encoder, slide)
     if slide.patches is None:
         crops(slide, np.arange(1), crop_um)                              # complain before the encoder is loaded
-    seen = slide.patches[0] if slide.patches is not None else slide.image
-    key = hashlib.sha256(repr((encoder, crop_um, slide.image_scale, slide.um_per_px, slide.sample, slide.n_spots)).encode())
-    for part in (np.ascontiguousarray(seen), np.ascontiguousarray(slide.xy)):
-        key.update(part.tobytes())
-    path = None if cache is None else Path(cache) / f"{slide.sample}-{key.hexdigest()[:16]}.npz"
+    path = None if cache is None else Path(cache) / f"{slide.sample}-{_features_key(slide, encoder, crop_um)}.npz"
     if path is not None and path.is_file():
         return read_embedding(path, slide)
     encode = handmade_descriptor if encoder == "handmade" else pretrained_encoder(encoder, device)
@@ -535,6 +564,20 @@ def image_features(slide, encoder="handmade", crop_um=310.0, cache=None, device=
     if path is not None:
         _save_features(path, out, slide.barcodes)
     return out
+
+
+def _features_key(slide, encoder, crop_um):
+    """16 hex digits that change with anything the features depend on: pixels, positions, crop, encoder (a local one by its files)."""
+    files = sorted(p for p in Path(encoder).rglob("*") if p.is_file()) if Path(encoder).is_dir() else []
+    weights = [(str(p.relative_to(encoder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(repr((encoder, weights, crop_um, slide.image_scale, slide.um_per_px, slide.sample, slide.n_spots)).encode())
+    if slide.patches is not None:
+        key.update(file_checksum(slide.patches.path).encode())
+        key.update(slide.patches.rows.tobytes())
+    else:
+        key.update(np.ascontiguousarray(slide.image).tobytes())
+    key.update(np.ascontiguousarray(slide.xy).tobytes())
+    return key.hexdigest()[:16]
 
 
 def _save_features(path, embedding, barcodes):

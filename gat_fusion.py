@@ -14,9 +14,11 @@ because on randomly held-out spots they are as good as the published networks; s
     python gat_fusion.py --data my_visium_folder --predict runs/.../model.pt
 """
 import copy
+import hashlib
 import pickle
+import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -49,6 +51,7 @@ IMAGE_MODES = {"img_expr", "multimodal"}
 EMBEDDING_MODES = {"embedding_only", "embedding"}
 GENE_FREE = {"majority", "coords_knn", "coords_rbf"}
 BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr")
+SMOOTHED = 36                                                           # neighbours that smoothed_lr averages over
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Config(run.Config):
     n_blocks: int = 5
     "tiles per side for --split blocks"
     buffer: float = 0.0
-    "lattice pitches kept free of training spots around test blocks; 0 means the receptive field of the mode"
+    "lattice pitches kept free of training spots around test blocks; 0 means the receptive field of the widest mode, so that all modes share a split"
     train: str = ""
     "training slices for --split slice, comma-separated; empty: for slice all others of the donor, for donor all of the other donors"
     labels: str = ""
@@ -77,7 +80,7 @@ class Config(run.Config):
     k: int = 6
     "neighbours of a spot"
     library: Literal["given", "own"] = "given"
-    "library size: the one that came with the data where there is one (the file may hold a subset of the genes), or the file's row sums"
+    "library size: the one that came with the data (the file may hold a subset of the genes) if every slide of the run has it, or the files' row sums"
     scale: Literal["auto", "train", "slice"] = "auto"
     "z-score by the training rows, or each slice by its own spots (no label is used); auto: slice where whole slices are held out"
     n_top_genes: int = 3000
@@ -85,7 +88,7 @@ class Config(run.Config):
     hvg: Literal["seurat", "seurat_v3", "none"] = "seurat"
     "how they are chosen"
     embedding: str = ""
-    "frozen per-spot vectors for the embedding modes: .npy (rows as in the matrix) or .npz with `embedding` and `barcodes`"
+    "frozen per-spot vectors for the embedding modes: .npy (rows as in the matrix) or .npz with `embedding` and `barcodes`; {slice} = the slice's name"
     encoder: str = "handmade"
     "image features: handmade, a Hugging Face vision model such as microsoft/resnet-50, or a .npy/.npz file"
     crop_um: float = 310.0
@@ -113,7 +116,17 @@ class Config(run.Config):
     min_shared: float = 0.5
     "with --predict: the least share of the checkpoint's genes that the new slide must have"
     predict: str = ""
-    "checkpoint (model.pt of a run): predict --data with it, train nothing"
+    "checkpoint (model.pt of a run): predict --data with it, train nothing; its own flags are used, but for --embedding and --encoder where given"
+
+
+def check(config):
+    """Raise DataError, naming the flag, for a value that no run can use."""
+    rules = dict.fromkeys(("n_blocks", "k", "n_top_genes", "dim", "hidden", "heads", "layers", "epochs", "patience"), run.AT_LEAST_ONE)
+    rules |= {"split_seed": run.SEED, "buffer": run.AT_LEAST_ZERO, "weight_decay": run.AT_LEAST_ZERO, "crop_um": run.POSITIVE, "lr": run.POSITIVE,
+              "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"), "min_shared": (lambda v: 0 <= v <= 1, "from 0 to 1")}
+    run.check_flags(config, rules)
+    if config.dim % config.heads:
+        raise DataError(f"--heads is {config.heads}: it must divide --dim {config.dim}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,7 +428,7 @@ def expr_lr(task):
 
 def smoothed_lr(task):
     """Logistic regression on 50 principal components averaged over a spot and its 36 nearest spots."""
-    return logistic(task, data.neighbour_mean(task.pcs, task.table(36)))
+    return logistic(task, data.neighbour_mean(task.pcs, task.table(SMOOTHED)))
 
 
 def logistic(task, x):
@@ -456,7 +469,8 @@ class Task:
     """All spots of the slides of one run, stacked (the scored slide first), with one label map, one split and block-diagonal graphs.
 
     labels (N,) int, -1 = none; place (N, 2) what a coordinates-only predictor may see: pixels inside one slide, coordinates
-    standardised per slide across slides; slide_of (N,) which slide a spot belongs to; x (N, G) float32 inputs, made on first use.
+    standardised per slide across slides; slide_of (N,) which slide a spot belongs to; x (N, G) float32 inputs, made on first use;
+    library `given` or `own`, one for all slides; reach the receptive field in lattice pitches.
     """
 
     def __init__(self, config, slides):
@@ -465,39 +479,42 @@ class Task:
         self.labels, self.n_classes = np.concatenate(labels), len(self.classes)
         self.slide_of = np.repeat(np.arange(len(slides)), [s.n_spots for s in slides])
         self.place = slides[0].xy if len(slides) == 1 else np.concatenate([(s.xy - s.xy.mean(0)) / s.xy.std(0) for s in slides])    # (N, 2)
+        self.library = agreed_library(config, slides)
+        pitch_um = data.lattice_pitch(slides[0].xy) * (slides[0].um_per_px or 0) or 100.0     # Visium's where the slide does not tell
+        self.reach = receptive_field(config, pitch_um)
+        data.check_labels(labels[0], slides[0].sample)
         if config.split == "random":
             self.split = data.random_split(self.labels, config.split_seed)
         elif config.split == "blocks":
-            buffer = config.buffer or receptive_field(config)
-            self.split = data.block_split(self.labels, slides[0].xy, config.fold, config.n_blocks, buffer=buffer, seed=config.split_seed)
+            buffer = config.buffer or default_buffer(config, pitch_um)
+            self.split = data.block_split(self.labels, slides[0].xy, config.fold, config.n_blocks, buffer=buffer, seed=config.split_seed, reach=self.reach)
         else:
             self.split = data.holdout_split(slides, self.labels, config.split, config.split_seed)
 
     def table(self, k):
         """(N, k) rows of the k nearest spots, never across slides."""
         start = np.cumsum([0] + [s.n_spots for s in self.slides])
-        return np.concatenate([data.knn_table(s.xy, k) + at for s, at in zip(self.slides, start)])
+        return np.concatenate([data.knn_table(s.xy, k, name=s.sample) + at for s, at in zip(self.slides, start)])
 
     @cached_property
     def expression(self):
         """data.Expression: gene choice and scaler, fitted on training rows."""
         c, genes = self.config, data.common_genes(self.slides)
         parts = [(s.select_genes(genes), self.split.train[self.slide_of == i]) for i, s in enumerate(self.slides)]
-        parts = [(s.counts[rows], None if library_size(c, s) is None else library_size(c, s)[rows]) for s, rows in parts if rows.any()]
-        sizes = None if any(size is None for _, size in parts) else np.concatenate([size for _, size in parts])
-        return data.Expression(c.n_top_genes, c.hvg).fit(sp.vstack([counts for counts, _ in parts]).tocsr(), genes, sizes)
+        sizes = np.concatenate([s.library_size[rows] for s, rows in parts]) if self.library == "given" else None
+        return data.Expression(c.n_top_genes, c.hvg).fit(sp.vstack([s.counts[rows] for s, rows in parts if rows.any()]).tocsr(), genes, sizes)
 
     @cached_property
     def x(self):
         """(N, G) z-scores, or the frozen vectors (N, D) of the embedding modes."""
         if self.config.mode in EMBEDDING_MODES:
             return np.concatenate([data.read_embedding(self.config.embedding, s) for s in self.slides])
-        return np.concatenate([inputs(self.config, self.expression, s) for s in self.slides])
+        return np.concatenate([inputs(self.config, self.expression, s, self.library) for s in self.slides])
 
     @cached_property
     def pcs(self):
         """(N, 50) principal components of the z-scores, fitted on training rows, for the linear baselines."""
-        rows, x = self.split.train, np.concatenate([inputs(self.config, self.expression, s) for s in self.slides]) \
+        rows, x = self.split.train, np.concatenate([inputs(self.config, self.expression, s, self.library) for s in self.slides]) \
             if self.config.mode in EMBEDDING_MODES else self.x
         return PCA(min(50, rows.sum() - 1, x.shape[1]), svd_solver="randomized", random_state=0).fit(x[rows]).transform(x)
 
@@ -512,15 +529,15 @@ class Task:
         return ((f - self.image_scale[0]) / self.image_scale[1]).astype(np.float32)
 
 
-def library_size(config, slide):
-    """(N,) total counts that came with the slide, or None for the row sums of its matrix."""
-    return slide.library_size if config.library == "given" else None
+def agreed_library(config, slides):
+    """`given` if the flag says so and every slide came with library sizes, else `own`: slides normalised in two ways would differ by that alone."""
+    return "given" if config.library == "given" and all(s.library_size is not None for s in slides) else "own"
 
 
-def inputs(config, expression, slide):
-    """(N, G) float32 z-scores of one slide in the gene order of `expression`."""
+def inputs(config, expression, slide, library):
+    """(N, G) float32 z-scores of one slide in the gene order of `expression`; library `given` or `own`, as agreed for the run."""
     own = config.scale == "slice" or (config.scale == "auto" and config.split in ("slice", "donor"))
-    return expression.transform(slide.counts, slide.genes, library_size(config, slide), own_scale=own)
+    return expression.transform(slide.counts, slide.genes, slide.library_size if library == "given" else None, own_scale=own)
 
 
 def image_features(config, slide):
@@ -528,12 +545,25 @@ def image_features(config, slide):
     return data.image_features(slide, config.encoder, config.crop_um, config.cache or Path(config.data) / ".features", run.pick_device(config.device))
 
 
-def receptive_field(config):
-    """Lattice pitches that a prediction can look across: hops x radius of the k-neighbourhood (k = 6: 1, 18: 2, 36: 3, 96: 6 rings)."""
-    ring = int(np.ceil((np.sqrt(12 * config.k + 9) - 3) / 6 - 1e-9))    # 3 r (r + 1) = k
+def rings(k):
+    """Rings of a hexagonal lattice that k neighbours fill, 3 r (r + 1) = k: k = 6: 1, 18: 2, 36: 3, 96: 6."""
+    return int(np.ceil((np.sqrt(12 * k + 9) - 3) / 6 - 1e-9))
+
+
+def receptive_field(config, pitch_um=100.0):
+    """Lattice pitches that a prediction can look across, at least 1: hops x rings of the k-neighbourhood, or half the image crop if that is more."""
     hops = {"expr_only": 0, "embedding_only": 0, "img_expr": 0, "gat_only": config.layers, "gcn_only": config.layers, "concat": config.layers}
-    extra = 1 if config.fusion == "cross" else 0
-    return float(max(1, ring * hops.get(config.mode, config.layers + extra)))
+    hops |= dict.fromkeys(BASELINES, 0)
+    graph = rings(config.k) * hops.get(config.mode, config.layers + (config.fusion == "cross"))
+    if config.mode == "smoothed_lr":
+        graph = rings(SMOOTHED)
+    crop = int(np.ceil(config.crop_um / pitch_um / 2 - 1e-3)) if config.mode in IMAGE_MODES else 0
+    return float(max(1, graph, crop))
+
+
+def default_buffer(config, pitch_um=100.0):
+    """Buffer of --split blocks in pitches: the field of the widest fusion whatever the mode, so that all modes are trained on the same spots."""
+    return max(float(rings(config.k) * (config.layers + 1)), receptive_field(config, pitch_um))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,7 +620,7 @@ def predict(model, x, graph, image=None):
     """prob (N, C) float64 numpy, {"embedding", "attention"} numpy, in eval mode."""
     model.eval()
     logits, extra = model(x, graph, image)
-    return logits.double().softmax(1).cpu().numpy(), {k: v.cpu().numpy() for k, v in extra.items() if v is not None}
+    return logits.cpu().double().softmax(1).numpy(), {k: v.cpu().numpy() for k, v in extra.items() if v is not None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,16 +630,26 @@ def predict(model, x, graph, image=None):
 def load(config):
     """Slides of the run: the scored one first, then the training slices of --split slice / donor."""
     genes = config.mode not in GENE_FREE
+    if config.split in ("slice", "donor"):
+        if config.labels:
+            raise DataError(f"--labels {config.labels} is for one slide, --split {config.split} reads several: put labels beside each slide")
+        if data.is_one_slide(config.data):
+            raise DataError(f"{config.data} is one slide, --split {config.split} needs several: give the parent folder that holds them, "
+                            f"--data {Path(config.data).absolute().parent} --slice {config.slice or Path(config.data).absolute().stem}")
     first = data.load_slide(config.data, config.slice or None, counts=genes, labels=config.labels or None)
     if config.split not in ("slice", "donor"):
         return [first]
     names = [n.strip() for n in config.train.split(",") if n.strip()]
     if not names:
         others = [data.load_slide(config.data, n, counts=False) for n in data.list_slices(config.data) if n != first.sample]
+        if config.split == "donor":
+            data.check_donors([first, *others])
         names = [s.sample for s in others if (s.patient == first.patient) == (config.split == "slice")]
     if not names or first.sample in names:
         raise DataError(f"--split {config.split} finds no other slice to train on beside {first.sample} in {config.data}: name them with --train")
     slides = [first, *(data.load_slide(config.data, n, counts=genes) for n in names)]
+    if config.split == "donor":
+        data.check_donors(slides)
     if config.split == "donor" and any(s.patient == first.patient for s in slides[1:]):
         raise DataError(f"--split donor was given a training slice of the donor of {first.sample} ({first.patient}): choose other slices with --train")
     return slides
@@ -621,8 +661,15 @@ def variant(config):
     words = [named, config.mode] + [config.fusion] * (config.mode in {"full", "gcn_full", "embedding", "multimodal"})
     told = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "mode", "fusion", "split", "fold", "train", "cache", "predict", "min_shared"}
     default = Config()
-    words += [f"{name}={Path(str(value)).name}" for name, value in vars(config).items() if name not in told and value != getattr(default, name)]
+    words += [f"{name}={short(name, value)}" for name, value in vars(config).items() if name not in told and value != getattr(default, name)]
     return "-".join(words)
+
+
+def short(name, value):
+    """A flag's value in a folder name: of a path its last part and 8 hex digits of the whole, for files of one name in two folders differ."""
+    if name not in ("embedding", "encoder", "labels"):
+        return str(value)
+    return f"{Path(value).name}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
 
 
 def score(task, prob, lattice):
@@ -656,18 +703,23 @@ def line(name, s):
 
 def main(argv=None):
     """Train and score one model, or predict with one (--predict)."""
+    start = time.perf_counter()
     config = run.parse(Config, argv, __doc__.split("\n")[0])
+    check(config)
     if config.predict:
-        return predict_slide(config)
+        return predict_slide(config, start)
     if config.mode in EMBEDDING_MODES and not config.embedding:
         raise DataError(f"--mode {config.mode} needs frozen vectors: name a .npy or .npz file with --embedding")
     slides = load(config)
-    record = run.Run("gat_fusion", config, slides[0].sample, variant(config))
+    record = run.Run("gat_fusion", config, slides[0].sample, variant(config), start)
     task = Task(config, slides)
     here, test = task.slide_of == 0, task.split.test
     distance = boundary_distance(slides[0], task.labels[here])
     print(f"{slides[0].sample}: {here.sum()} spots, split {task.split.name} ({task.split.detail}): {task.split.train.sum()} train, "
           f"{task.split.val.sum()} validation, {test.sum()} test" + ("; this split leaks position" if task.split.leaks_position else ""))
+    if config.mode not in GENE_FREE:
+        lacking = [s.sample for s in slides if s.library_size is None]
+        print(f"library size: {task.library}" + (f" for all slides, {', '.join(lacking)} came without" if lacking and config.library == "given" else ""))
     prob, others = baselines(task, distance)
     arrays = {"barcodes": slides[0].barcodes, "xy": slides[0].xy, "labels": task.labels[here], "test": test[here], "classes": np.array(task.classes)}
     files, n_params, history = {}, 0, None
@@ -676,7 +728,7 @@ def main(argv=None):
     else:
         model, p, extra, history = train(task, record.device)
         n_params = sum(w.numel() for w in model.parameters())
-        arrays |= {name: value[here] for name, value in extra.items()}
+        arrays |= {name: value[here] for name, value in extra.items()} | {"neighbours": task.table(config.k)[here]}
         files["model.pt"] = lambda f: torch.save(checkpoint(task, model), f)
     found = score(task, p, distance)
     if history is not None and task.split.val.any():
@@ -685,55 +737,103 @@ def main(argv=None):
     print(line(config.mode, found) + f"  gain over coords_knn {found['gain_over_coords_knn']:+.3f}, coords_rbf {found['gain_over_coords_rbf']:+.3f}")
     arrays |= {"prob": p[here], "pred": p[here].argmax(1), "coords_knn": prob["coords_knn"][here].argmax(1)}
     draw(record, slides[0], arrays, history)
-    record.finish(found, others, arrays, n_params, task.split, data.file_checksum(*(s.source for s in slides)), files,
-                  epochs=0 if history is None else len(history), receptive_field_pitches=receptive_field(config))
+    record.finish(found, others, arrays, n_params, task.split, data.file_checksum(*used_files(config, slides)), files,
+                  epochs=0 if history is None else len(history), receptive_field_pitches=task.reach, library=task.library)
     return 0
+
+
+def used_files(config, slides):
+    """Files whose content can change a number of this run, each once: counts, positions, labels, frozen vectors, images."""
+    files = []
+    for s in slides:
+        files += [s.source, *s.tables]
+        if config.mode in EMBEDDING_MODES:
+            files.append(str(data.slice_path(config.embedding, s)))
+        if config.mode in IMAGE_MODES and Path(config.encoder).suffix in (".npy", ".npz"):
+            files.append(str(data.slice_path(config.encoder, s)))
+        elif config.mode in IMAGE_MODES:
+            files.append(s.image_file if s.patches is None else s.patches.path)
+    return [f for f in dict.fromkeys(files) if f]
 
 
 def checkpoint(task, model):
     """Everything that --predict needs, as tensors, numbers and strings: loads with weights_only=True."""
-    return {"config": vars(task.config).copy(), "classes": task.classes, "weights": model.state_dict(), "dim_in": task.x.shape[1],
+    return {"config": vars(task.config).copy(), "classes": task.classes, "weights": model.state_dict(), "dim_in": task.x.shape[1], "library": task.library,
             "expression": None if task.config.mode in EMBEDDING_MODES else task.expression.state(),
             "image_scale": None if task.image is None else [torch.tensor(v) for v in task.image_scale]}
 
 
-def predict_slide(config):
-    """Predict the layers of a new slide with a saved model: genes aligned by name, the graph built inside the new slide."""
+def read_checkpoint(config):
+    """(what `checkpoint` saved, the flags to predict with: the checkpoint's, but for the place of things, --embedding and --encoder of this run)."""
+    path = config.predict
     try:
-        saved = torch.load(config.predict, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         known = Config(**saved["config"])
+        lacking = {"classes", "weights", "dim_in", "expression", "image_scale"} - set(saved)
+        if lacking:
+            raise KeyError(f"no {', '.join(sorted(lacking))}")
     except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{config.predict} is not a gat_fusion checkpoint ({str(error).splitlines()[0]}): give the model.pt of a finished run") from error
-    slide = data.load_slide(config.data, config.slice or None, labels=config.labels or None)
-    config.mode, known.embedding, known.encoder = known.mode, config.embedding or known.embedding, known.encoder
-    record = run.Run("gat_fusion", config, slide.sample, f"predict-{Path(config.predict).resolve().parent.parent.name}")
-    if known.mode in EMBEDDING_MODES:
-        x = data.read_embedding(known.embedding, slide)
+        raise DataError(f"{path} is not a gat_fusion checkpoint ({str(error).splitlines()[0]}): give the model.pt of a finished run") from error
+    if known.mode in IMAGE_MODES and saved["image_scale"] is None:
+        raise DataError(f"{path} has mode {known.mode} but no image_scale: train it again")
+    here = {name: getattr(config, name) for name in ("data", "slice", "labels", "seed", "device", "threads", "deterministic", "runs", "cache", "min_shared")}
+    encoder = config.encoder if config.encoder != Config.encoder else known.encoder
+    return saved, known, replace(known, **here, predict=path, embedding=config.embedding or known.embedding, encoder=encoder)
+
+
+def predict_inputs(config, saved, slide):
+    """x (N, dim_in), standardised image features (N, D) or None of a new slide; genes aligned by name. Raises DataError where they do not fit."""
+    if config.mode in EMBEDDING_MODES:
+        x = data.read_embedding(config.embedding, slide)
+        if x.shape[1] != saved["dim_in"]:
+            raise DataError(f"{data.slice_path(config.embedding, slide)} has vectors of width {x.shape[1]}, {config.predict} was trained on "
+                            f"{saved['dim_in']}: give vectors of the same model with --embedding")
     else:
-        expression = data.Expression.from_state(saved["expression"])
+        expression, library = data.Expression.from_state(saved["expression"]), saved.get("library", config.library)
         shared = np.isin(expression.genes, slide.genes).mean()
         if shared < config.min_shared:
             raise DataError(f"{slide.source} has {shared:.0%} of the checkpoint's {len(expression.genes)} genes, fewer than --min_shared "
                             f"{config.min_shared:.0%}: retrain on the common genes, or lower --min_shared")
-        x = inputs(known, expression, slide)
-    image = None
-    if saved["image_scale"] is not None:
-        mean, std = (v.numpy() for v in saved["image_scale"])
-        known.cache = config.cache or str(Path(config.data) / ".features")
-        image = torch.as_tensor(((image_features(known, slide) - mean) / std).astype(np.float32), device=record.device)
-    model = build(known, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]).to(record.device)
+        if library == "given" and slide.library_size is None:
+            print(f"library size: own, {slide.sample} came without one; the checkpoint was trained on given ones")
+        config.library = "own" if slide.library_size is None else library
+        x = inputs(config, expression, slide, config.library)
+    if config.mode not in IMAGE_MODES:
+        return x, None
+    mean, std = (v.numpy() for v in saved["image_scale"])
+    features = image_features(config, slide)
+    if features.shape[1] != len(mean):
+        raise DataError(f"encoder {config.encoder} gives {slide.sample} features of width {features.shape[1]}, {config.predict} was trained on "
+                        f"{len(mean)}: give the encoder of its training with --encoder")
+    return x, ((features - mean) / std).astype(np.float32)
+
+
+def predict_slide(config, start):
+    """Predict the layers of a new slide with a saved model: genes aligned by name, the graph built inside the new slide."""
+    saved, known, config = read_checkpoint(config)
+    slide = data.load_slide(config.data, config.slice or None, labels=config.labels or None)
+    name = f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}"
+    record = run.Run("gat_fusion", config, slide.sample, name, start)
+    x, image = predict_inputs(config, saved, slide)
+    table = data.knn_table(slide.xy, config.k, name=slide.sample)
+    model = build(config, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]).to(record.device)
     model.load_state_dict(saved["weights"])
-    p, extra = predict(model, torch.as_tensor(x, device=record.device), Neighbours(data.knn_table(slide.xy, known.k), record.device), image)
+    x, image = (None if v is None else torch.as_tensor(v, device=record.device) for v in (x, image))
+    p, extra = predict(model, x, Neighbours(table, record.device), image)
     code = {c: i for i, c in enumerate(saved["classes"])}
     labels = np.array([code.get(c, -1) for c in slide.classes] + [-1])[slide.labels]
+    absent = {c: int((slide.labels == i).sum()) for i, c in enumerate(slide.classes) if c not in code and (slide.labels == i).any()}
+    if absent:
+        print(f"{slide.sample}: {sum(absent.values())} spots are not scored, the checkpoint has no class {', '.join(absent)}")
     arrays = {"barcodes": slide.barcodes, "xy": slide.xy, "labels": labels, "test": labels >= 0, "classes": np.array(saved["classes"]), "prob": p,
-              "pred": p.argmax(1), **extra}
+              "pred": p.argmax(1), "neighbours": table, **extra}
     found = {}
     if len(np.unique(labels[labels >= 0])) > 1:
         found = metrics.classification(labels, p) | metrics.boundary_accuracy(labels, p.argmax(1), boundary_distance(slide, labels))
         print(line("predict", found))
     draw(record, slide, arrays, None)
-    record.finish(found, {}, arrays, sum(w.numel() for w in model.parameters()), checksum=data.file_checksum(slide.source), checkpoint=config.predict)
+    record.finish(found, {}, arrays, sum(w.numel() for w in model.parameters()), checksum=data.file_checksum(*used_files(config, [slide])),
+                  checkpoint=config.predict, library=config.library, spots_of_absent_classes=absent)
     return 0
 
 

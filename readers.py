@@ -37,7 +37,8 @@ class Slide:
     pixels, x right, y down; grid (N, 2) integer lattice row, column or None; labels (N,) index into classes, -1 = none; image (H, W, 3) uint8 or
     None (given as an array, or as a function without arguments that is called on first use); image_scale image px per full-resolution px;
     patches lazily read (N, h, w, 3) uint8 or None; um_per_px micrometres per full-resolution px; source the file that holds the counts;
-    library_size (N,) total counts of a spot over ALL measured genes when the file tells (its matrix may hold a gene subset), else None.
+    library_size (N,) total counts of a spot over ALL measured genes when the file tells (its matrix may hold a gene subset), else None;
+    tables the text files read beside the counts (positions, labels, library sizes); image_file the file of the image or ''.
     """
 
     counts: sp.csr_matrix | None
@@ -55,6 +56,8 @@ class Slide:
     patient: str = ""
     source: str = ""
     library_size: np.ndarray | None = None
+    tables: list[str] = field(default_factory=list)
+    image_file: str = ""
 
     def __post_init__(self):
         if self.labels is None:
@@ -294,10 +297,11 @@ def _join_labels(table: dict[str, str], barcodes: np.ndarray, path) -> tuple[np.
 
 
 def _folder_labels(folder: Path, sample: str, labels, barcodes: np.ndarray):
-    """labels (N,), classes, patient and library size (N,) or None: from `labels`, else metadata.tsv, else barcode_level_layer_map.tsv."""
+    """labels (N,), classes, patient, library size (N,) or None, files read: from `labels`, else metadata.tsv, else barcode_level_layer_map.tsv."""
     codes, classes, patient, library_size = np.full(len(barcodes), -1, dtype=np.int64), [], "", None
     metadata = folder / "metadata.tsv"
     table, column = _metadata(metadata) if metadata.is_file() else ({}, None)
+    files = [str(metadata)] if metadata.is_file() else []
     records = [table.get(barcode, {}) for barcode in barcodes.tolist()]
     patient = next((record["subject"] for record in records if record.get("subject")), "")
     try:
@@ -307,12 +311,14 @@ def _folder_labels(folder: Path, sample: str, labels, barcodes: np.ndarray):
     layer_map = next((path for path in (base / "barcode_level_layer_map.tsv" for base in (folder, folder.parent)) if path.is_file()), None)
     if labels is not None:
         codes, classes = _join_labels(_label_table(labels, sample), barcodes, labels)
+        files.append(str(labels))
     elif column is not None:
         codes, classes = _join_labels({barcode: record.get(column, "") for barcode, record in table.items()}, barcodes, metadata)
     elif layer_map is not None:
         found = _label_table(layer_map, sample)
         codes, classes = _join_labels(found, barcodes, layer_map)
-    return codes, classes, patient, library_size
+        files.append(str(layer_map))
+    return codes, classes, patient, library_size, files
 
 
 # --------------------------------------------------------------------------------------------------------------- Visium
@@ -378,8 +384,8 @@ def _check_fit(xy: np.ndarray, scale: float, height: int, width: int, path) -> N
                         "put the image and scalefactors_json.json of the same slide in place")
 
 
-def _folder_image(folder: Path, xy: np.ndarray) -> tuple[Callable[[], np.ndarray] | None, float | None, dict]:
-    """Function that reads the hires (else lowres) image, its scale, and the scale factors."""
+def _folder_image(folder: Path, xy: np.ndarray) -> tuple[Callable[[], np.ndarray] | None, float | None, dict, str]:
+    """Function that reads the hires (else lowres) image, its scale, the scale factors, and the image's path."""
     path, scales = _find(folder, "scalefactors_json.json"), {}
     if path is not None:
         try:
@@ -401,8 +407,8 @@ def _folder_image(folder: Path, xy: np.ndarray) -> tuple[Callable[[], np.ndarray
         except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
             raise DataError(f"{picture} cannot be read as an image ({error}): it is truncated, copy it again or delete it") from error
         _check_fit(xy, scales[key], height, width, picture)
-        return functools.partial(_read_image, picture), scales[key], scales
-    return None, None, scales
+        return functools.partial(_read_image, picture), scales[key], scales, str(picture)
+    return None, None, scales, ""
 
 
 def _lattice_um_per_px(grid: np.ndarray | None, xy: np.ndarray) -> float | None:
@@ -466,11 +472,11 @@ def load_visium(folder, counts: bool = True, labels=None) -> Slide:
         rows, barcodes, matrix = rows[keep], barcodes[keep], None if matrix is None else matrix[keep]
     xy = np.stack([positions["pxl_col_in_fullres"][rows], positions["pxl_row_in_fullres"][rows]], axis=1).astype(np.float64)  # (N, 2) x, y
     grid = np.stack([positions["array_row"][rows], positions["array_col"][rows]], axis=1).astype(np.int64)  # (N, 2)
-    codes, classes, patient, library_size = _folder_labels(folder, sample, labels, barcodes)
-    image, scale, scales = _folder_image(folder, xy)
+    codes, classes, patient, library_size, tables = _folder_labels(folder, sample, labels, barcodes)
+    image, scale, scales, image_file = _folder_image(folder, xy)
     um_per_px = scales.get("microns_per_pixel") or _lattice_um_per_px(grid, xy)
     return Slide(matrix, genes, barcodes, xy, grid, codes, classes, image, scale, None, um_per_px, sample, patient,
-                 str(matrix_path or positions_path), library_size)
+                 str(matrix_path or positions_path), library_size, [str(positions_path), *tables], image_file)
 
 
 # ----------------------------------------------------------------------------------------------------------------- h5ad
@@ -610,7 +616,8 @@ def load_h5ad(path, label_key: str | None = None, layer: str | None = None, coun
         patient = patient or (_column(handle, obs, donor).astype(str)[0] if donor and len(barcodes) else "")
         um_per_px = float(handle["uns/um_per_px"][()]) if "uns/um_per_px" in handle else _lattice_um_per_px(grid, xy)
         image, scale = _h5ad_picture(handle, path, xy)
-    slide = Slide(matrix, genes, barcodes, xy, grid, labels, classes, image, scale, None, um_per_px, path.stem, str(patient), str(path), library_size)
+    slide = Slide(matrix, genes, barcodes, xy, grid, labels, classes, image, scale, None, um_per_px, path.stem, str(patient), str(path), library_size,
+                  image_file="" if image is None else str(path))
     return slide if tissue.all() or not tissue.any() else slide.subset(tissue)
 
 
@@ -723,6 +730,11 @@ def _is_visium(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "spatial").is_dir() or _find(folder, "filtered_feature_bc_matrix.h5") is not None)
 
 
+def is_one_slide(root) -> bool:
+    """Whether `root` is itself a slide (a Visium folder or a file), not a folder of slides."""
+    return Path(root).is_file() or _is_visium(Path(root))
+
+
 def list_slices(root) -> list[str]:
     """Names under root that `load_slide(root, name)` reads: Visium folders, h5ad files, or the samples of a HEST folder."""
     root = Path(root)
@@ -761,4 +773,5 @@ def load_slide(root, sample: str | None = None, counts: bool = True, labels=None
         raise DataError(f"{root} is neither a folder of slices nor an h5ad: check the path")
     if is_file:
         slide.labels, slide.classes = _join_labels(_label_table(labels, slide.sample), slide.barcodes, labels)
+        slide.tables = [str(labels)]
     return slide

@@ -3,6 +3,7 @@
     python report.py --runs runs [--data dlpfc] [--out runs/report]
 
 Every cell is the median over the runs of that row (folds and seeds) with their minimum and maximum; nothing is a best of anything.
+Two kinds of table: supervised runs by split (a record with `split`), and unsupervised domains (no split, an `ari` and baselines in the record).
 """
 import argparse
 import json
@@ -21,8 +22,11 @@ from run import cli, write_atomically  # noqa: E402
 # Seed-time README of the released system: mean +- std over 12 slices, all genes, one seed, random split. Shown for context.
 PUBLISHED = {"full-cross": ".928 +- .022", "full-gated": ".920 +- .027", "concat": ".917 +- .026", "gat_only": ".919 +- .029", "gcn_only": ".922 +- .027",
              "expr_only": ".356 +- .068", "multimodal-cross": ".928 +- .023"}
+PUBLISHED_DOMAINS = {"multist": {"151673": ".620"}}                      # {method: {slice: ARI}}, as its paper prints it
 SHOWN = ("accuracy", "macro_f1", "kappa_quadratic", "log_loss", "boundary_accuracy")
-BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr")
+SHOWN_DOMAINS = ("ami", "completeness", "homogeneity")
+BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr", "pca_gmm", "neighbour_mean_gmm")
+DOMAINS = "domains (unsupervised)"
 
 
 def read_runs(folder):
@@ -33,30 +37,53 @@ def read_runs(folder):
             record = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise DataError(f"{path} is not a run record ({error}): delete it and run again") from error
-        method, data, part, variant = path.relative_to(folder).parts[-6:-2] if len(path.relative_to(folder).parts) >= 6 else ("", "", "", "")
-        record |= {"method": method or record["method"], "data": data, "part": part, "variant": variant}
-        records.append(record)
+        parts = path.absolute().parts[-6:-2]                            # <method>/<data>/<slice>/<variant>/seed<k>/run.json, wherever `folder` begins
+        if len(parts) < 4 or not isinstance(record, dict) or "method" not in record:
+            raise DataError(f"{path} is not a run record of this project: move it out of {folder}")
+        records.append(record | dict(zip(("data", "part", "variant"), parts[1:])))
     if not records:
         raise DataError(f"{folder} holds no run record (run.json): run a method first, for example make demo")
     return records
 
 
+def row_name(record):
+    """The variant without what the config says of its split: slices' names may hold hyphens, so the prefix is known, not searched for."""
+    config = record.get("config", {})
+    named = {"blocks": f"blocks{config.get('fold', 0)}", "slice": None, "donor": None}.get(record["split"]["name"], record["split"]["name"])
+    return record["variant"].removeprefix((named or f"{record['split']['name']}-{config.get('train') or 'all'}".replace(",", "+")) + "-")
+
+
 def rows_of(records):
-    """{(split, leaks): {row name: {slice: [metrics of every run]}}}, the baselines as rows of their own, once per split and slice."""
+    """{(split, leaks): {row name: {slice: [metrics of every run]}}}, the baselines as rows of their own, once per split, slice and inputs."""
     table, seen = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), set()
     for r in records:
-        if r["split"] is None:
+        if r["split"] is None or "ari" not in r["metrics"]:
             continue
-        group, variant = (r["split"]["name"], r["split"]["leaks_position"]), r["variant"]
-        prefix, name = variant.split("-", 1)
-        name = name.split("-", 1)[1] if prefix in ("slice", "donor") else name      # after the split stands the training slices' names
+        group, config = (r["split"]["name"], r["split"]["leaks_position"]), r.get("config", {})
+        inputs = (*(config.get(k) for k in ("scale", "hvg", "n_top_genes", "labels")), r.get("library", config.get("library")))
         for baseline, values in r["baselines"].items():
-            key = (group, r["part"], r["split"]["detail"], baseline)
-            if key not in seen:                                        # the same numbers stand in every run of this split
+            key = (group, r["data"], r["part"], r["split"]["detail"], inputs, baseline)
+            if key not in seen:                                        # the same numbers stand in every run of this split on these inputs
                 seen.add(key)
                 table[group][baseline][r["part"]].append(values)
+        name = row_name(r)
         if name not in BASELINES:
             table[group][name][r["part"]].append(r["metrics"])
+    return table
+
+
+def domain_rows(records):
+    """{row name: {slice: [metrics of every run]}} of the unsupervised records: `<method> <variant>`, and each baseline once per slice and seed."""
+    table, seen = defaultdict(lambda: defaultdict(list)), set()
+    for r in records:
+        if r["split"] is not None or "ari" not in r["metrics"] or not r["baselines"]:    # a prediction from a checkpoint has no baselines
+            continue
+        for baseline, values in r["baselines"].items():
+            key = (r["data"], r["part"], r.get("config", {}).get("seed"), baseline, json.dumps(values, sort_keys=True))
+            if key not in seen:
+                seen.add(key)
+                table[baseline][r["part"]].append(values)
+        table[f"{r['method']} {r['variant']}"][r["part"]].append(r["metrics"])
     return table
 
 
@@ -73,6 +100,25 @@ def ordered(rows):
     return sorted(rows, key=lambda name: (BASELINES.index(name) if name in BASELINES else len(BASELINES), name))
 
 
+def medians(runs, names):
+    """The median of each named score over the runs that have it, as text."""
+    known = {k: [m[k] for m in runs if m.get(k) is not None] for k in names}
+    return [f"{statistics.median(known[k]):.3f}" if known[k] else "-" for k in names]
+
+
+def domain_table(rows):
+    """Lines of the unsupervised table: ARI per slice, medians of the other scores, runs, published ARI."""
+    slices = sorted({s for row in rows.values() for s in row})
+    out = [f"\n### {DOMAINS}", "", "| method | " + " | ".join(f"ARI {s}" for s in slices) + " | " + " | ".join(SHOWN_DOMAINS) + " | runs | published ARI |",
+           "|---" * (len(slices) + len(SHOWN_DOMAINS) + 3) + "|"]
+    for name in ordered(rows):
+        every = [m for runs in rows[name].values() for m in runs]
+        published = ", ".join(f"{s}: {ari}" for s, ari in PUBLISHED_DOMAINS.get(name.split()[0], {}).items() if s in slices)
+        columns = [cell([m.get("ari") for m in rows[name].get(s, [])]) for s in slices]
+        out.append(f"| {name} | " + " | ".join([*columns, *medians(every, SHOWN_DOMAINS), str(len(every)), published]) + " |")
+    return out
+
+
 def markdown(records):
     """The tables as one Markdown text: per split, rows = baselines and models, columns = ARI per slice, then other scores over all slices."""
     out = []
@@ -83,39 +129,43 @@ def markdown(records):
                 "|---" * (len(slices) + len(SHOWN) + 4) + "|"]
         for name in ordered(rows):
             every = [m for runs in rows[name].values() for m in runs]
-            columns = [cell([m["ari"] for m in rows[name].get(s, [])]) for s in slices]
-            known = {k: [m[k] for m in every if m.get(k) is not None] for k in SHOWN}
-            columns += [f"{statistics.median(known[k]):.3f}" if known[k] else "-" for k in SHOWN]
+            columns = [cell([m["ari"] for m in rows[name].get(s, [])]) for s in slices] + medians(every, SHOWN)
             published = PUBLISHED.get(name, "") if split == "random" else ""
             out.append(f"| {name} | " + " | ".join([*columns, cell([m.get("gain_over_coords_knn") for m in every]), str(len(every)), published]) + " |")
+    if domain_rows(records):
+        out += domain_table(domain_rows(records))
     first = records[0]
     commits = sorted({r["git_commit"][:9] for r in records})
     out += ["", f"Median (min-max) over folds and seeds; {len(records)} runs, commit {', '.join(commits)}, torch {first['versions']['torch']}, "
             f"{first['device']}; run time median {statistics.median(r['seconds'] for r in records):.0f} s, "
             f"peak memory {max(r['peak_rss_mb'] for r in records)} MB. "
-            "Published: 12 slices, all genes, one seed, random split; not the same genes as here unless all genes were downloaded."]
+            "Published, random split: 12 slices, all genes, one seed; not the same genes as here unless all genes were downloaded."]
     return "\n".join(out).strip() + "\n"
 
 
 def draw(records):
-    """Dots of ARI: one panel per split, one line per row, one dot per run; the coordinates-only kNN's median is the dashed line."""
-    tables = sorted(rows_of(records).items())
+    """Dots of ARI: one panel per split and one of the domains, one line per row, one dot per run; dashed: the median of the baseline to beat."""
+    tables = [((f"{split} ({'leaks position' if leaks else 'no position leak'})", "ARI on test spots", "coords_knn"), rows)
+              for (split, leaks), rows in sorted(rows_of(records).items())]
+    if domain_rows(records):
+        tables.append(((DOMAINS, "ARI on labelled spots", "neighbour_mean_gmm"), domain_rows(records)))
     figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 1.2 + 0.32 * max(len(rows) for _, rows in tables)), squeeze=False)
-    for axis, ((split, leaks), rows) in zip(axes[0], tables):
+    colour = {s: plt.get_cmap("tab10")(i % 10) for i, s in enumerate(sorted({s for _, rows in tables for row in rows.values() for s in row}))}
+    legend = {}
+    for axis, ((title, label, floor_name), rows) in zip(axes[0], tables):
         names = ordered(rows)[::-1]
-        slices = sorted({s for row in rows.values() for s in row})
         for y, name in enumerate(names):
-            for i, s in enumerate(slices):
-                dots = [m["ari"] for m in rows[name].get(s, [])]
-                axis.scatter(dots, [y] * len(dots), s=22, alpha=0.75, color=plt.get_cmap("tab10")(i % 10), label=s if y == 0 else None, linewidths=0)
-        floor = [m["ari"] for runs in rows.get("coords_knn", {}).values() for m in runs]
+            for s, runs in rows[name].items():
+                dots = [m["ari"] for m in runs if m.get("ari") is not None]
+                legend[s] = axis.scatter(dots, [y] * len(dots), s=22, alpha=0.75, color=colour[s], linewidths=0)
+        floor = [m["ari"] for runs in rows.get(floor_name, {}).values() for m in runs if m.get("ari") is not None]
         if floor:
             axis.axvline(statistics.median(floor), ls="--", color="0.5", lw=1)
-        axis.set(yticks=range(len(names)), yticklabels=names, xlabel="ARI on test spots", xlim=(-0.05, 1.02))
-        axis.set_title(f"{split} ({'leaks position' if leaks else 'no position leak'})", fontsize=10)
+        axis.set(yticks=range(len(names)), yticklabels=names, xlabel=label, xlim=(-0.05, 1.02))
+        axis.set_title(title, fontsize=10)
         axis.grid(axis="x", color="0.92")
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=8, frameon=False)
+    figure.legend([legend[s] for s in sorted(legend)], sorted(legend), loc="lower center", ncols=6, fontsize=8, frameon=False)
     return figure
 
 
@@ -127,7 +177,7 @@ def main(argv=None):
     parser.add_argument("--out", default="", help="where to write, without ending; empty: <runs>/report")
     flags = parser.parse_args(argv)
     records = [r for r in read_runs(flags.runs) if flags.data in ("", r["data"])]
-    if not any(r["split"] for r in records):
+    if not rows_of(records) and not domain_rows(records):
         raise DataError(f"{flags.runs} holds no scored run of {flags.data or 'any data set'}: check --data")
     out, text = Path(flags.out or Path(flags.runs) / "report"), markdown(records)
     try:

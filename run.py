@@ -75,6 +75,18 @@ def parse(cls, argv=None, description=None):
     return cls(**vars(parser.parse_args(argv)))
 
 
+AT_LEAST_ONE, AT_LEAST_ZERO = (lambda v: v >= 1, "at least 1"), (lambda v: 0 <= v < float("inf"), "0 or more")
+POSITIVE = (lambda v: 0 < v < float("inf"), "above 0")
+SEED = (lambda v: 0 <= v < 2**32, "from 0 to 4294967295")
+
+
+def check_flags(config, rules):
+    """rules {flag: (test of its value, what it must be)}. Raises DataError naming the first flag whose test fails; nan passes no comparison."""
+    for name, (good, what) in ({"seed": SEED, "threads": AT_LEAST_ZERO} | rules).items():
+        if not good(getattr(config, name)):
+            raise DataError(f"--{name} is {getattr(config, name)}: it must be {what}")
+
+
 def seed_everything(seed, deterministic=True):
     """Seed python, numpy and torch; with `deterministic`, refuse kernels whose result depends on scheduling."""
     random.seed(seed)

@@ -420,6 +420,23 @@ def test_block_split(twelve, buffer, val):
     np.testing.assert_array_equal(tested, slide.labels >= 0)
 
 
+def test_block_split_leaks_where_the_buffer_is_below_the_reach():
+    _, xy = hexagons(40, 40)
+    labels = np.arange(1600) % 3
+    leaks = {(buffer, reach): data.block_split(labels, xy, buffer=buffer, reach=reach).leaks_position for buffer in (0.0, 2.0, 3.0) for reach in (0, 2, 3, 4)}
+    assert [pair for pair, leak in leaks.items() if not leak] == [(2.0, 0), (2.0, 2), (3.0, 0), (3.0, 2), (3.0, 3)]
+
+
+def test_block_split_without_validation_is_refused():
+    """Two tiles and two folds of three: the next fold's tiles hold no labelled spot."""
+    _, xy = hexagons(30, 30)
+    whole = data.block_split(np.arange(900) % 3, xy, buffer=0.0)
+    labels = np.where(whole.val, -1, np.arange(900) % 3)
+    assert data.block_split(labels, xy, buffer=0.0, val=False).test.any()
+    with pytest.raises(DataError, match="no labelled spot for validation"):
+        data.block_split(labels, xy, buffer=0.0)
+
+
 def test_block_split_holds_out_whole_tiles():
     _, xy = hexagons(40, 40)
     labels = np.arange(1600) % 3
@@ -450,6 +467,12 @@ def test_split_errors(twelve):
         with pytest.raises(DataError, match="one class"):
             make(np.array([-1] * 8 + [2] * 8))
     data.check_labels(np.array([-1, 0, 1]))
+    with pytest.raises(DataError, match="slide 151507 has no labels"):
+        data.check_labels(np.full(16, -1), "151507")
+    with pytest.raises(DataError, match="slide 151507 has one class"):
+        data.check_labels(np.zeros(16, int), "151507")
+    with pytest.raises(DataError, match="slide tiny has 16: choose a smaller k"):
+        data.knn_table(xy, 16, name="tiny")
 
 
 def coordinate_vote(slide, train, test, k=9):
@@ -538,6 +561,23 @@ def test_read_embedding(tmp_path, rng):
     (tmp_path / "misnamed.npz").write_bytes((tmp_path / "x.npy").read_bytes())
     for name in ("misnamed.npy", "misnamed.npz"):
         np.testing.assert_array_equal(data.read_embedding(tmp_path / name, slide), x.astype(np.float32))
+
+
+def test_read_embedding_by_slice_name(tmp_path, rng):
+    for name in ("one", "two"):
+        slide, x = toy_slide(sample=name), rng.random((30, 2))
+        np.savez(tmp_path / f"{name}.npz", embedding=x, barcodes=slide.barcodes)
+        np.testing.assert_array_equal(data.read_embedding(tmp_path / "{slice}.npz", slide), x.astype(np.float32))
+        np.testing.assert_array_equal(data.image_features(slide, str(tmp_path / "{slice}.npz")), x.astype(np.float32))
+    with pytest.raises(DataError, match=r"three\.npz"):
+        data.read_embedding(tmp_path / "{slice}.npz", toy_slide(sample="three"))
+
+
+def test_read_embedding_refuses_duplicate_barcodes(tmp_path, rng):
+    slide = toy_slide()
+    np.savez(tmp_path / "twice.npz", embedding=rng.random((32, 2)), barcodes=np.append(slide.barcodes, slide.barcodes[[4, 5]]))
+    with pytest.raises(DataError, match=rf"twice\.npz has 2 duplicate barcodes \({slide.barcodes[4]} "):
+        data.read_embedding(tmp_path / "twice.npz", slide)
 
 
 def bad_embeddings(folder, slide, x):
@@ -665,6 +705,26 @@ def test_image_features_cache(tmp_path, rng):
         assert len(list(folder.iterdir())) == before + 1
 
 
+def test_image_features_cache_sees_every_patch_and_the_encoder_files(tmp_path, rng):
+    """The key changes with a patch other than the first, with the rows in use, and with the files of a local encoder of the same name."""
+    import h5py
+    with h5py.File(tmp_path / "p.h5", "w") as file:
+        file["img"] = rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "w").write_bytes(b"one")
+
+    def key(rows=None):
+        return data._features_key(toy_slide(patches=data.Patches(tmp_path / "p.h5", rows)), str(encoder), 40.0)
+    first = key()
+    assert key() == first and key(np.arange(30)[::-1]) != first
+    (encoder / "w").write_bytes(b"other")
+    second = key()
+    with h5py.File(tmp_path / "p.h5", "r+") as file:
+        file["img"][29] += np.uint8(1)
+    assert len({first, second, key()}) == 3
+
+
 def test_image_features_without_a_writable_cache(tmp_path, rng):
     (tmp_path / "file").write_text("a file where the folder should be")
     slide = toy_slide(image=rng.integers(0, 256, (700, 800, 3), dtype=np.uint8), image_scale=1.0)
@@ -714,6 +774,15 @@ def test_pretrained_encoder_equals_the_model(kind, width, side, tmp_path, rng):
                 truth = model(pixel_values=x).pooler_output.flatten(1)
         np.testing.assert_allclose(out, truth.numpy(), atol=1e-4)
     assert data.pretrained_encoder(str(tmp_path))(patches[:, :20, :20]).shape == (3, width)     # resized
+
+
+def test_pretrained_encoder_with_two_image_sizes(tmp_path, rng):
+    tiny_models()["vit"]().save_pretrained(tmp_path)
+    patches = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    once = data.pretrained_encoder(str(tmp_path))(patches)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | {"image_size": [32, 32]}))
+    np.testing.assert_array_equal(data.pretrained_encoder(str(tmp_path))(patches), once)
 
 
 def test_pretrained_encoder_in_image_features(tmp_path, rng):

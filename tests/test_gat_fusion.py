@@ -1,5 +1,7 @@
 """gat_fusion: every equation against a naive version, the published parameter counts, leaks, end-to-end runs, bad input."""
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +164,29 @@ def test_receptive_field_is_what_is_claimed():
     assert gf.receptive_field(gf.Config(k=18)) == 6 and gf.receptive_field(gf.Config(mode="expr_only")) == 1
 
 
+def test_receptive_field_counts_the_crop_and_the_smoothing():
+    """A crop of 310 um reaches two pitches of 100 um, and twenty of a finer lattice."""
+    assert gf.receptive_field(gf.Config(mode="img_expr")) == 2 and gf.receptive_field(gf.Config(mode="img_expr", crop_um=199.9)) == 1
+    assert gf.receptive_field(gf.Config(mode="multimodal", crop_um=900)) == 5 and gf.receptive_field(gf.Config(mode="img_expr"), 8.0) == 20
+    assert gf.receptive_field(gf.Config(mode="smoothed_lr")) == 3 and gf.receptive_field(gf.Config(mode="coords_knn", k=96)) == 1
+
+
+def test_default_buffer_is_one_for_all_modes_and_never_below_the_field():
+    assert {gf.default_buffer(gf.Config(mode=m, fusion=f)) for m in gf.Config.__annotations__["mode"].__args__ for f in ("cross", "gated")} == {3.0}
+    assert gf.default_buffer(gf.Config(k=18)) == 6 and gf.default_buffer(gf.Config(mode="img_expr", crop_um=900)) == 5
+    assert gf.default_buffer(gf.Config(mode="smoothed_lr", layers=1)) == 3
+
+
+def test_block_split_of_the_task_knows_its_reach(cortex):
+    """The same tiles and training spots for every mode; a buffer below the mode's own field is called a leak."""
+    modes = (("full", "cross"), ("full", "gated"), ("expr_only", "cross"), ("img_expr", "cross"))
+    tasks = [gf.Task(c, gf.load(c)) for c in (config(cortex, split="blocks", mode=mode, fusion=fusion) for mode, fusion in modes)]
+    assert all(np.array_equal(t.split.train, tasks[0].split.train) and not t.split.leaks_position for t in tasks)
+    for fusion, leaks in (("cross", True), ("gated", False)):
+        c = config(cortex, split="blocks", buffer=2.0, fusion=fusion)
+        assert gf.Task(c, gf.load(c)).split.leaks_position == leaks
+
+
 @pytest.mark.parametrize(("mode", "fusion", "dim_in", "count"), [
     ("full", "cross", 3000, 1_107_063), ("full", "gated", 3000, 908_279), ("concat", "cross", 3000, 842_999), ("expr_only", "cross", 3000, 808_055),
     ("gat_only", "cross", 3000, 402_567), ("gcn_only", "cross", 3000, 402_055), ("multimodal", "cross", 3000, 1_423_095),
@@ -286,7 +311,7 @@ SMALL = ("--epochs", 2, "--dim", 16, "--hidden", 16)
 @pytest.mark.parametrize("flags", [
     ("--mode", "full"), ("--mode", "full", "--fusion", "gated"), ("--mode", "multimodal"), ("--mode", "img_expr"),
     ("--mode", "coords_knn"), ("--mode", "smoothed_lr"),
-    ("--split", "blocks", "--buffer", 2), ("--split", "slice"), ("--split", "donor"), ("--mode", "gcn_only", "--split", "slice", "--train", "s2")])
+    ("--split", "blocks", "--buffer", 3), ("--split", "slice"), ("--split", "donor"), ("--mode", "gcn_only", "--split", "slice", "--train", "s2")])
 def test_end_to_end(cortex, tmp_path, capsys, flags):
     assert program("--data", cortex, "--slice", "s1", "--runs", tmp_path, "--cache", tmp_path / "cache", *SMALL, *flags) == 0
     path = capsys.readouterr().out.strip().splitlines()[-1]
@@ -334,7 +359,13 @@ def test_predict_from_a_checkpoint(cortex, tmp_path, capsys):
     (("--slice", "s1", "--split", "blocks", "--buffer", 60), "smaller buffer"), (("--slice", "s1", "--split", "slice", "--train", "s1"), "--train"),
     (("--slice", "s1", "--split", "donor", "--train", "s2"), "donor"), (("--slice", "s1", "--mode", "embedding"), "--embedding"),
     (("--slice", "s1", "--device", "cuda:77"), "--device"), (("--slice", "s1", "--predict", "missing.pt"), "missing.pt"),
-    (("--slice", "s1", "--lr", 1e30, "--epochs", 9), "cross-entropy")])
+    (("--slice", "s1", "--lr", 1e30, "--epochs", 9), "cross-entropy"),
+    (("--slice", "s1", "--split", "slice", "--labels", "l.csv"), "beside each slide"), (("--slice", "s1", "--split", "donor", "--labels", "l.csv"), "--labels"),
+    (("--slice", "s1", "--heads", 3), "--heads is 3"), (("--slice", "s1", "--dropout", 1), "--dropout"), (("--slice", "s1", "--dropout", "nan"), "--dropout"),
+    (("--slice", "s1", "--epochs", 0), "--epochs"), (("--slice", "s1", "--layers", 0), "--layers"), (("--slice", "s1", "--k", 0), "--k is 0"),
+    (("--slice", "s1", "--n_top_genes", 0), "--n_top_genes"), (("--slice", "s1", "--heads", 0), "--heads"), (("--slice", "s1", "--dim", 0), "--dim"),
+    (("--slice", "s1", "--seed", -1), "--seed"), (("--slice", "s1", "--split_seed", -1), "--split_seed"), (("--slice", "s1", "--buffer", -1), "--buffer"),
+    (("--slice", "s1", "--crop_um", 0), "--crop_um"), (("--slice", "s1", "--n_blocks", 0), "--n_blocks"), (("--slice", "s1", "--lr", 0), "--lr")])
 def test_bad_flags_are_one_sentence_and_status_2(cortex, tmp_path, capsys, flags, message):
     assert program("--data", cortex, "--runs", tmp_path / "r", *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -357,6 +388,193 @@ def test_no_image(cortex, tmp_path, capsys):
         picture.unlink()
     assert program("--data", tmp_path / "d", "--slice", "s1", "--mode", "multimodal", "--runs", tmp_path / "r", *SMALL) == 2
     assert "has no image" in capsys.readouterr().err
+
+
+def test_one_slide_where_several_are_needed(cortex, tmp_path, capsys):
+    for split in ("slice", "donor"):
+        assert program("--data", cortex / "s1", "--split", split, "--train", "s2", "--runs", tmp_path / "r") == 2
+        assert f"parent folder that holds them, --data {cortex} --slice s1" in capsys.readouterr().err
+
+
+def test_donor_split_needs_every_patient(cortex):
+    """A slide of an unknown patient may be of the scored slide's donor."""
+    slides = [data.load_slide(cortex, n) for n in ("s1", "s3")]
+    labels = np.concatenate(data.global_labels(slides)[1])
+    assert not data.holdout_split(slides, labels, "donor").leaks_position and not data.holdout_split(slides, labels, "slice").leaks_position
+    for unknown in slides:
+        known, unknown.patient = unknown.patient, ""
+        assert data.holdout_split(slides, labels, "slice").leaks_position
+        with pytest.raises(DataError, match=f"slide {unknown.sample} names no patient"):
+            data.holdout_split(slides, labels, "donor")
+        unknown.patient = known
+
+
+def without(root, folder, *columns):
+    """Copy of the slices with the named columns of metadata.tsv taken away, from every slice or only from those in a (slice, column) pair."""
+    import csv
+    import shutil
+    shutil.copytree(root, folder)
+    for path in folder.rglob("metadata.tsv"):
+        rows = list(csv.reader(path.open(), delimiter="\t"))
+        gone = [i for i, name in enumerate(rows[0]) if name in columns or (path.parent.name, name) in columns]
+        shift = len(rows[1]) - len(rows[0])                             # R writes a row name without a header
+        keep = [[c for i, c in enumerate(row) if i - shift * (n > 0) not in gone] for n, row in enumerate(rows)]
+        path.write_text("".join("\t".join(row) + "\n" for row in keep))
+    return folder
+
+
+def test_donor_split_of_files_without_a_patient(cortex, tmp_path, capsys):
+    root = without(cortex, tmp_path / "d", ("s2", "subject"))
+    assert data.load_slide(root, "s2").patient == "" and data.load_slide(root, "s1").patient == "A"
+    assert program("--data", root, "--slice", "s1", "--split", "donor", "--runs", tmp_path / "r", *SMALL) == 2
+    assert "slide s2 names no patient" in capsys.readouterr().err
+    assert program("--data", root, "--slice", "s1", "--split", "donor", "--train", "s3", "--runs", tmp_path / "r", *SMALL) == 0
+    root = without(cortex, tmp_path / "e", "subject")                   # nobody is another donor's
+    assert program("--data", root, "--slice", "s1", "--split", "donor", "--runs", tmp_path / "r", *SMALL) == 2
+    assert "slide s1 names no patient" in capsys.readouterr().err
+
+
+def test_one_library_rule_for_all_slides(cortex, tmp_path, capsys):
+    """A training slide without given sizes switches the whole run to own row sums; the record and the checkpoint say so."""
+    root = without(cortex, tmp_path / "d", ("s2", "sum_umi"))
+    slides = [data.load_slide(root, n) for n in ("s1", "s2")]
+    assert slides[0].library_size is not None and slides[1].library_size is None
+    c = config(root, split="slice", train="s2")
+    task, own = gf.Task(c, slides), gf.Task(replace(c, library="own"), slides)
+    assert task.library == "own" and np.array_equal(task.x, own.x)
+    assert gf.Task(config(root), slides[:1]).library == "given"
+    flags = ("--data", root, "--runs", tmp_path / "r", *SMALL)
+    assert program("--slice", "s1", "--split", "slice", "--train", "s2", *flags) == 0
+    out = capsys.readouterr().out
+    assert "library size: own for all slides, s2 came without" in out and record_of(out)["library"] == "own"
+    assert program("--slice", "s1", *flags) == 0
+    out = capsys.readouterr().out
+    assert "library size: given" in out and record_of(out)["library"] == "given"
+    model = Path(out.strip().splitlines()[-1]).with_name("model.pt")
+    assert torch.load(model, weights_only=True)["library"] == "given"
+    assert program("--slice", "s2", "--predict", model, *flags[:4]) == 0
+    out = capsys.readouterr().out
+    assert "library size: own, s2 came without one" in out and record_of(out)["library"] == "own"
+
+
+def record_of(out):
+    """The run record whose path is printed last."""
+    return json.loads(Path(out.strip().splitlines()[-1]).read_text())
+
+
+def test_record_holds_neighbours_reading_time_and_all_inputs(cortex, tmp_path, capsys, monkeypatch):
+    import time
+    times, load, make = {}, gf.load, run.Run
+    monkeypatch.setattr(gf, "load", lambda c: (times.update(reading=time.perf_counter()), load(c))[1])
+    monkeypatch.setattr(run, "Run", lambda *a: (times.update(start=make(*a).start), make(*a))[1])
+    labels = data.load_slide(cortex, "s1")
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / "l.csv").write_text("".join(f"{b},{name}{c}\n" for b, c in zip(labels.barcodes, labels.labels) if c >= 0))
+        assert program("--data", cortex, "--slice", "s1", "--labels", tmp_path / "l.csv", "--runs", tmp_path, *SMALL, "--k", 4) == 0
+        out = capsys.readouterr().out
+        found.append(record_of(out))
+    assert found[0]["data_checksum"] != found[1]["data_checksum"] and times["start"] < times["reading"]
+    arrays = np.load(Path(out.strip().splitlines()[-1]).with_name("arrays.npz"))
+    np.testing.assert_array_equal(arrays["neighbours"], data.knn_table(arrays["xy"], 4))
+    assert arrays["attention"].shape == (*arrays["neighbours"].shape[:1], 4, 4)
+
+
+def test_files_a_run_depends_on(cortex, real_data):
+    slide = data.load_slide(cortex, "s1")
+    names = [Path(f).name for f in gf.used_files(config(cortex, mode="multimodal"), [slide])]
+    assert names == ["filtered_feature_bc_matrix.h5", "tissue_positions_list.csv", "metadata.tsv", "tissue_hires_image.png"]
+    assert gf.used_files(config(cortex, mode="embedding", embedding="e/{slice}.npz"), [slide])[-1] == "e/s1.npz"
+    assert gf.used_files(config(cortex, mode="img_expr", encoder="f.npy"), [slide])[-1] == "f.npy"
+    hest = data.load_hest(real_data / "her2st", "A2", counts=False)
+    assert [Path(f).suffix for f in gf.used_files(config(cortex, mode="img_expr"), [hest])] == [".h5ad", ".h5"]
+
+
+def test_variants_of_files_with_one_name_differ():
+    a, b = (gf.variant(gf.Config(mode="embedding", embedding=f"{d}/e.npz")) for d in "ab")
+    assert a != b and a.startswith("random-embedding-cross-embedding=e.npz-") and "/" not in a
+    assert gf.variant(gf.Config(encoder="x/resnet")) != gf.variant(gf.Config(encoder="y/resnet"))
+    assert gf.variant(gf.Config()) == "random-full-cross" and gf.variant(gf.Config(k=18)) == "random-full-cross-k=18"
+
+
+def test_two_checkpoints_two_predictions(cortex, tmp_path, capsys):
+    flags = ("--data", cortex, "--runs", tmp_path / "r")
+    for seed in (0, 1):
+        assert program(*flags, "--slice", "s1", "--seed", seed, *SMALL) == 0
+    for model in sorted((tmp_path / "r").rglob("model.pt")):
+        moved = tmp_path / "model.pt"
+        moved.write_bytes(model.read_bytes())
+        assert program(*flags, "--slice", "s2", "--predict", moved) == 0
+    paths = list((tmp_path / "r").rglob("s2/*/seed0/run.json"))
+    assert len(paths) == 2 and all(p.parent.parent.name.startswith("predict-random-full-cross-") for p in paths)
+
+
+def test_predict_counts_classes_that_the_checkpoint_lacks(cortex, tmp_path, capsys):
+    assert program("--data", cortex, "--slice", "s1", "--runs", tmp_path / "r", *SMALL) == 0
+    model = next(tmp_path.rglob("model.pt"))
+    slide = data.load_slide(cortex, "s2")
+    (tmp_path / "l.csv").write_text("".join(f"{b},{'tumour' if i < 30 else slide.classes[c]}\n" for i, (b, c) in enumerate(zip(slide.barcodes, slide.labels))))
+    capsys.readouterr()
+    assert program("--data", cortex, "--slice", "s2", "--labels", tmp_path / "l.csv", "--predict", model, "--runs", tmp_path / "r") == 0
+    out = capsys.readouterr().out
+    assert "30 spots are not scored, the checkpoint has no class tumour" in out and record_of(out)["spots_of_absent_classes"] == {"tumour": 30}
+
+
+def features(path, slide, width, seed=0):
+    np.savez(path, embedding=np.random.default_rng(seed).normal(size=(slide.n_spots, width)), barcodes=slide.barcodes)
+    return path
+
+
+@pytest.mark.parametrize(("mode", "flag"), [("embedding", "--embedding"), ("multimodal", "--encoder")])
+def test_predict_with_vectors_of_the_new_slide(cortex, tmp_path, capsys, mode, flag):
+    """--embedding and --encoder of the command override the checkpoint's file, and their width is checked."""
+    one, two = (data.load_slide(cortex, n, counts=False) for n in ("s1", "s2"))
+    trained_on, new, wide = features(tmp_path / "1.npz", one, 8), features(tmp_path / "2.npz", two, 8), features(tmp_path / "w.npz", two, 9)
+    assert program("--data", cortex, "--slice", "s1", "--mode", mode, flag, trained_on, "--runs", tmp_path / "r", *SMALL) == 0
+    model = next(tmp_path.rglob("model.pt"))
+    flags = ("--data", cortex, "--slice", "s2", "--predict", model, "--runs", tmp_path / "p")
+    capsys.readouterr()
+    assert program(*flags) == 2 and "1.npz lacks" in capsys.readouterr().err
+    assert program(*flags, flag, wide) == 2 and "width 9" in capsys.readouterr().err and not list((tmp_path / "p").rglob("*.json"))
+    assert program(*flags, flag, new) == 0
+    assert record_of(capsys.readouterr().out)["config"][flag[2:]] == str(new)
+
+
+def test_predict_uses_this_runs_device_and_needs_the_image_scale(cortex, tmp_path, capsys, monkeypatch):
+    flags = ("--data", cortex, "--slice", "s1", "--runs", tmp_path)
+    assert program(*flags, "--mode", "multimodal", "--device", "cpu", "--cache", tmp_path / "c", *SMALL) == 0
+    model = next(tmp_path.rglob("model.pt"))
+    saved = torch.load(model, weights_only=True)
+    saved["config"]["device"] = "cuda:77"                               # trained on another machine
+    torch.save(saved, tmp_path / "elsewhere.pt")
+    assert program(*flags, "--predict", tmp_path / "elsewhere.pt", "--cache", tmp_path / "c") == 0
+    torch.save(saved | {"image_scale": None}, tmp_path / "lost.pt")
+    capsys.readouterr()
+    assert program(*flags, "--predict", tmp_path / "lost.pt") == 2
+    assert "image_scale" in capsys.readouterr().err
+    torch.save({"config": saved["config"]}, tmp_path / "half.pt")
+    assert program(*flags, "--predict", tmp_path / "half.pt") == 2
+    assert "not a gat_fusion checkpoint" in capsys.readouterr().err
+
+
+def test_embedding_of_several_slices(cortex, tmp_path):
+    for name in ("s1", "s2"):
+        features(tmp_path / f"{name}.npz", data.load_slide(cortex, name, counts=False), 8)
+    assert program("--data", cortex, "--slice", "s1", "--split", "slice", "--train", "s2", "--mode", "embedding", "--embedding", tmp_path / "{slice}.npz",
+                   "--runs", tmp_path / "r", *SMALL) == 0
+
+
+def test_probabilities_are_float64_made_on_the_cpu(graph, monkeypatch):
+    """Some devices have no float64: the conversion must follow the move."""
+    model = gf.GatFusion("full", 20, 3, dim=16, hidden=16)
+    calls = []
+
+    def watched(name, method):
+        return lambda self: (calls.append(name), method(self))[1]
+    for name in ("cpu", "double"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    prob, _ = gf.predict(model, torch.randn(60, 20), graph)
+    assert prob.dtype == np.float64 and calls[:2] == ["cpu", "double"]
 
 
 def test_help_is_readable(capsys):

@@ -3,6 +3,7 @@ import hashlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -273,6 +274,18 @@ def test_label_files(visium, form):
     assert slide.classes == ["Layer1", "Layer3", "WM"] and slide.labels[:6].tolist() == [0, 2, 1, 0, 2, -1] and slide.labels.dtype == np.int64
     if form.startswith("metadata"):
         assert slide.patient == "Br1" and slide.library_size.tolist() == [100.0 + i for i in range(N_SPOTS)]
+
+
+def test_slide_names_the_files_it_was_read_from(visium, tmp_path):
+    """What a checksum of the inputs must take in: positions, labels and image beside the counts."""
+    slide = readers.load_slide(visium)
+    assert Path(slide.tables[0]).name.startswith("tissue_positions") and Path(slide.image_file).name.startswith("tissue_")
+    (tmp_path / "mine.csv").write_text(f"{slide.barcodes[0]},a\n{slide.barcodes[1]},b\n")
+    assert readers.load_slide(visium, labels=str(tmp_path / "mine.csv")).tables[-1] == str(tmp_path / "mine.csv")
+    (visium / "metadata.tsv").write_text(f"barcode\tlayer_guess\n{slide.barcodes[0]}\tLayer1\n")
+    assert readers.load_slide(visium).tables[1:] == [str(visium / "metadata.tsv")]
+    assert all(Path(f).is_file() for f in (*readers.load_slide(visium).tables, slide.image_file, slide.source))
+    assert readers.is_one_slide(visium) and not readers.is_one_slide(visium.parent / "none") and readers.is_one_slide(slide.source)
 
 
 def test_slide_without_labels(visium):

@@ -7,14 +7,25 @@ import report
 from data import DataError
 
 
-def write(root, part, variant, seed, ari, split="random", leaks=True, floor=0.9):
+def write(root, part, variant, seed, ari, split="random", leaks=True, floor=0.9, **config):
     folder = root / "gat_fusion" / "dlpfc" / part / variant / f"seed{seed}"
     folder.mkdir(parents=True)
     scores = {"accuracy": 0.5, "macro_f1": 0.5, "kappa_quadratic": None, "log_loss": 1.0, "boundary_accuracy": 0.2}
     (folder / "run.json").write_text(json.dumps({
-        "method": "gat_fusion", "metrics": {"ari": ari, "gain_over_coords_knn": ari - floor, **scores}, "baselines": {"coords_knn": {"ari": floor, **scores}},
+        "method": "gat_fusion", "config": {"seed": seed} | config, "metrics": {"ari": ari, "gain_over_coords_knn": ari - floor, **scores},
+        "baselines": {"coords_knn": {"ari": floor, **scores}},
         "split": {"name": split, "leaks_position": leaks, "detail": f"{variant.split('-')[0]}"}, "git_commit": "0123456789", "versions": {"torch": "2"},
         "device": "cpu", "seconds": 3.0, "peak_rss_mb": 100}))
+
+
+def write_domains(root, part, variant, seed, ari, floor, method="multist", **more):
+    folder = root / method / "dlpfc" / part / variant / f"seed{seed}"
+    folder.mkdir(parents=True)
+    rest = {"nmi": 0.5, "completeness": 0.25, "homogeneity": None}
+    (folder / "run.json").write_text(json.dumps({
+        "method": method, "config": {"seed": seed}, "metrics": {"ari": ari, "ami": 0.375, "ari_gene": 0.1, **rest}, "split": None, "git_commit": "0123456789",
+        "baselines": {"pca_gmm": {"ari": floor, "ami": 0.5, **rest}, "neighbour_mean_gmm": {"ari": floor + 0.25, "ami": 0.5, **rest}},
+        "versions": {"torch": "2"}, "device": "cpu", "seconds": 3.0, "peak_rss_mb": 100} | more))
 
 
 def row(text, name):
@@ -25,7 +36,7 @@ def test_median_and_spread_over_seeds(tmp_path):
     for seed, ari in enumerate((0.8, 0.95, 0.91)):
         write(tmp_path, "151673", "random-full-cross", seed, ari)
     write(tmp_path, "151674", "random-full-cross", 0, 0.7)
-    write(tmp_path, "151674", "slice-151673-full-cross", 0, 0.6, "slice")
+    write(tmp_path, "151674", "slice-151673-full-cross", 0, 0.6, "slice", train="151673")
     text = report.markdown(report.read_runs(tmp_path))
     assert "| full-cross | 0.910 (0.800-0.950) | 0.700 |" in text and ".928 +- .022" in row(text, "full-cross")
     knn = row(text, "coords_knn").split(" | ")
@@ -34,12 +45,63 @@ def test_median_and_spread_over_seeds(tmp_path):
 
 
 def test_program_writes_table_and_figure(tmp_path, capsys):
-    write(tmp_path, "s", "blocks0-full-cross", 0, 0.5, "blocks", False)
+    write(tmp_path, "s", "blocks0-full-cross", 0, 0.5, "blocks", False, fold=0)
     assert report.main(["--runs", str(tmp_path)]) == 0
     assert (tmp_path / "report.md").read_text().startswith("### Split `blocks` - does not leak position")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(DataError, match="--data"):
         report.main(["--runs", str(tmp_path), "--data", "other"])
+
+
+def test_row_names_come_from_the_config(tmp_path):
+    """Names of slices may hold hyphens; flags that are not at their default stay in the row's name."""
+    write(tmp_path, "a-1", "slice-a-2+b-1-full-cross", 0, 0.5, "slice", train="a-2,b-1")
+    write(tmp_path, "a-1", "slice-all-gcn_only", 0, 0.5, "slice", train="")
+    write(tmp_path, "a-1", "donor-b-1-expr_only-hvg=none", 0, 0.5, "donor", train="b-1")
+    write(tmp_path, "a-1", "blocks3-full-gated-k=18", 0, 0.5, "blocks", fold=3)
+    tables = report.rows_of(report.read_runs(tmp_path))
+    assert {split: set(rows) - {"coords_knn"} for (split, _), rows in tables.items()} == {
+        "slice": {"full-cross", "gcn_only"}, "donor": {"expr_only-hvg=none"}, "blocks": {"full-gated-k=18"}}
+
+
+def test_any_folder_above_the_records_gives_the_same_tables(tmp_path, monkeypatch):
+    write(tmp_path, "151673", "random-full-cross", 0, 0.8)
+    texts = {report.markdown(report.read_runs(f)) for f in (tmp_path, tmp_path / "gat_fusion", tmp_path / "gat_fusion" / "dlpfc" / "151673")}
+    monkeypatch.chdir(tmp_path / "gat_fusion")
+    assert texts == {report.markdown(report.read_runs("."))} and report.main(["--runs", str(tmp_path / "gat_fusion"), "--data", "dlpfc"]) == 0
+
+
+def test_baselines_once_per_inputs(tmp_path):
+    """The same split on other inputs (library size, scale, genes) has other baselines; another seed or model on the same inputs has not."""
+    write(tmp_path, "s", "random-full-cross", 0, 0.8, library="given", scale="auto", hvg="seurat")
+    write(tmp_path, "s", "random-full-cross", 1, 0.8, library="given", scale="auto", hvg="seurat")
+    for n, other in enumerate(({"library": "own"}, {"scale": "slice"}, {"hvg": "none"})):
+        write(tmp_path, "s", f"random-full-cross-{n}", 0, 0.8, floor=0.5, **{"library": "given", "scale": "auto", "hvg": "seurat"} | other)
+    text = report.markdown(report.read_runs(tmp_path))
+    assert row(text, "coords_knn").split(" | ")[1] == "0.500 (0.500-0.900)" and row(text, "coords_knn").split(" | ")[-2] == "4"
+
+
+def test_unsupervised_domains(tmp_path):
+    for seed, ari in enumerate((0.5, 0.625, 0.75)):
+        write_domains(tmp_path, "151673", "full", seed, ari, 0.25)
+    write_domains(tmp_path, "151673", "gene", 0, 0.5, 0.25)             # the same baselines again: counted once
+    write_domains(tmp_path, "151674", "full", 0, None, 0.5)
+    write_domains(tmp_path, "151674", "predict-random-full-cross-0a", 0, 0.9, 0, "gat_fusion", baselines={}, checkpoint="model.pt")
+    write(tmp_path, "151673", "random-full-cross", 0, 0.8)
+    records = report.read_runs(tmp_path)
+    text = report.markdown(records)
+    assert "### domains (unsupervised)\n\n| method | ARI 151673 | ARI 151674 | ami | completeness | homogeneity | runs | published ARI |" in text
+    assert row(text, "multist full") == "| multist full | 0.625 (0.500-0.750) | - | 0.375 | 0.250 | - | 4 | 151673: .620 |"
+    assert row(text, "pca_gmm") == "| pca_gmm | 0.250 (0.250-0.250) | 0.500 | 0.500 | 0.250 | - | 4 |  |"
+    assert row(text, "neighbour_mean_gmm").startswith("| neighbour_mean_gmm | 0.500 (0.500-0.500) | 0.750 |") and "predict" not in text
+    assert "### Split `random`" in text and text.index("pca_gmm") < text.index("multist full")
+    assert len(report.draw(records).axes) == 2
+
+
+def test_report_of_domains_only(tmp_path):
+    write_domains(tmp_path, "151673", "full", 0, 0.5, 0.25)
+    assert report.main(["--runs", str(tmp_path)]) == 0
+    assert (tmp_path / "report.md").read_text().startswith("### domains (unsupervised)") and (tmp_path / "report.png").is_file()
 
 
 def test_bad_records(tmp_path):
