@@ -1,0 +1,1208 @@
+"""Spatial domains from expression, position and histology, without labels: MultiST (Wang, Ly, Yu, Bai; arXiv 2601.13331).
+
+    counts (N, G) --PCA--> X (N, 200) --mask--> X' --MLP, GCN--> Z (N, 32)      Stage I, a masked graph auto-encoder with a GAN side-branch
+                                                                Z --DEC--> Z     Stage II, compact clusters
+    image --crops, frozen encoder, kNN smoothing--> V (N, 512)
+    Z, V --cross-attention in both directions over the m nearest spots--> H (N, 256)                           Stage III
+    H --PCA, tied-covariance GMM--> labels --label diffusion--> domains; pseudotime and ligand-receptor scores from them
+
+Eq. numbers are the paper's where docs/multist.md knows them. Labels are read for scores, figures and, with `--n_domains oracle`, for the
+number of domains; no loss sees them. The output that counts is fixed beforehand: fused + diffusion (gene-only + diffusion without an image).
+
+    python multist.py --data datasets/dlpfc --slice 151673 --seed 0
+    python multist.py --data my_visium_folder --n_domains 8
+    python multist.py --data my_section.h5ad --n_domains bic --image off
+"""
+import copy
+import csv
+import hashlib
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import false_discovery_control
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from sklearn.neighbors import NearestNeighbors
+from torch import nn
+from torch.nn import functional as F
+
+import data
+import metrics
+import run
+from data import DataError
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+@dataclass
+class Config(run.Config):
+    """Flags of multist.py; defaults are the paper's or the released code's unless the help says otherwise."""
+
+    n_domains: str = "oracle"
+    "number of domains: oracle (as many as the labels have; recorded as such), bic (2 to 20), or a number"
+    norm: Literal["log1p", "cpm"] = "log1p"
+    "log1p of counts per 10,000, or the released code's counts per million without log"
+    library: Literal["given", "own"] = "given"
+    "library size: the one that came with the data where there is one (the file may hold a subset of the genes), or the file's row sums"
+    hvg: Literal["variance", "seurat_v3", "none"] = "variance"
+    "gene selection: most variable after normalisation, seurat_v3 on counts (released code), or all"
+    n_top_genes: int = 3000
+    "number of genes (released code: 2000)"
+    n_pcs: int = 200
+    "principal components that are the input X"
+    k: int = 6
+    "spatial neighbours, symmetrised by union (released code: 12)"
+    mask_mode: Literal["additive", "replace", "zero", "none"] = "additive"
+    "Eq. 1: add the learned vector m to masked spots; or put m, or 0, in their place; or no masking"
+    mask_rate: float = 0.8
+    "share of spots masked, drawn anew every epoch"
+    branches: Literal["serial", "parallel"] = "serial"
+    "GCN on the MLP's output (released code), or on X beside the MLP (paper)"
+    epochs: int = 400
+    "epochs of Stage I (full slide, one step each)"
+    lr: float = 1e-2
+    "Adam learning rate of Stages I and II"
+    weight_decay: float = 0.0
+    "Adam weight decay on weight matrices only (released code: 0.01 on everything)"
+    dropout: float = 0.2
+    "dropout of the encoder and decoder"
+    gan: Literal["off", "fisher", "mean"] = "off"
+    "adversarial branch: none, Fisher-MMD of Eq. 8 in closed form (the paper), or difference of mean latents (what the released code falls back to)"
+    lambda_x: float = 10.0
+    "weight of the reconstruction"
+    lambda_g: float = 0.1
+    "weight of the graph reconstruction"
+    lambda_mask: float = 1.0
+    "weight of the masked consistency (Eq. 23)"
+    lambda_gan: float = 0.01
+    "weight of the adversarial alignment (Eq. 24); the closed-form MMD is in units of its own metric, so the released 0.3 does not carry over"
+    dec: bool = True
+    "Stage II, deep embedded clustering"
+    dec_epochs: int = 200
+    "most epochs of Stage II (released code: 500)"
+    dec_update: int = 20
+    "epochs between refreshes of the DEC target"
+    dec_tol: float = 1e-3
+    "Stage II stops when a refresh changes fewer than this share of the labels"
+    lambda_dec: float = 0.1
+    "weight of KL(P || Q), summed over clusters, mean over spots (released code: 1 on the mean over 10 clusters and spots, which is the same)"
+    image: Literal["auto", "real", "permuted", "zero", "off"] = "auto"
+    "auto: use the image where there is one; permuted and zero are controls"
+    encoder: str = "handmade"
+    "image features: handmade, a Hugging Face vision model such as openai/clip-vit-base-patch32 (the paper's), or a .npy/.npz file"
+    crop_um: float = 310.0
+    "side of the crop in micrometres (the released 64 hires pixels on 151673)"
+    colour: Literal["reference", "none"] = "reference"
+    "colour normalisation to a reference shared by all slides (released code: to patches of the same slide, and skipped through a failing import)"
+    cache: str = ""
+    "folder for image features; empty: they are computed in every run"
+    smooth: float = 0.3
+    "share of the neighbours in the smoothed image features (Eq. 10)"
+    attention: Literal["local", "global"] = "local"
+    "Stage III attends over the m nearest spots, or over the whole slide"
+    m: int = 16
+    "spots (itself included) that a spot attends to; 1 is the released code, whose softmax over one key is always 1"
+    alpha: float = 0.7
+    "Eq. 17: share of the gene stream that attended to the image"
+    fused_dim: int = 128
+    "width of Stage III (paper: 256)"
+    heads: int = 8
+    "attention heads of Stage III"
+    fusion_epochs: int = 30
+    "epochs of Stage III (released code: 50 of random batches of 128)"
+    fusion_lr: float = 1e-3
+    "AdamW learning rate of Stage III, cosine to 0 (released code: 1e-4)"
+    batch: int = 512
+    "spots in a step of Stage III: compact tiles of 64 from anywhere on the slide"
+    tau: float = 0.1
+    "temperature of the SDM and contrastive losses"
+    fusion_mask: float = 0.5
+    "Stage III: share of spots whose Z is hidden in training, so that H must recover it from the image and the neighbours (not in the paper)"
+    lambda_keep: float = 5.0
+    "Stage III: weight of reading Z and its DEC target back from H, so that the domains of Z survive (not in the paper)"
+    readout: Literal["latent", "fused"] = "latent"
+    "what is clustered: alpha Z + (1 - alpha) P H with the trained read-out P (the released formula for layered tissue, whose P is random), or H itself"
+    n_init: int = 10
+    "initialisations of the GMM; the likeliest is taken"
+    diffusion_steps: int = 3
+    "T of the label diffusion (released code: 10)"
+    diffusion_k: int = 7
+    "neighbours of the label diffusion"
+    order: str = ""
+    "classes from the root outwards, comma-separated, to score the pseudotime; empty: WM,Layer6,...,Layer1 where these are the classes"
+    root_gene: str = "MBP"
+    "pseudotime starts in the domain that expresses this gene most; empty or absent from the panel: at an extreme of the first diffusion component"
+    lr_pairs: str = ""
+    "two-column CSV ligand,receptor; empty: a short built-in list"
+    permutations: int = 1000
+    "label permutations of the ligand-receptor null; 0 leaves the scores out"
+    figures: bool = True
+    "draw the figures"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input X and the spatial graph
+# ---------------------------------------------------------------------------------------------------------------------
+
+def preprocess(slide, config):
+    """X (N, P) float32: principal components of the z-scored selected genes. They are not rescaled, so a mean square error over them is
+    a variance-weighted one: the first components dominate. Raises DataError where nothing varies."""
+    keep = slide.counts.getnnz(axis=0) >= min(10, max(2, slide.n_spots // 50))                # genes seen in too few spots are noise
+    counts, total = slide.counts[:, np.flatnonzero(keep)], slide.library_size if config.library == "given" else None
+    if config.norm == "log1p":
+        x = data.normalise_log1p(counts, total)                                                # (N, G)
+    else:
+        x = sp.csr_matrix(counts, dtype=np.float32, copy=True)
+        own = np.asarray(x.sum(1)).ravel() if total is None else total
+        x = (sp.diags((1e6 / np.maximum(own, 1)).astype(np.float32)) @ x).tocsr()
+    variance = data.mean_var(x)[1]
+    if config.hvg == "seurat_v3":
+        pick = data.hvg_seurat_v3(counts, config.n_top_genes)
+    else:
+        pick = np.sort(np.argsort(-variance, kind="stable")[:config.n_top_genes if config.hvg == "variance" else None])
+    pick = pick[variance[pick] > 0]
+    if len(pick) < 2 or slide.n_spots < 3:
+        raise DataError(f"slide {slide.sample} has {len(pick)} genes that vary over {slide.n_spots} spots: domains need more")
+    z = data.Standardise(np.inf if config.norm == "cpm" else 10.0).fit(x[:, pick]).scaled(x[:, pick])
+    x = data.truncated_pca(z, config.n_pcs, seed=0)                                            # (N, P)
+    return x[:, x.std(0) > 1e-4 * x.std(0).max()]                                              # a component without variance is round-off
+
+
+def log_matrix(slide):
+    """(N, G) CSR of log1p of counts per 10,000, for the marker gene and the ligand-receptor scores."""
+    return data.normalise_log1p(slide.counts, slide.library_size)
+
+
+class Graph:
+    """D^-1/2 (A + I) D^-1/2 of the k-nearest-neighbour graph symmetrised by union, as rows of an embedding bag, and its edges (2, E), i < j."""
+
+    def __init__(self, xy, k, device="cpu", name=""):
+        adjacency = data.symmetric_union(data.knn_table(xy, k, name=name))                                # (N, N) sparse
+        self.pieces = sp.csgraph.connected_components(adjacency, directed=False)[0]
+        edges = sp.triu(adjacency, 1).tocoo()
+        a_hat = data.normalised_adjacency(adjacency)
+        self.columns, self.starts, self.weights = (torch.as_tensor(v, device=device) for v in (
+            a_hat.indices.astype(np.int64), a_hat.indptr[:-1].astype(np.int64), a_hat.data))
+        self.edges = torch.as_tensor(np.stack([edges.row, edges.col]).astype(np.int64), device=device)    # (2, E)
+        self.key = (self.edges[0] * len(xy) + self.edges[1]).sort().values                     # (E,) to look edges up
+        self.n = len(xy)
+
+
+class GraphProduct(torch.autograd.Function):
+    """A_hat h: (N, d) -> (N, d) as an embedding bag. A_hat is symmetric, so the gradient is the same product."""
+
+    @staticmethod
+    def forward(ctx, h, graph):
+        ctx.graph = graph
+        return F.embedding_bag(graph.columns, h.contiguous(), graph.starts, per_sample_weights=graph.weights.to(h.dtype), mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad):
+        return GraphProduct.apply(grad, ctx.graph), None
+
+
+graph_product = GraphProduct.apply
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage I: masked graph auto-encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+def mask_rows(x, m, rate, mode):
+    """Eq. 1: x'_i = x_i + m for i in S_mask, floor(rate N) spots drawn uniformly. x (N, P), m (P,) -> x' (N, P), S_mask (n,).
+
+    A learned constant shift hides nothing: the first bias can undo it. `replace` (x'_i = m) and `zero` do hide the spot.
+    """
+    rows = torch.randperm(len(x), device=x.device)[:int(rate * len(x))]                        # (n,)
+    if mode == "none":
+        return x, rows
+    chosen = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device).index_fill(0, rows, 1.0)   # (N, 1)
+    return (x if mode == "additive" else x * (1 - chosen)) + (chosen * m if mode != "zero" else 0), rows
+
+
+class Encoder(nn.Module):
+    """Eq. 2-5: F = MLP(X'), U = A ReLU(A H W1) W2 with H = F (serial) or X' (parallel), Z = [F; U]."""
+
+    def __init__(self, dim_in, branches, dropout):
+        super().__init__()
+        def block(a, b):
+            return nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b, eps=1e-3, momentum=0.01), nn.ELU(), nn.Dropout(dropout))
+        self.mlp = nn.Sequential(block(dim_in, 64), block(64, 16))
+        self.branches, self.drop = branches, nn.Dropout(dropout)
+        self.w1 = nn.Linear(16 if branches == "serial" else dim_in, 64, bias=False)
+        self.w2 = nn.Linear(64, 16, bias=False)
+        for w in (self.w1, self.w2):
+            nn.init.xavier_uniform_(w.weight)
+
+    def forward(self, x, graph):
+        """x (N, P) -> Z (N, 32)."""
+        f = self.mlp(x)                                                                        # (N, 16)
+        h = self.drop(f if self.branches == "serial" else x)
+        h = self.w1(graph_product(h, graph)) if self.branches == "serial" else graph_product(self.w1(h), graph)
+        u = graph_product(self.w2(self.drop(F.relu(h))), graph)                                # (N, 64) -> (N, 16)
+        return torch.cat([f, u], 1)                                                            # (N, 32)
+
+
+class AutoEncoder(nn.Module):
+    """Encoder, mask vector m, and the expression decoder of Eq. 6: X_hat = A Z W, linear, without bias."""
+
+    def __init__(self, dim_in, config):
+        super().__init__()
+        self.encoder = Encoder(dim_in, config.branches, config.dropout)
+        self.m = nn.Parameter(torch.zeros(dim_in))
+        self.drop = nn.Dropout(config.dropout)
+        self.decoder = nn.Linear(32, dim_in, bias=False)
+        nn.init.xavier_uniform_(self.decoder.weight)
+
+    def decode(self, z, graph):
+        """z (N, 32) -> X_hat (N, P)."""
+        return self.decoder(graph_product(self.drop(z), graph))                                # (N, P)
+
+    @torch.no_grad()
+    def embed(self, x, graph):
+        """Z (N, 32) in evaluation mode, nothing masked."""
+        self.eval()
+        return self.encoder(x, graph)
+
+
+def edge_logits(z, pairs):
+    """Eq. 7: s_ij = z_i . z_j for the pairs (2, E) only, never N x N."""
+    return (z[pairs[0]] * z[pairs[1]]).sum(1)                                                  # (E,)
+
+
+def negative_pairs(graph):
+    """As many random pairs (2, <= E) as there are edges, without self-pairs and edges; drawn anew at every call."""
+    i, j = torch.randint(graph.n, (2, graph.edges.shape[1]), device=graph.edges.device)
+    low, high = torch.minimum(i, j), torch.maximum(i, j)
+    key = low * graph.n + high
+    at = torch.searchsorted(graph.key, key).clamp(max=len(graph.key) - 1)
+    free = (low != high) & (graph.key[at] != key)
+    return torch.stack([low[free], high[free]])
+
+
+def edge_loss(z, graph):
+    """Cross-entropy of edges against as many non-edges: mean softplus(-s) over edges + mean softplus(s) over non-edges."""
+    return F.softplus(-edge_logits(z, graph.edges)).mean() + F.softplus(edge_logits(z, negative_pairs(graph))).mean()
+
+
+def masked_consistency(x_hat, x, rows):
+    """Eq. 23 on S_mask against the ORIGINAL input: mean (1 - cos(x_hat_i, x_i))^3, the scaled cosine error (Hou et al. 2022, GraphMAE)."""
+    cosine = (F.normalize(x_hat, dim=1) * F.normalize(x, dim=1)).sum(1)                        # (N,)
+    return (1 - cosine[rows]).pow(3).mean()
+
+
+class Generator(nn.Module):
+    """Noise (N, 32) -> fake expression (N, P). (The released code draws P numbers a spot, which takes longer than the rest of an epoch.)"""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, dim))
+
+    def forward(self, n):
+        """n fakes (n, P)."""
+        weight = self.layers[0].weight
+        return self.layers(torch.randn(n, 32, dtype=weight.dtype, device=weight.device))
+
+
+class Critic(nn.Module):
+    """f(z) = w . h(z), h: 32 -> 64 -> 64. Its score with respect to w is grad_w f = h(z), the feature of the Fisher kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+
+    def forward(self, z):
+        """h(z): (N, 32) -> (N, 64)."""
+        return self.layers(z)
+
+
+def fisher_mmd(phi, phi_fake, eps=1e-3):
+    """Eq. 8: MMD^2 = E k(z, z') + E k(z~, z~') - 2 E k(z, z~) with the Fisher kernel k(z, z') = phi(z)^T I^-1 phi(z').
+
+    phi, phi_fake (N, d) scores. The kernel is linear in phi, so the three terms are |mean phi - mean phi~|^2 in the metric I^-1: O(N d^2), no
+    N x N matrix. I = (Cov phi + Cov phi~) / 2 + eps, relative to its mean eigenvalue, taken as a constant (no gradient through it).
+    """
+    with torch.no_grad():
+        information = (torch.cov(phi.T) + torch.cov(phi_fake.T)) / 2                            # (d, d)
+        scale = information.diagonal().mean().clamp_min(1e-12)
+        information = information + eps * scale * torch.eye(len(information), dtype=phi.dtype, device=phi.device)
+    gap = phi.mean(0) - phi_fake.mean(0)                                                        # (d,)
+    return gap @ torch.linalg.solve(information, gap)
+
+
+class frozen_statistics:
+    """Within this context BatchNorm layers use their running statistics and do not update them: fakes must not touch them."""
+
+    def __init__(self, module):
+        self.layers = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
+
+    def __enter__(self):
+        self.before = [m.training for m in self.layers]
+        for m in self.layers:
+            m.eval()
+
+    def __exit__(self, *error):
+        for m, training in zip(self.layers, self.before):
+            m.train(training)
+
+
+class Adversary:
+    """Generator and critic of the side-branch. Critic: makes Fisher-MMD between real and generated latents large; generator and encoder: small.
+
+    The MMD is normalised by its own metric, so the critic needs no weight clipping. `mean` compares mean latents, with no critic.
+    """
+
+    def __init__(self, kind, dim, device):
+        self.kind = kind
+        self.generator, self.critic = Generator(dim).to(device), Critic().to(device)
+        self.g_step, self.c_step = (torch.optim.RMSprop(p.parameters(), lr=1e-4) for p in (self.generator, self.critic))
+
+    def distance(self, z, z_fake):
+        """Scalar discrepancy of latents (N, 32), with gradient to both."""
+        return fisher_mmd(self.critic(z), self.critic(z_fake)) if self.kind == "fisher" else (z.mean(0) - z_fake.mean(0)).square().mean()
+
+    def encode(self, model, x, graph):
+        """Latents of fresh fakes, (N, 32)."""
+        with frozen_statistics(model):
+            return model.encoder(self.generator(len(x)), graph)
+
+    def step(self, model, x, graph):
+        """One step of the critic and one of the generator; the encoder stands still."""
+        with torch.no_grad():
+            z = model.encoder(x, graph) if not model.training else self._real(model, x, graph)
+            z_fake = self.encode(model, x, graph)
+        if self.kind == "fisher":
+            self.c_step.zero_grad()
+            (-self.distance(z, z_fake)).backward()
+            self.c_step.step()
+        self.g_step.zero_grad()
+        self.distance(z, self.encode(model, x, graph)).backward()
+        self.g_step.step()
+
+    @staticmethod
+    def _real(model, x, graph):
+        with frozen_statistics(model):
+            return model.encoder(x, graph)
+
+
+class Terms:
+    """Weighted loss terms of one step, checked and logged with the norm of the gradient that each sends to `parameters`."""
+
+    def __init__(self, stage, log):
+        self.stage, self.log = stage, log
+
+    def total(self, terms, epoch, parameters, measure):
+        """Sum of the dict {name: weighted scalar}. Raises DataError naming a term that is not finite. With `measure` a row per term is logged."""
+        parameters = list(parameters)
+        for name, value in terms.items():
+            if not torch.isfinite(value):
+                raise DataError(f"{self.stage}, epoch {epoch}: the loss term {name!r} is {value.item()}: choose a smaller learning rate or weight, "
+                                "or check the input")
+            if measure:
+                grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) if value.requires_grad else []
+                norm = sum(g.square().sum().item() for g in grads if g is not None) ** 0.5
+                self.log.append({"stage": self.stage, "epoch": epoch, "term": name, "value": value.item(), "grad_norm": norm})
+        return sum(terms.values())
+
+
+def decayed(module, weight_decay):
+    """Parameter groups: decay on weight matrices only; biases, BatchNorm and the mask vector m are left alone (decay would pull m to 0)."""
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim <= 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def train_stage1(x, graph, config, log):
+    """Stage I: lambda_x MSE + lambda_g L_graph + lambda_mask L_mask + lambda_gan L_gan. x (N, P) -> AutoEncoder, its optimiser, Adversary or None."""
+    model = AutoEncoder(x.shape[1], config).to(x.device)
+    step = torch.optim.Adam(decayed(model, config.weight_decay), lr=config.lr)
+    adversary = None if config.gan == "off" else Adversary(config.gan, x.shape[1], x.device)
+    terms = Terms("Stage I", log)
+    for epoch in run.progress(range(config.epochs), "Stage I"):
+        model.train()
+        if adversary and epoch % 5 == 0:
+            adversary.step(model, x, graph)
+        loss = terms.total(stage1_terms(model, adversary if epoch >= 10 else None, x, graph, config), epoch, model.parameters(),
+                           epoch % 50 == 10 or epoch == config.epochs - 1)
+        step.zero_grad()
+        loss.backward()
+        step.step()
+    return model, step, adversary
+
+
+def stage1_terms(model, adversary, x, graph, config):
+    """{name: weighted scalar} of one masked forward pass."""
+    masked, rows = mask_rows(x, model.m, config.mask_rate, config.mask_mode)
+    z = model.encoder(masked, graph)                                                           # (N, 32)
+    x_hat = model.decode(z, graph)                                                             # (N, P)
+    terms = {"expression": config.lambda_x * F.mse_loss(x_hat, x), "graph": config.lambda_g * edge_loss(z, graph),
+             "mask": config.lambda_mask * masked_consistency(x_hat, x, rows)}
+    if adversary:
+        terms["gan"] = config.lambda_gan * adversary.distance(z, adversary.encode(model, x, graph))
+    return terms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage II: deep embedded clustering
+# ---------------------------------------------------------------------------------------------------------------------
+
+def dec_q(z, centres):
+    """Eq. 11: q_ij = (1 + |z_i - mu_j|^2)^-1, rows normalised (Student t, one degree of freedom). z (N, d), centres (K, d) -> (N, K)."""
+    q = 1 / (1 + torch.cdist(z, centres, compute_mode="donot_use_mm_for_euclid_dist").square())
+    return q / q.sum(1, keepdim=True)
+
+
+def dec_p(q):
+    """Eq. 12: p_ij = (q_ij^2 / f_j) / sum_j (q_ij^2 / f_j), f_j = sum_i q_ij. (N, K) -> (N, K), without gradient."""
+    with torch.no_grad():
+        p = q.square() / q.sum(0).clamp_min(1e-12)
+        return p / p.sum(1, keepdim=True)
+
+
+def dec_kl(p, q):
+    """Eq. 13, 27: KL(P || Q), summed over clusters, mean over spots."""
+    return (p * (p.clamp_min(1e-12).log() - q.clamp_min(1e-12).log())).sum(1).mean()
+
+
+def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
+    """Stage II, with Stage I's optimiser: DEC + expression + graph + GAN terms. Returns centres (K, 32), the final target (N, K), epochs run."""
+    z = model.embed(x, graph)
+    kmeans = KMeans(n_domains, n_init=20, random_state=config.seed).fit(z.cpu().numpy())
+    centres = nn.Parameter(torch.as_tensor(kmeans.cluster_centers_, dtype=x.dtype, device=x.device))     # (K, 32)
+    step.add_param_group({"params": [centres], "weight_decay": 0.0})
+    terms, labels, epoch = Terms("Stage II", log), kmeans.labels_, 0
+    for epoch in run.progress(range(config.dec_epochs), "Stage II"):
+        if epoch % config.dec_update == 0:
+            with torch.no_grad():
+                q = dec_q(model.embed(x, graph), centres)
+                target, new = dec_p(q), q.argmax(1).cpu().numpy()
+            if epoch and (new != labels).mean() < config.dec_tol:
+                break
+            labels = new
+        model.train()
+        if adversary and epoch % 5 == 0:
+            adversary.step(model, x, graph)
+        z = model.encoder(x, graph)
+        parts = {"dec": config.lambda_dec * dec_kl(target, dec_q(z, centres)), "expression": config.lambda_x * F.mse_loss(model.decode(z, graph), x),
+                 "graph": config.lambda_g * edge_loss(z, graph)}
+        if adversary:
+            parts["gan"] = config.lambda_gan * adversary.distance(z, adversary.encode(model, x, graph))
+        loss = terms.total(parts, epoch, [*model.encoder.parameters(), centres], epoch % 50 == 0 or epoch == config.dec_epochs - 1)
+        step.zero_grad()
+        loss.backward()
+        step.step()
+    with torch.no_grad():
+        target = dec_p(dec_q(model.embed(x, graph), centres))
+    return centres.detach(), target, epoch + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image branch
+# ---------------------------------------------------------------------------------------------------------------------
+
+RGB_TO_LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])    # Reinhard et al. 2001, Eq. 4
+LMS_TO_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])        # Eq. 6, Ruderman's l alpha beta
+REFERENCE = np.array([[8.429, -0.135, 0.030], [0.160, 0.049, 0.0124]])     # mean and std of l alpha beta under the spots of DLPFC 151673
+
+
+def to_lab(rgb):
+    """(n, 3) uint8 or float 0-255 -> (n, 3) l alpha beta of the logarithms of LMS, natural logarithm."""
+    return np.log(np.maximum(rgb.astype(np.float32), 1) @ RGB_TO_LMS.T.astype(np.float32)) @ LMS_TO_LAB.T.astype(np.float32)
+
+
+def tissue_colour(slide, reach=2):
+    """(2, 3) mean and std of l alpha beta over the pixels within `reach` of the spots' centres.
+
+    The paper's rule R + G + B < 600 takes the whole picture of 151673 for tissue: its background is grey (525)."""
+    step = np.arange(-reach, reach + 1)
+    at = np.rint(slide.xy * slide.image_scale).astype(int)                                     # (N, 2)
+    x, y = (np.clip(at[:, i, None] + step, 0, slide.image.shape[1 - i] - 1) for i in (0, 1))
+    lab = to_lab(slide.image[y[:, :, None], x[:, None, :]].reshape(-1, 3))                     # (n, 3)
+    return np.stack([lab.mean(0), lab.std(0)])
+
+
+def normalise_colour(image, source, target=REFERENCE):
+    """Reinhard's colour transfer (2001): every channel of l alpha beta goes from the source's mean and std to the target's.
+
+    image (H, W, 3) uint8 -> the same; source, target (2, 3). One affine map per channel for the whole slide, background included. Works in
+    strips of rows, so that a large picture needs little memory.
+    """
+    gain = target[1] / np.maximum(source[1], 1e-6)
+    out = np.empty_like(image)
+    for i in range(0, len(image), 256):
+        strip = (to_lab(image[i:i + 256].reshape(-1, 3)) - source[0]) * gain + target[0]       # (n, 3)
+        rgb = np.exp(strip @ np.linalg.inv(LMS_TO_LAB).T) @ np.linalg.inv(RGB_TO_LMS).T
+        out[i:i + 256] = np.clip(np.rint(rgb), 0, 255).reshape(out[i:i + 256].shape).astype(np.uint8)
+    return out
+
+
+def smoothing_matrix(xy, k=7):
+    """(N, N) CSR, rows sum to 1: w_ij ~ exp(-d_ij^2 / (2 sigma^2)) over the k nearest spots (self excluded), sigma = 2 x their median distance."""
+    near = data.knn_table(xy, k)
+    d = np.linalg.norm(xy[near] - xy[:, None], axis=2)                                         # (N, k)
+    w = np.exp(-d**2 / (2 * (2 * max(np.median(d), 1e-9)) ** 2))
+    w /= w.sum(1, keepdims=True)
+    return sp.csr_matrix((w.ravel().astype(np.float32), (np.repeat(np.arange(len(xy)), k), near.ravel())), shape=(len(xy),) * 2)
+
+
+def image_tokens(slide, config, device):
+    """(N, D) float32 standardised image features: colour normalisation, crops, frozen encoder, and Eq. 10 on the frozen features, once:
+    V~ = (1 - smooth) V + smooth W V. (The linear projection to 512 commutes with averaging, so smoothing first is the same and is done once.)"""
+    if config.colour == "reference" and slide.patches is None and slide.image is not None and slide.image_scale:
+        slide = copy.copy(slide)
+        slide.image = normalise_colour(slide.image, tissue_colour(slide))
+    v = data.image_features(slide, config.encoder, config.crop_um, cache=config.cache or None, device=device)
+    v = (v - v.mean(0)) / np.maximum(v.std(0), 1e-6)                                            # (N, D)
+    if slide.n_spots > 7 and config.smooth > 0:
+        v = (1 - config.smooth) * v + config.smooth * (smoothing_matrix(slide.xy) @ v)
+    return v.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage III: fusion by cross-attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+class CrossAttention(nn.Module):
+    """Eq. 14-16: `layers` times q <- LN(q + MHA(q, k, v)), one LayerNorm for all layers.
+
+    Local: spot i attends to the tokens of its m nearest spots (itself first), with a learned bias from the relative position. Keys and values
+    are projected once per spot and gathered afterwards. With m = 1 there is one key: softmax = 1 whatever the query says, and the query and key
+    weights get no gradient, which is the released model.
+    """
+
+    def __init__(self, dim, heads, layers=2):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers)) for _ in range(4))
+        self.place = nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Linear(16, heads))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, query, tokens, near, offset):
+        """query (B, H), tokens (T, H), near (B, m) rows of tokens, offset (B, m, 2) in pitches -> (B, H), weights (B, m, heads).
+
+        near None: every query attends to every token by fused attention, which keeps no weights: (B, H), None.
+        """
+        b, width = query.shape
+        weights = None
+        for q, k, v, out in zip(self.q, self.k, self.v, self.out):
+            a = q(query).view(b, self.heads, -1)                                               # (B, heads, d)
+            keys, values = k(tokens), v(tokens)                                                # (T, H)
+            if near is None:
+                split = [t.view(1, len(t), self.heads, -1).transpose(1, 2) for t in (a.flatten(1), keys, values)]     # (1, heads, T, d)
+                mixed = F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(b, width)
+            else:
+                near_keys = F.embedding(near, keys).view(*near.shape, self.heads, -1)                     # (B, m, heads, d)
+                score = (a[:, None] * near_keys).sum(-1) * a.shape[-1] ** -0.5                 # (B, m, heads); a bmm of small matrices is slower
+                weights = (score + self.place(offset)).softmax(1)
+                mixed = (weights[..., None] * F.embedding(near, values).view_as(near_keys)).sum(1).flatten(1)     # (B, H)
+            query = self.norm(query + out(mixed))
+        return query, weights
+
+
+class Fusion(nn.Module):
+    """Stage III: gene and image tokens in a shared space, cross-attention in both directions, H = alpha H_gene + (1 - alpha) H_image (Eq. 17)."""
+
+    def __init__(self, dim_z, dim_image, config):
+        super().__init__()
+        wide = config.fused_dim
+        self.alpha = config.alpha
+        self.image = nn.Sequential(nn.Linear(dim_image, 512), nn.LayerNorm(512), nn.Dropout(0.1))        # Eq. 9: V
+        self.gene_in, self.image_in = nn.Linear(dim_z, wide), nn.Linear(512, wide)
+        self.gene_reads_image, self.image_reads_gene = (CrossAttention(wide, config.heads) for _ in range(2))
+        self.hidden = nn.Parameter(torch.zeros(dim_z))                                         # stands for Z of a spot that is masked
+        self.keep = nn.Linear(wide, dim_z)
+
+    def forward(self, z, v, own, near, offset):
+        """z (T, 32), v (T, D) of the spots at hand; own (B,) rows of the queries; near, offset as in CrossAttention.
+
+        Returns H (B, H), h_gene (B, H), h_image (B, H), attention (B, m, heads) of the last gene-reads-image layer or None.
+        """
+        g, i = self.gene_in(z), self.image_in(self.image(v))                                   # (T, H) each
+        h_gene, attention = self.gene_reads_image(g[own], i, near, offset)
+        h_image, _ = self.image_reads_gene(i[own], g, near, offset)
+        return self.alpha * h_gene + (1 - self.alpha) * h_image, h_gene, h_image, attention
+
+
+def sdm(h_gene, h_image, tau):
+    """Eq. 18: similarity-distribution matching. P = softmax of the rows of the cosine Gram matrix / tau; the mean of both KL divergences.
+    (B, H) x 2 -> scalar, 0 where both are equal."""
+    log_p, log_q = ((lambda u: (u @ u.T / tau).log_softmax(1))(F.normalize(h, dim=1)) for h in (h_gene, h_image))    # (B, B)
+    return (F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") + F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")) / 2
+
+
+def info_nce(h_gene, h_image, near, tau):
+    """Eq. 19: symmetric contrastive loss of a spot's two streams; `near` (B, B) bool, graph neighbours, are left out of the negatives."""
+    logits = F.normalize(h_image, dim=1) @ F.normalize(h_gene, dim=1).T / tau                  # (B, B)
+    logits = logits.masked_fill(near, float("-inf"))
+    same = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+
+
+class Tiles:
+    """The slide in tiles of about 64 spots that lie together (a KD-tree's leaves), and the m nearest spots of each spot."""
+
+    def __init__(self, xy, m, device, size=64):
+        near = np.arange(len(xy))[:, None] if m == 1 else np.concatenate([np.arange(len(xy))[:, None], data.knn_table(xy, m - 1)], 1)
+        self.near = torch.as_tensor(near, device=device)                                       # (N, m), self first
+        offset = (xy[near] - xy[:, None]) / max(data.lattice_pitch(xy), 1e-9)
+        self.offset = torch.as_tensor(offset.astype(np.float32), device=device)                # (N, m, 2)
+        self.tiles = [torch.as_tensor(rows, device=device) for rows in median_tiles(xy, size)]
+
+    def batches(self, spots):
+        """Lists of rows, each of about `spots` spots: tiles from anywhere on the slide, in random order."""
+        tiles = [self.tiles[i] for i in torch.randperm(len(self.tiles)).tolist()]
+        per = max(1, round(spots / max(1, np.mean([len(t) for t in tiles]))))
+        return [torch.cat(tiles[i:i + per]) for i in range(0, len(tiles), per)]
+
+    def gather(self, rows, everything=False):
+        """For queries `rows` (B,): the spots at hand (T,) = queries and their neighbours, rows of the queries and of the neighbours in them."""
+        near = self.near[rows]                                                                 # (B, m)
+        hand, place = torch.unique(torch.cat([rows[:, None], near], 1), return_inverse=True)   # (T,), (B, 1 + m)
+        return hand, place[:, 0], place[:, 1:], self.offset[rows]
+
+
+def median_tiles(xy, size):
+    """Rows of xy (N, 2) in compact tiles of at most `size` spots: halve at the median of the longer side until small enough, O(N log N)."""
+    todo, tiles = [np.arange(len(xy))], []
+    while todo:
+        rows = todo.pop()
+        if len(rows) <= size:
+            tiles.append(rows)
+            continue
+        axis = int(np.argmax(np.ptp(xy[rows], axis=0)))
+        rows = rows[np.argsort(xy[rows, axis], kind="stable")]
+        todo += [rows[:len(rows) // 2], rows[len(rows) // 2:]]
+    return tiles
+
+
+def neighbours_in_batch(rows, near, n):
+    """(B, B) bool: True where the spot of the column is one of the m nearest of the spot of the row, or the reverse; never the spot itself."""
+    place = torch.full((n,), -1, dtype=torch.long, device=rows.device)
+    place[rows] = torch.arange(len(rows), device=rows.device)
+    at = place[near[rows]]                                                                     # (B, m)
+    found = torch.zeros(len(rows), len(rows), dtype=torch.bool, device=rows.device)
+    i, j = torch.nonzero(at >= 0, as_tuple=True)
+    found[i, at[i, j]] = True
+    return (found | found.T).fill_diagonal_(False)
+
+
+def stage3_terms(model, z, v, tiles, rows, target, centres, config):
+    """{name: weighted scalar} of one batch of Stage III: 2 SDM + contrast + 0.005 |H|^2, and two terms of ours that keep the domains of Z."""
+    if config.attention == "global":
+        h, h_gene, h_image, _ = (t if t is None else t[rows] for t in model(z, v, slice(None), None, None))
+    else:
+        hand, own, near, offset = tiles.gather(rows)
+        hide = (torch.rand(len(hand), 1, device=z.device) < config.fusion_mask).to(z.dtype)    # (T, 1)
+        h, h_gene, h_image, _ = model(z[hand] * (1 - hide) + hide * model.hidden, v[hand], own, near, offset)
+    z_kept = model.keep(h)                                                                     # (B, 32)
+    terms = {"sdm": 2 * sdm(h_gene, h_image, config.tau),
+             "contrast": info_nce(h_gene, h_image, neighbours_in_batch(rows, tiles.near, len(z)), config.tau),
+             "norm": 0.5 * 0.01 * (h_gene.square().mean() + h_image.square().mean()),
+             "keep": config.lambda_keep * F.mse_loss(z_kept, z[rows]) / z.var()}
+    if target is not None:
+        terms["dec"] = config.lambda_keep * config.lambda_dec * dec_kl(target[rows], dec_q(z_kept, centres))
+    return terms
+
+
+def train_stage3(z, v, xy, target, centres, config, log):
+    """Stage III with Z and the image features frozen: AdamW, cosine to 0, gradient norm at most 1.
+
+    z (N, 32), v (N, D) -> H (N, H), alpha Z + (1 - alpha) P H (N, 32), attention entropy (N,) as a share of log m (nan where the weights are not
+    kept), number of parameters.
+    """
+    model = Fusion(z.shape[1], v.shape[1], config).to(z.device)
+    tiles = Tiles(xy, config.m, z.device)
+    step = torch.optim.AdamW(model.parameters(), lr=config.fusion_lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step, max(1, config.fusion_epochs))
+    terms = Terms("Stage III", log)
+    for epoch in run.progress(range(config.fusion_epochs), "Stage III"):
+        model.train()
+        for i, rows in enumerate(tiles.batches(config.batch)):
+            parts = stage3_terms(model, z, v, tiles, rows, target, centres, config)
+            loss = terms.total(parts, epoch, model.parameters(), i == 0 and (epoch % 10 == 0 or epoch == config.fusion_epochs - 1))
+            step.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            step.step()
+        schedule.step()
+    h, entropy = fuse(model, z, v, tiles, config)
+    with torch.no_grad():
+        latent = config.alpha * z + (1 - config.alpha) * model.keep(h)                         # (N, 32)
+    return h, latent, entropy, sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def fuse(model, z, v, tiles, config):
+    """H (N, H) and entropy (N,) in evaluation mode, in pieces of compact tiles."""
+    model.eval()
+    if config.attention == "global":
+        return model(z, v, slice(None), None, None)[0], np.full(len(z), np.nan)
+    h, entropy = torch.empty(len(z), config.fused_dim, device=z.device), torch.full((len(z),), float("nan"), device=z.device)
+    for start in range(0, len(tiles.tiles), 32):
+        rows = torch.cat(tiles.tiles[start:start + 32])
+        hand, own, near, offset = tiles.gather(rows)
+        h[rows], _, _, attention = model(z[hand], v[hand], own, near, offset)
+        if config.m > 1:
+            entropy[rows] = -(attention * attention.clamp_min(1e-12).log()).sum(1).mean(1) / np.log(config.m)
+    return h, entropy.cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Domains: tied-covariance Gaussian mixture and label diffusion
+# ---------------------------------------------------------------------------------------------------------------------
+
+def components(h, most=30):
+    """(N, d) -> (N, min(most, numerical rank)) principal components. Components beyond the rank are round-off, and a tied covariance would
+    weigh them like any other."""
+    h = np.asarray(h, np.float64)
+    u, s, _ = np.linalg.svd(h - h.mean(0), full_matrices=False)
+    rank = int((s**2 > 1e-6 * s[0] ** 2).sum()) if s[0] > 0 else 0
+    return u[:, :min(most, rank)] * s[:min(most, rank)]
+
+
+def gmm_tied(h, k, n_init=10, seed=0):
+    """Domains by a Gaussian mixture with one covariance for all (mclust's EEE), EM from `n_init` k-means starts, the likeliest taken.
+
+    h (N, d) -> labels (N,), the fitted mixture. mclust starts from model-based hierarchical clustering instead. Raises DataError where k
+    exceeds the number of spots or nothing varies.
+    """
+    if k > len(h):
+        raise DataError(f"{k} domains cannot be found among {len(h)} spots: choose a smaller --n_domains")
+    x = components(h)
+    if x.shape[1] == 0:
+        raise DataError("the embedding is the same for every spot: check that the counts vary")
+    ridge = 1e-6 * x.var(0).mean()
+    mixture = GaussianMixture(k, covariance_type="tied", n_init=n_init, random_state=seed, reg_covar=ridge, max_iter=300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)                                    # fewer distinct rows than domains, or 300 steps
+        return mixture.fit_predict(x), mixture
+
+
+def choose_k(h, low=2, high=20, seed=0):
+    """Number of domains with the lowest Bayesian information criterion of the tied mixture, and {k: bic}."""
+    x, bic = components(h), {}
+    for k in range(low, min(high, len(x) - 1) + 1):
+        bic[k] = gmm_tied(h, k, 1, seed)[1].bic(x)
+    return min(bic, key=bic.get), bic
+
+
+def diffuse_labels(labels, xy, steps=3, k=7, self_weight=1.0, share=0.01):
+    """Label diffusion: Y <- W Y, anchors kept, rows normalised, `steps` times; label = argmax. labels (N,) int, xy (N, 2) -> (N,).
+
+    W: exp(-d^2 / sigma^2) over the k nearest spots, sigma = median neighbour distance, plus the spot itself. Anchors: per domain the ceil(1 %)
+    spots whose neighbours agree most, by rank (by threshold, as released, ties make 12 % of them). Without self weight even the true labels
+    are eroded (ARI .85 after 10 steps on 151673).
+    """
+    if steps == 0 or len(labels) <= k:
+        return labels.copy()
+    near = data.knn_table(xy, k)
+    d = np.linalg.norm(xy[near] - xy[:, None], axis=2)                                         # (N, k)
+    w = np.exp(-(d / max(np.median(d), 1e-9)) ** 2)
+    names, code = np.unique(labels, return_inverse=True)
+    agree = (w * (code[near] == code[:, None])).sum(1)                                         # (N,)
+    anchors = np.concatenate([rows[np.argsort(-agree[rows], kind="stable")[:int(np.ceil(share * len(rows)))]]
+                              for rows in (np.flatnonzero(code == c) for c in range(len(names)))])
+    walk = sp.csr_matrix((w.ravel(), (np.repeat(np.arange(len(labels)), k), near.ravel())), shape=(len(labels),) * 2)
+    walk = walk + sp.identity(len(labels), format="csr") * self_weight
+    walk = sp.diags(1 / np.asarray(walk.sum(1)).ravel()) @ walk
+    y = np.eye(len(names))[code]                                                               # (N, K)
+    kept = y[anchors]
+    for _ in range(steps):
+        y = walk @ y
+        y[anchors] = kept
+        y /= y.sum(1, keepdims=True)
+    return names[y.argmax(1)]
+
+
+def majority_vote(labels, near):
+    """The commonest label among a spot and its neighbours `near` (N, k): one smoothing round of the baseline."""
+    names, code = np.unique(labels, return_inverse=True)
+    one_hot = np.eye(len(names))[code]
+    return names[(one_hot + one_hot[near].sum(1)).argmax(1)]
+
+
+def baselines(x, slide, k, config):
+    """{name: labels}: the same mixture on 20 principal components, and on their mean over a spot and its 6 nearest, with one vote of 18."""
+    pcs = x[:, :20]
+    out = {"pca_gmm": gmm_tied(pcs, k, config.n_init, config.seed)[0]}
+    if slide.n_spots > 18:
+        mean = data.neighbour_mean(pcs, data.knn_table(slide.xy, 6))
+        out["neighbour_mean_gmm"] = majority_vote(gmm_tied(mean, k, config.n_init, config.seed)[0], data.knn_table(slide.xy, 18))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downstream: pseudotime and ligand-receptor scores (the paper reports both; no code of theirs is released)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def pseudotime(h, root_domain, seed=0, most=5000, neighbours=15, n_components=15):
+    """Diffusion pseudotime (Haghverdi et al. 2016) from a spot of `root_domain` (N,) bool: (N,) in [0, 1], nan where unreachable.
+
+    dpt(i, root) = |sum_l lambda_l / (1 - lambda_l) (psi_l(i) - psi_l(root))| over the diffusion components of the 15-nearest-neighbour graph of
+    h (N, d) in its principal components. Beyond `most` spots it is computed on a random subset and carried over by the 5 nearest of it.
+    """
+    x = components(h)
+    rows = np.sort(np.random.default_rng(seed).choice(len(x), min(most, len(x)), replace=False))
+    if not root_domain[rows].any():
+        rows[0] = np.flatnonzero(root_domain)[0]
+    part = x[rows]
+    near, d = nearest(part, part, min(neighbours, len(part) - 1) + 1)
+    near, d = near[:, 1:], d[:, 1:]
+    sigma = np.maximum(d[:, -1], 1e-12)                                                        # each spot's own scale
+    w = np.exp(-d**2 / (sigma[:, None] * sigma[near]))
+    graph = sp.csr_matrix((w.ravel(), (np.repeat(np.arange(len(part)), near.shape[1]), near.ravel())), shape=(len(part),) * 2)
+    graph = graph.maximum(graph.T)
+    piece = sp.csgraph.connected_components(graph, directed=False)[1]
+    at_root = np.bincount(piece[root_domain[rows]]).argmax()                                   # the component that holds most of the root domain
+    use = np.flatnonzero(piece == at_root)
+    time_, out = diffusion_time(graph[use][:, use].tocsr(), root_domain[rows][use], n_components), np.full(len(part), np.nan)
+    out[use] = time_
+    if len(part) == len(x):
+        return out
+    at, _ = nearest(part[use], x, min(5, len(use)))
+    return time_[at].mean(1)
+
+
+def nearest(points, query, k):
+    """Rows of the k nearest points to each query and their distances, exact, in chunks: (Q, k), (Q, k)."""
+    d, at = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points).kneighbors(query)
+    return at, d
+
+
+def diffusion_time(graph, at_root, n_components):
+    """Pseudotime on one connected weighted graph (n, n) CSR from the extreme spot of `at_root` (n,) bool: (n,) in [0, 1]."""
+    n = graph.shape[0]
+    density = 1 / np.asarray(graph.sum(1)).ravel()
+    graph = sp.diags(density) @ graph @ sp.diags(density)                                      # density normalisation (Coifman & Lafon 2006)
+    root_degree = 1 / np.sqrt(np.asarray(graph.sum(1)).ravel())
+    symmetric = sp.diags(root_degree) @ graph @ sp.diags(root_degree)
+    start = np.random.default_rng(0).standard_normal(n)
+    values, vectors = sp.linalg.eigsh(symmetric, k=min(n_components, n - 2) + 1, which="LA", v0=start)
+    order = np.argsort(-values)[1:]                                                            # without the stationary component
+    values, vectors = values[order], vectors[:, order] * root_degree[:, None]
+    first = vectors[:, 0] * np.sign(vectors[at_root, 0].mean() - vectors[:, 0].mean() or 1)
+    root = np.flatnonzero(at_root)[first[at_root].argmax()]
+    distance = np.linalg.norm(values / (1 - np.minimum(values, 1 - 1e-9)) * (vectors - vectors[root]), axis=1)
+    return distance / max(distance.max(), 1e-12)
+
+
+LAYER_ORDER = ["WM", "Layer6", "Layer5", "Layer4", "Layer3", "Layer2", "Layer1"]
+
+PAIRS = [("APOE", "LRP1"), ("BDNF", "NTRK2"), ("CCK", "CCKBR"), ("CNTN1", "NRCAM"), ("CX3CL1", "CX3CR1"), ("CXCL12", "CXCR4"), ("CXCL14", "CXCR4"),
+         ("EFNA5", "EPHA4"), ("FGF1", "FGFR2"), ("GAS6", "AXL"), ("IGF1", "IGF1R"), ("JAG1", "NOTCH1"), ("NRG1", "ERBB4"), ("NRXN1", "NLGN1"),
+         ("NRXN3", "NLGN2"), ("NTF3", "NTRK3"), ("PDGFA", "PDGFRA"), ("PENK", "OPRM1"), ("PSAP", "GPR37"), ("PTN", "PTPRZ1"), ("RELN", "LRP8"),
+         ("SEMA3A", "NRP1"), ("SLIT2", "ROBO1"), ("SPP1", "CD44"), ("SST", "SSTR2"), ("TAC1", "TACR1"), ("VEGFA", "FLT1"), ("VIP", "VIPR1"),
+         ("APP", "CD74"), ("MIF", "CD74"), ("COL1A1", "CD44"), ("FN1", "ITGB1"), ("TGFB1", "TGFBR2"), ("WNT5A", "FZD3")]
+
+
+def read_pairs(path):
+    """[(ligand, receptor)] from a two-column CSV, a header line `ligand,receptor` allowed. Raises DataError for another shape."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as a ligand-receptor CSV ({error}): give two columns ligand,receptor") from error
+    if any(len(row) < 2 for row in rows):
+        raise DataError(f"{path} has a row with fewer than two columns: give ligand,receptor in each")
+    rows = rows[1:] if rows and rows[0][0].lower() == "ligand" else rows
+    if not rows:
+        raise DataError(f"{path} holds no ligand-receptor pair: give two columns ligand,receptor")
+    return list(dict.fromkeys((row[0], row[1]) for row in rows))
+
+
+def ligand_receptor(x, genes, pairs, labels, near, permutations=1000, seed=0):
+    """Domain-to-domain ligand-receptor scores over spatial neighbours (spots hold several cells, so not cell-to-cell).
+
+    s(a, b) = mean of x_iL x_jR over neighbour pairs i in a, j in b; null: the domain labels permuted over spots; p = (1 + #(null >= s)) /
+    (1 + permutations), Benjamini-Hochberg over all pairs and domain pairs. x (N, G) CSR log expression, near (N, k), labels (N,).
+    Returns (pairs that the panel holds, score (n, K, K), p (n, K, K), q (n, K, K)); domain pairs that never touch are nan.
+    """
+    column = {g: i for i, g in reversed(list(enumerate(genes)))}
+    pairs = [pair for pair in pairs if pair[0] in column and pair[1] in column]
+    names, code = np.unique(labels, return_inverse=True)
+    k, i, j = len(names), np.repeat(np.arange(len(near)), near.shape[1]), near.ravel()
+    if not pairs:
+        return [], *(np.zeros((0, k, k)) for _ in range(3))
+    x = x.tocsc()
+    ligand, receptor = (x[:, [column[pair[side]] for pair in pairs]].toarray() for side in (0, 1))                    # (N, n) each
+    product = (ligand[i] * receptor[j]).astype(np.float64)                                      # (E, n)
+
+    def means(code):
+        cell = code[i] * k + code[j]
+        gather = sp.csr_matrix((np.ones(len(cell)), (cell, np.arange(len(cell)))), shape=(k * k, len(cell)))
+        count = np.bincount(cell, minlength=k * k)[:, None]
+        return np.divide(gather @ product, count, out=np.full((k * k, len(pairs)), np.nan), where=count > 0)           # (K K, n)
+
+    score, above, drawn = means(code), 0, 0
+    rng = np.random.default_rng(seed)
+    for _ in run.progress(range(permutations), "ligand-receptor"):
+        null = means(rng.permutation(code))
+        above, drawn = above + (null >= score - 1e-12), drawn + np.isfinite(null)
+    p = np.where(np.isfinite(score), (1 + above) / (1 + drawn), np.nan)
+    q = np.full_like(p, np.nan)
+    q[np.isfinite(p)] = false_discovery_control(p[np.isfinite(p)])
+    return pairs, *(a.T.reshape(len(pairs), k, k) for a in (score, p, q))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Program
+# ---------------------------------------------------------------------------------------------------------------------
+
+def check(config):
+    """Raises DataError naming the flag that has an impossible value."""
+    one, zero, share, positive = run.AT_LEAST_ONE, run.AT_LEAST_ZERO, (lambda v: 0 <= v <= 1, "from 0 to 1"), run.POSITIVE
+    two = (lambda v: v >= 2, "2 or more")
+    run.check_flags(config, {
+        "n_top_genes": two, "n_pcs": two, "k": one, "mask_rate": share, "epochs": one, "lr": positive, "weight_decay": zero,
+        "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"), "dec_epochs": zero, "dec_update": one, "m": one, "alpha": share, "smooth": share,
+        "crop_um": positive, "fused_dim": (lambda v: v >= 1 and v % max(config.heads, 1) == 0, "a positive multiple of --heads"), "heads": one,
+        "fusion_epochs": zero, "fusion_lr": positive, "fusion_mask": share, "batch": two, "tau": positive, "n_init": one, "diffusion_steps": zero,
+        "diffusion_k": one, "permutations": zero,
+        "n_domains": (lambda v: v in ("oracle", "bic") or v.isdigit() and int(v) > 0, "oracle, bic or a positive number")})
+
+
+def number_of_domains(slide, z, config):
+    """Number of domains and how it was chosen. Raises DataError for oracle without labels of two classes, or more domains than spots."""
+    if config.n_domains == "bic":
+        return choose_k(z, seed=config.seed)[0], "bic"
+    if config.n_domains == "oracle":
+        k = len(np.unique(slide.labels[slide.labels >= 0]))
+        if k < 2:
+            raise DataError(f"slide {slide.sample} has {'no labels' if k == 0 else 'labels of one class only'}, so the number of domains cannot be "
+                            "taken from them: give --n_domains bic or a number")
+    else:
+        k = int(config.n_domains)
+    if k > slide.n_spots:
+        raise DataError(f"{k} domains cannot be found among the {slide.n_spots} spots of slide {slide.sample}: choose a smaller --n_domains")
+    return k, "oracle" if config.n_domains == "oracle" else "user"
+
+
+def variant(config, with_image):
+    """Folder name of a run: `fused` or `gene`, and the flags that differ from their defaults."""
+    silent = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "cache", "figures", "order", "root_gene", "lr_pairs", "permutations"}
+    out = "fused" if with_image else "gene"
+    for name, field in config.__dataclass_fields__.items():
+        value = getattr(config, name)
+        if name not in silent and value != field.default and not (name == "image" and value in ("off", "real")):
+            text = str(value)
+            plain = "".join(c if c.isalnum() or c in "._" else "_" for c in Path(text).name)
+            out += f"-{name}-{plain}" + (f"_{hashlib.sha256(text.encode()).hexdigest()[:6]}" if plain != text else "")
+    return out
+
+
+def with_image(slide, config):
+    """Whether Stage III runs. Raises DataError where an image was asked for and there is none."""
+    if config.image == "off":
+        return False
+    there = slide.patches is not None or slide.image is not None or Path(config.encoder).suffix in (".npy", ".npz")
+    if not there and config.image != "auto":
+        raise DataError(f"slide {slide.sample} has no image for --image {config.image}: put tissue_hires_image.png into spatial/, or use --image off")
+    if not there:
+        print(f"slide {slide.sample} has no image: gene-only, Stage III is left out")
+    return there
+
+
+def fused_embedding(slide, z, target, centres, config, device, log):
+    """What is clustered (N, 32) or (N, H), H (N, H), image features (N, D), attention entropy (N,), number of parameters of Stage III."""
+    v = image_tokens(slide, config, device)
+    if config.image == "permuted":
+        v = v[np.random.default_rng(config.seed).permutation(len(v))]
+    if config.image == "zero":
+        v = np.zeros_like(v)
+    if config.m > slide.n_spots:
+        raise DataError(f"--m {config.m} exceeds the {slide.n_spots} spots of slide {slide.sample}: choose a smaller m")
+    h, latent, entropy, n_params = train_stage3(z, torch.as_tensor(v, device=device), slide.xy, target, centres, config, log)
+    return (latent if config.readout == "latent" else h).cpu().numpy(), h.cpu().numpy(), v, entropy, n_params
+
+
+def layer_order(slide, config):
+    """(N,) rank of each spot's class from the root outwards, nan where the class has none, or None without an order."""
+    order = [c.strip() for c in config.order.split(",") if c.strip()] or (LAYER_ORDER if set(slide.classes) <= set(LAYER_ORDER) else [])
+    if config.order and not set(order) & set(slide.classes):
+        raise DataError(f"none of --order {config.order} is a class of slide {slide.sample} ({', '.join(slide.classes)}): name the classes")
+    if not order or not slide.classes:
+        return None
+    rank = np.array([order.index(c) if c in order else np.nan for c in slide.classes] + [np.nan])
+    return rank[slide.labels]
+
+
+def downstream(slide, h, domains, config):
+    """Pseudotime, its root, its Spearman correlation with the layer order, and the ligand-receptor scores: (arrays, metrics, texts)."""
+    x, arrays, scores, text = log_matrix(slide), {}, {}, {}
+    found = np.flatnonzero(slide.genes == config.root_gene)
+    names = np.unique(domains)
+    if len(found):
+        level = np.asarray(x[:, found[0]].todense()).ravel()
+        root, text["pseudotime_root"] = names[np.argmax([level[domains == c].mean() for c in names])], f"domain with most {config.root_gene}"
+    else:
+        edge = components(h)[:, 0]
+        root, text["pseudotime_root"] = names[np.argmax([edge[domains == c].mean() for c in names])], "extreme domain of the first component"
+    if slide.n_spots >= 20:
+        arrays["pseudotime"] = pseudotime(h, domains == root)
+        rank = layer_order(slide, config)
+        if rank is not None:
+            use = np.isfinite(rank) & np.isfinite(arrays["pseudotime"])
+            scores["pseudotime_spearman"] = metrics.spearman(arrays["pseudotime"][use], rank[use]) if use.sum() > 2 else float("nan")
+    if config.permutations:
+        pairs = read_pairs(config.lr_pairs) if config.lr_pairs else PAIRS
+        near = data.knn_table(slide.xy, min(6, slide.n_spots - 1))
+        pairs, score, p, q = ligand_receptor(x, slide.genes, pairs, domains, near, config.permutations)
+        arrays |= {"lr_score": score, "lr_p": p, "lr_q": q, "lr_pairs": np.array([f"{a}-{b}" for a, b in pairs], dtype=str)}
+        scores |= {"lr_pairs": len(pairs), "lr_significant": int((q < 0.05).sum())}
+    return arrays, scores, text
+
+
+def scored(slide, labels):
+    """Agreement with the annotation where there is one, and the label-free smoothness of the domains."""
+    out = metrics.clustering(slide.labels, labels) if (slide.labels >= 0).any() else {}
+    return out | {"pas": metrics.pas(labels, slide.xy), "n_found": len(np.unique(labels))}
+
+
+def line(name, found):
+    """One printed line of scores."""
+    return f"{name:24s}" + "  ".join(f"{k} {found[k]:.3f}" for k in ("ari", "ami", "completeness", "homogeneity", "pas") if k in found)
+
+
+def main(argv=None):
+    """Run the program; returns 0."""
+    start = time.perf_counter()
+    config = run.parse(Config, argv, __doc__.split("\n")[0])
+    check(config)
+    slide = data.load_slide(config.data, config.slice or None)
+    use_image = with_image(slide, config)
+    record = run.Run("multist", config, slide.sample, variant(config, use_image), start)
+    x_np, log = preprocess(slide, config), []
+    x, graph = torch.as_tensor(x_np, device=record.device), Graph(slide.xy, config.k, record.device, f"slide {slide.sample}")
+    if graph.pieces > 1:
+        print(f"the {config.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} pieces: nothing is smoothed across them")
+    laps = {"read": time.perf_counter() - start}
+
+    def lap(name):
+        laps[name] = time.perf_counter() - start - sum(laps.values())
+    model, step, adversary = train_stage1(x, graph, config, log)
+    lap("stage1")
+    k, chosen = number_of_domains(slide, model.embed(x, graph).cpu().numpy(), config)
+    found, labels, arrays = {name: scored(slide, found) for name, found in baselines(x_np, slide, k, config).items()}, {}, {}
+    for name, scores in found.items():
+        print(line(name, scores))
+    lap("baselines")
+    centres, target, extra = None, None, {}
+    if config.dec:
+        centres, target, extra["dec_epochs"] = train_stage2(model, step, adversary, x, graph, k, config, log)
+    z = model.embed(x, graph)
+    arrays["z"] = h = z.cpu().numpy()
+    lap("stage2")
+    labels["gene"] = gmm_tied(h, k, config.n_init, config.seed)[0]
+    n_params = sum(p.numel() for p in model.parameters())
+    if use_image:
+        h, arrays["h_fusion"], arrays["image"], arrays["attention_entropy"], more = fused_embedding(slide, z, target, centres, config,
+                                                                                                    record.device, log)
+        arrays["fused"], n_params = h, n_params + more
+        lap("stage3")
+        labels["fused"] = gmm_tied(h, k, config.n_init, config.seed)[0]
+        if config.image != "zero":
+            labels["image"] = gmm_tied(arrays["image"], k, config.n_init, config.seed)[0]
+    lap("clustering")
+    final = "fused" if use_image else "gene"
+    scores = {}
+    for name, found_labels in labels.items():
+        smooth = diffuse_labels(found_labels, slide.xy, config.diffusion_steps, config.diffusion_k)
+        arrays |= {f"labels_{name}_raw": found_labels, f"labels_{name}": smooth}
+        for suffix, values in (("_raw", found_labels), ("", smooth)):
+            part = scored(slide, values)
+            print(line(name + (" + diffusion" if not suffix else ""), part))
+            scores |= {f"{metric}_{name}{suffix}": v for metric, v in part.items()}
+            scores |= part if name == final and not suffix else {}
+    domains = arrays[f"labels_{final}"]
+    more_arrays, more_scores, text = downstream(slide, h, domains, config)
+    lap("downstream")
+    arrays |= more_arrays | {"domains": domains, "labels": slide.labels, "classes": np.array(slide.classes, dtype=str), "barcodes": slide.barcodes,
+                             "xy": slide.xy}
+    scores |= more_scores | {"k": k}
+    if config.figures:
+        draw(record, slide, arrays, log, final)
+    record.finish(scores, found, arrays, n_params, checksum=data.file_checksum(slide.source), output=f"{final} + diffusion", k_chosen_by=chosen,
+                  losses=log, laps={name: round(v, 2) for name, v in laps.items()}, graph_pieces=graph.pieces, **text, **extra)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+def matched(labels, true):
+    """Domains renumbered so that they share colours with the classes they overlap most (one to one, Hungarian)."""
+    names, code = np.unique(labels, return_inverse=True)
+    n = max(len(names), true.max() + 1)
+    table = np.zeros((n, n))
+    np.add.at(table, (code[true >= 0], true[true >= 0]), 1)
+    return linear_sum_assignment(-table)[1][code]
+
+
+def tissue(axis, slide, values, title, **how):
+    """Spots in their places, coloured by `values`; y downwards."""
+    shown = axis.scatter(*slide.xy.T, s=max(0.3, 14000 / slide.n_spots), c=values, linewidths=0, **how)
+    axis.set(aspect="equal", xticks=[], yticks=[], title=title)
+    axis.invert_yaxis()
+    return shown
+
+
+def draw(record, slide, arrays, log, final):
+    """Figures: domains before and after diffusion beside the annotation; pseudotime; attention entropy; ligand-receptor scores; losses."""
+    panels = {"annotation": slide.labels} if (slide.labels >= 0).any() else {}
+    for name in dict.fromkeys(["gene", final]):
+        panels |= {f"{name}, before diffusion": arrays[f"labels_{name}_raw"], f"{name} + diffusion": arrays[f"labels_{name}"]}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.2), squeeze=False)
+    for axis, (title, values) in zip(axes[0], panels.items()):
+        values = values if title == "annotation" else matched(values, slide.labels)
+        colours = plt.get_cmap("tab20" if values.max() > 9 else "tab10")(values % 20)
+        colours[values < 0] = (0.9, 0.9, 0.9, 1)
+        tissue(axis, slide, colours, title)
+    record.figure("domains", figure)
+    for name, label in (("pseudotime", "pseudotime"), ("attention_entropy", "attention entropy / log m (1 = plain mean)")):
+        if name in arrays and np.isfinite(arrays[name]).any():
+            figure, axis = plt.subplots(figsize=(5, 4.4))
+            figure.colorbar(tissue(axis, slide, arrays[name], "", cmap="viridis"), label=label)
+            record.figure(name, figure)
+    if len(arrays.get("lr_pairs", [])):
+        draw_pairs(record, arrays)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    for stage, term in dict.fromkeys((row["stage"], row["term"]) for row in log):
+        rows = [row for row in log if (row["stage"], row["term"]) == (stage, term)]
+        for axis, key in zip(axes, ("value", "grad_norm")):
+            axis.plot([row["epoch"] for row in rows], [max(abs(row[key]), 1e-12) for row in rows], marker=".", label=f"{stage} {term}")
+    for axis, title in zip(axes, ("weighted loss terms", "their gradient norms")):
+        axis.set(yscale="log", xlabel="epoch of the stage", title=title)
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    record.figure("losses", figure)
+    plt.close("all")
+
+
+def draw_pairs(record, arrays):
+    """Heat map of ligand-receptor scores, each pair relative to its own maximum; a dot where q < 0.05."""
+    n, k, _ = arrays["lr_score"].shape
+    score, q = (arrays[name].reshape(n, k * k) for name in ("lr_score", "lr_q"))
+    touching = np.isfinite(score).any(0)
+    shown = score[:, touching] / np.maximum(np.nanmax(score, 1, keepdims=True), 1e-12)
+    figure, axis = plt.subplots(figsize=(2 + 0.16 * touching.sum(), 1.2 + 0.2 * n))
+    figure.colorbar(axis.imshow(shown, aspect="auto", cmap="magma"), label="score / largest of the pair", pad=0.01)
+    y, x = np.nonzero(q[:, touching] < 0.05)
+    axis.scatter(x, y, s=5, color="white", edgecolors="black", linewidths=0.3)
+    axis.set_xticks(range(touching.sum()), [f"{i // k}>{i % k}" for i in np.flatnonzero(touching)], rotation=90, fontsize=6)
+    axis.set_yticks(range(n), arrays["lr_pairs"], fontsize=7)
+    axis.set_title("ligand in domain a > receptor in domain b; dot: q < .05", fontsize=9)
+    record.figure("ligand_receptor", figure)
+
+
+if __name__ == "__main__":
+    run.cli(main)
