@@ -7,6 +7,7 @@ SPLITS ?= random blocks slice
 MODELS ?= full-cross full-gated concat gat_only gcn_only gcn_full-cross expr_only
 HELD_OUT_MODELS ?= full-cross
 FOLDS  ?= 0 1 2 3 4
+MULTIST ?= default image:off image:permuted
 LAUNCH ?=
 
 $(foreach v,DATA RUNS,$(if $(word 2,$($(v))),$(error $(v) is "$($(v))": make cannot handle spaces in a path, give one without (a link will do))))
@@ -20,7 +21,7 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep fetch floors bench clean
+.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist fetch floors bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -41,7 +42,7 @@ test: $(if $(stamp),.venv/.stamp-dev)  ## the whole test suite (finds real data 
 demo: $(stamp)  ## no download, no GPU: simulate a small cortex, run every method, print the table, write runs/demo/report.png
 	rm -rf $(RUNS)/demo
 	$(PY) simulate.py cortex $(RUNS)/demo/data --n_spots 1000 --n_genes 500 --n_slices 2
-	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/demo/data RUNS=$(RUNS)/demo SLICES="sim1 sim2" SEEDS=0 FOLDS=0 MODELS="full-cross gcn_only expr_only"
+	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/demo/data RUNS=$(RUNS)/demo SLICES="sim1 sim2" SEEDS=0 FOLDS=0 MODELS="full-cross gcn_only expr_only" MULTIST="default image:off"
 
 # $(call siblings,slice): the other slices of its donor that are there; a name outside the DLPFC set takes all the others.
 donors   := 151507+151508+151509+151510 151669+151670+151671+151672 151673+151674+151675+151676
@@ -67,18 +68,36 @@ $(foreach s,$(slices),$(foreach m,$(call fused,$(HELD_OUT_MODELS)),$(foreach k,$
     $(eval $(call a_run,$(s),slice-$(call plus,$(call siblings,$(s))),$(m),--split slice --train $(subst $(space),$(comma),$(strip $(call siblings,$(s)))),$(k)))))\
 )))
 
+# multist: $(1) slice, $(2) `default`, or flag:value pairs joined by `+` in the order of --help, $(3) seed
+define a_multist_run
+multist_wanted += $(RUNS)/multist/$(name)/$(1)/$(call variant,$(2))/seed$(3)/run.json
+$(RUNS)/multist/$(name)/$(1)/$(call variant,$(2))/seed$(3)/run.json: | $(stamp) $(if $(wanted),fetch)
+	$(LAUNCH) $(PY) multist.py --data $(DATA) --slice $(1) $(foreach f,$(filter-out default,$(subst +, ,$(2))),$(subst --dec False,--no-dec,--$(subst :, ,$(f)))) --seed $(3) --runs $(RUNS)
+endef
+variant = default$(subst $(space),,$(foreach f,$(filter-out default,$(subst +, ,$(1))),-$(subst :,-,$(f))))
+$(foreach s,$(slices),$(foreach v,$(MULTIST),$(foreach k,$(SEEDS),$(eval $(call a_multist_run,$(s),$(v),$(k))))))
+
 # Only asked for while slices of the public set are lacking. A file gets its name when it is whole, so an interrupted download goes on with the rest.
 fetch: | $(stamp)
 	$(PY) download.py dlpfc --slices $(subst $(space),$(comma),$(strip $(wanted))) --out $(DATA)
 
-sweep: $(runs_wanted)
+sweep: $(runs_wanted) $(multist_wanted)
 	@$(if $(strip $(slices)),,echo "error: DATA=$(DATA) holds no slice: give a folder of Visium folders or h5ad files, or leave DATA out for the public 12" >&2; exit 2)
 	$(PY) report.py --runs $(RUNS) --data $(name)
 
-reproduce-dlpfc: sweep  ## MODELS on random spots, HELD_OUT_MODELS on blocks and slices, then the table; also DATA SLICES SEEDS SPLITS FOLDS LAUNCH
+reproduce-dlpfc: sweep  ## MODELS on random spots, HELD_OUT_MODELS on blocks and slices, MULTIST, then the table; also DATA SLICES SEEDS SPLITS FOLDS LAUNCH
+
+domains: $(multist_wanted)  ## multist alone: MULTIST="default image:off k:12+alpha:0.5" (flag:value), DATA SLICES SEEDS; then the table
+	$(PY) report.py --runs $(RUNS)/multist --data $(name)
+
+# The questions the paper leaves open; every run is a file target, so it goes on where it stopped.
+ABLATIONS := default image:off image:permuted image:zero mask_mode:none mask_mode:replace mask_mode:zero mask_rate:0.3 mask_rate:0.5 mask_rate:0.95 \
+  alpha:0.0 alpha:0.3 alpha:0.5 alpha:0.9 alpha:1.0 k:3 k:12 k:18 gan:mean gan:fisher dec:False m:1 readout:fused diffusion_steps:0 diffusion_steps:10
+ablations-multist:  ## image, mask, alpha, k, GAN, DEC, diffusion: one table with the spread over SEEDS
+	$(MAKE) --no-print-directory domains MULTIST="$(ABLATIONS)"
 
 floors:  ## coordinates-only scores, no gene: make floors DATA=<folder of slices, labels are enough>
-	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0
+	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0 MULTIST=
 
 bench: $(if $(stamp),.venv/.stamp-dev)  ## graph attention against torch_geometric
 	$(PY) tests/bench_attention.py

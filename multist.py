@@ -987,13 +987,13 @@ def number_of_domains(slide, z, config):
     return k, "oracle" if config.n_domains == "oracle" else "user"
 
 
-def variant(config, with_image):
-    """Folder name of a run: `fused` or `gene`, and the flags that differ from their defaults."""
+def variant(config):
+    """Folder name of a run: `default`, and the flags that differ from their defaults."""
     silent = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "cache", "figures", "order", "root_gene", "lr_pairs", "permutations"}
-    out = "fused" if with_image else "gene"
+    out = "default"
     for name, field in config.__dataclass_fields__.items():
         value = getattr(config, name)
-        if name not in silent and value != field.default and not (name == "image" and value in ("off", "real")):
+        if name not in silent and value != field.default:
             text = str(value)
             plain = "".join(c if c.isalnum() or c in "._" else "_" for c in Path(text).name)
             out += f"-{name}-{plain}" + (f"_{hashlib.sha256(text.encode()).hexdigest()[:6]}" if plain != text else "")
@@ -1080,7 +1080,7 @@ def main(argv=None):
     check(config)
     slide = data.load_slide(config.data, config.slice or None)
     use_image = with_image(slide, config)
-    record = run.Run("multist", config, slide.sample, variant(config, use_image), start)
+    record = run.Run("multist", config, slide.sample, variant(config), start)
     x_np, log = preprocess(slide, config), []
     x, graph = torch.as_tensor(x_np, device=record.device), Graph(slide.xy, config.k, record.device, f"slide {slide.sample}")
     if graph.pieces > 1:

@@ -521,8 +521,8 @@ def test_every_switch_runs(cortex, tmp_path, flags):
 
 
 def test_two_variants_never_share_a_folder():
-    names = {M.variant(M.Config(**kw), True) for kw in ({}, {"k": 12}, {"mask_rate": 0.3}, {"encoder": "a/f.npz"}, {"encoder": "b/f.npz"}, {"image": "zero"})}
-    assert len(names) == 6 and "fused" in names and M.variant(M.Config(image="off"), False) == "gene"
+    names = {M.variant(M.Config(**kw)) for kw in ({}, {"k": 12}, {"mask_rate": 0.3}, {"encoder": "a/f.npz"}, {"encoder": "b/f.npz"}, {"image": "zero"})}
+    assert len(names) == 6 and "default" in names and M.variant(M.Config(seed=3, dec=False, k=12)) == "default-k-12-dec-False"
     assert not any("/" in n or "=" in n for n in names)
 
 
@@ -553,8 +553,8 @@ def test_bad_flags_and_slides_are_one_sentence(cortex, tmp_path, capsys, monkeyp
     assert "has no image for --image real" in failing(capsys, *bare, "--image", "real")
     assert M.main([*bare, "--n_domains", "3"]) == 0
     assert "has no image: gene-only" in capsys.readouterr().out
-    assert [p.name for p in (tmp_path / "runs" / "multist" / "sim" / "sim1").iterdir() if p.name.startswith("gene-n_domains-3")] == [
-        "gene-n_domains-3-epochs-12-gan-fisher-dec_epochs-4-dec_update-2-fusion_epochs-1-n_init-1"]
+    assert [p.name for p in (tmp_path / "runs" / "multist" / "sim" / "sim1").iterdir() if p.name.startswith("default-n_domains-3")] == [
+        "default-n_domains-3-epochs-12-gan-fisher-dec_epochs-4-dec_update-2-fusion_epochs-1-n_init-1"]
 
 
 def test_a_slide_in_two_pieces_and_genes_that_do_not_vary(capsys):
