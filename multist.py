@@ -105,7 +105,7 @@ class Config(run.Config):
     colour: Literal["reference", "none"] = "reference"
     "colour normalisation to a reference shared by all slides (released code: to patches of the same slide, and skipped through a failing import)"
     cache: str = ""
-    "folder for image features; empty: they are computed in every run"
+    "folder for image features, which are computed once; empty: <runs>/.features"
     smooth: float = 0.3
     "share of the neighbours in the smoothed image features (Eq. 10)"
     attention: Literal["local", "global"] = "local"
@@ -561,7 +561,7 @@ def image_tokens(slide, config, device):
     if config.colour == "reference" and slide.patches is None and slide.image is not None and slide.image_scale:
         slide = copy.copy(slide)
         slide.image = normalise_colour(slide.image, tissue_colour(slide))
-    v = data.image_features(slide, config.encoder, config.crop_um, cache=config.cache or None, device=device)
+    v = data.image_features(slide, config.encoder, config.crop_um, cache=config.cache or Path(config.runs) / ".features", device=device)
     v = (v - v.mean(0)) / np.maximum(v.std(0), 1e-6)                                            # (N, D)
     if slide.n_spots > 7 and config.smooth > 0:
         v = (1 - config.smooth) * v + config.smooth * (smoothing_matrix(slide.xy) @ v)
@@ -1019,8 +1019,6 @@ def fused_embedding(slide, z, target, centres, config, device, log):
         v = v[np.random.default_rng(config.seed).permutation(len(v))]
     if config.image == "zero":
         v = np.zeros_like(v)
-    if config.m > slide.n_spots:
-        raise DataError(f"--m {config.m} exceeds the {slide.n_spots} spots of slide {slide.sample}: choose a smaller m")
     h, latent, entropy, n_params = train_stage3(z, torch.as_tensor(v, device=device), slide.xy, target, centres, config, log)
     return (latent if config.readout == "latent" else h).cpu().numpy(), h.cpu().numpy(), v, entropy, n_params
 
@@ -1036,7 +1034,7 @@ def layer_order(slide, config):
     return rank[slide.labels]
 
 
-def downstream(slide, h, domains, config):
+def downstream(slide, h, domains, rank, pairs, config):
     """Pseudotime, its root, its Spearman correlation with the layer order, and the ligand-receptor scores: (arrays, metrics, texts)."""
     x, arrays, scores, text = log_matrix(slide), {}, {}, {}
     found = np.flatnonzero(slide.genes == config.root_gene)
@@ -1049,12 +1047,10 @@ def downstream(slide, h, domains, config):
         root, text["pseudotime_root"] = names[np.argmax([edge[domains == c].mean() for c in names])], "extreme domain of the first component"
     if slide.n_spots >= 20:
         arrays["pseudotime"] = pseudotime(h, domains == root)
-        rank = layer_order(slide, config)
         if rank is not None:
             use = np.isfinite(rank) & np.isfinite(arrays["pseudotime"])
             scores["pseudotime_spearman"] = metrics.spearman(arrays["pseudotime"][use], rank[use]) if use.sum() > 2 else float("nan")
     if config.permutations:
-        pairs = read_pairs(config.lr_pairs) if config.lr_pairs else PAIRS
         near = data.knn_table(slide.xy, min(6, slide.n_spots - 1))
         pairs, score, p, q = ligand_receptor(x, slide.genes, pairs, domains, near, config.permutations)
         arrays |= {"lr_score": score, "lr_p": p, "lr_q": q, "lr_pairs": np.array([f"{a}-{b}" for a, b in pairs], dtype=str)}
@@ -1066,6 +1062,15 @@ def scored(slide, labels):
     """Agreement with the annotation where there is one, and the label-free smoothness of the domains."""
     out = metrics.clustering(slide.labels, labels) if (slide.labels >= 0).any() else {}
     return out | {"pas": metrics.pas(labels, slide.xy), "n_found": len(np.unique(labels))}
+
+
+def used_files(config, slide, use_image):
+    """Files whose content can change a number of this run: counts, positions, labels, pairs, image or its features."""
+    files = [slide.source, *slide.tables, config.lr_pairs]
+    if use_image:
+        from_file = Path(config.encoder).suffix in (".npy", ".npz")
+        files.append(str(data.slice_path(config.encoder, slide)) if from_file else slide.image_file if slide.patches is None else slide.patches.path)
+    return [f for f in dict.fromkeys(files) if f]
 
 
 def line(name, found):
@@ -1080,6 +1085,11 @@ def main(argv=None):
     check(config)
     slide = data.load_slide(config.data, config.slice or None)
     use_image = with_image(slide, config)
+    if use_image and config.m > slide.n_spots:
+        raise DataError(f"--m {config.m} exceeds the {slide.n_spots} spots of slide {slide.sample}: choose a smaller m")
+    rank, pairs = layer_order(slide, config), read_pairs(config.lr_pairs) if config.lr_pairs else PAIRS    # complain before the work starts
+    if config.n_domains != "bic":
+        number_of_domains(slide, None, config)
     record = run.Run("multist", config, slide.sample, variant(config), start)
     x_np, log = preprocess(slide, config), []
     x, graph = torch.as_tensor(x_np, device=record.device), Graph(slide.xy, config.k, record.device, f"slide {slide.sample}")
@@ -1124,15 +1134,16 @@ def main(argv=None):
             scores |= {f"{metric}_{name}{suffix}": v for metric, v in part.items()}
             scores |= part if name == final and not suffix else {}
     domains = arrays[f"labels_{final}"]
-    more_arrays, more_scores, text = downstream(slide, h, domains, config)
+    more_arrays, more_scores, text = downstream(slide, h, domains, rank, pairs, config)
     lap("downstream")
     arrays |= more_arrays | {"domains": domains, "labels": slide.labels, "classes": np.array(slide.classes, dtype=str), "barcodes": slide.barcodes,
                              "xy": slide.xy}
     scores |= more_scores | {"k": k}
     if config.figures:
         draw(record, slide, arrays, log, final)
-    record.finish(scores, found, arrays, n_params, checksum=data.file_checksum(slide.source), output=f"{final} + diffusion", k_chosen_by=chosen,
-                  losses=log, laps={name: round(v, 2) for name, v in laps.items()}, graph_pieces=graph.pieces, **text, **extra)
+    record.finish(scores, found, arrays, n_params, checksum=data.file_checksum(*used_files(config, slide, use_image)), losses=log,
+                  output=f"{final} + diffusion", k_chosen_by=chosen, laps={name: round(v, 2) for name, v in laps.items()}, graph_pieces=graph.pieces,
+                  **text, **extra)
     return 0
 
 
@@ -1175,7 +1186,7 @@ def draw(record, slide, arrays, log, final):
             figure.colorbar(tissue(axis, slide, arrays[name], "", cmap="viridis"), label=label)
             record.figure(name, figure)
     if len(arrays.get("lr_pairs", [])):
-        draw_pairs(record, arrays)
+        draw_pairs(record, arrays, domain_names(slide, arrays["domains"]))
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
     for stage, term in dict.fromkeys((row["stage"], row["term"]) for row in log):
         rows = [row for row in log if (row["stage"], row["term"]) == (stage, term)]
@@ -1188,7 +1199,14 @@ def draw(record, slide, arrays, log, final):
     plt.close("all")
 
 
-def draw_pairs(record, arrays):
+def domain_names(slide, domains):
+    """A short name per domain, in the order of the scores' axes: the class it overlaps most (one to one), else D0, D1, ..."""
+    codes = [int(matched(domains, slide.labels)[np.flatnonzero(domains == d)[0]]) for d in np.unique(domains)]
+    short = [c.replace("Layer", "L") for c in slide.classes]
+    return [short[c] if c < len(short) else f"D{c}" for c in codes]
+
+
+def draw_pairs(record, arrays, names):
     """Heat map of ligand-receptor scores, each pair relative to its own maximum; a dot where q < 0.05."""
     n, k, _ = arrays["lr_score"].shape
     score, q = (arrays[name].reshape(n, k * k) for name in ("lr_score", "lr_q"))
@@ -1198,9 +1216,9 @@ def draw_pairs(record, arrays):
     figure.colorbar(axis.imshow(shown, aspect="auto", cmap="magma"), label="score / largest of the pair", pad=0.01)
     y, x = np.nonzero(q[:, touching] < 0.05)
     axis.scatter(x, y, s=5, color="white", edgecolors="black", linewidths=0.3)
-    axis.set_xticks(range(touching.sum()), [f"{i // k}>{i % k}" for i in np.flatnonzero(touching)], rotation=90, fontsize=6)
+    axis.set_xticks(range(touching.sum()), [f"{names[i // k]} > {names[i % k]}" for i in np.flatnonzero(touching)], rotation=90, fontsize=6)
     axis.set_yticks(range(n), arrays["lr_pairs"], fontsize=7)
-    axis.set_title("ligand in domain a > receptor in domain b; dot: q < .05", fontsize=9)
+    axis.set_title("ligand in a > receptor in b (domains, named by the class they overlap most); dot: q < .05", fontsize=8)
     record.figure("ligand_receptor", figure)
 
 

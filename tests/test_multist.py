@@ -16,7 +16,7 @@ import simulate
 from data import DataError
 
 QUICK = ["--epochs", "12", "--dec_epochs", "4", "--dec_update", "2", "--fusion_epochs", "1", "--n_init", "1", "--permutations", "20", "--device", "cpu",
-         "--gan", "fisher"]
+         "--gan", "fisher", "--no-figures"]
 
 
 def hexagons(rows=12, columns=14):
@@ -476,7 +476,7 @@ def test_pairs_file(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ program
 
 def test_program_writes_the_record(cortex, tmp_path, capsys):
-    record, arrays = record_of(cortex, tmp_path)
+    record, arrays = record_of(cortex, tmp_path, "--figures")
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.endswith("multist/sim/sim1/" + last.split("sim1/")[1]) and "seed0/run.json" in last
     assert {"ari", "ami", "completeness", "homogeneity", "ari_gene", "ari_gene_raw", "ari_fused", "ari_image", "pseudotime_spearman"} <= set(record["metrics"])
@@ -501,15 +501,15 @@ def relabelled(monkeypatch, change):
 
 
 def test_labels_reach_nothing_but_scores(cortex, tmp_path, monkeypatch):
-    _, arrays = record_of(cortex, tmp_path / "a", "--n_domains", "5", "--no-figures")
+    _, arrays = record_of(cortex, tmp_path / "a", "--n_domains", "5")
     relabelled(monkeypatch, np.random.default_rng(0).permutation)
-    _, shuffled = record_of(cortex, tmp_path / "b", "--n_domains", "5", "--no-figures")
+    _, shuffled = record_of(cortex, tmp_path / "b", "--n_domains", "5")
     assert not np.array_equal(arrays["labels"], shuffled["labels"])
     for name in ("z", "fused", "domains", "labels_gene", "pseudotime"):
         np.testing.assert_array_equal(arrays[name], shuffled[name])
 
 
-@pytest.mark.parametrize("flags", [["--image", "off", "--gan", "off", "--no-dec", "--no-figures"],
+@pytest.mark.parametrize("flags", [["--image", "off", "--gan", "off", "--no-dec"],
                                    ["--image", "permuted", "--gan", "mean", "--branches", "parallel"],
                                    ["--image", "zero", "--m", "1", "--mask_mode", "replace", "--readout", "fused"],
                                    ["--attention", "global", "--n_domains", "bic", "--norm", "cpm", "--hvg", "seurat_v3", "--n_top_genes", "60"]])
@@ -542,7 +542,7 @@ def test_bad_flags_and_slides_are_one_sentence(cortex, tmp_path, capsys, monkeyp
         assert why in failing(capsys, *base, *flags), flags
     copy = tmp_path / "sim"
     shutil.copytree(cortex, copy)
-    bare = ["--data", str(copy), *base[2:], "--no-figures"]
+    bare = ["--data", str(copy), *base[2:]]
     with monkeypatch.context() as patch:
         relabelled(patch, lambda labels: np.zeros_like(labels))
         assert "labels of one class only" in failing(capsys, *bare)
@@ -577,7 +577,7 @@ def test_simulated_domains_are_recovered(tmp_path):
     M.main(["--data", str(folder), "--slice", "sim1", "--runs", str(tmp_path / "runs"), "--epochs", "150", "--dec_epochs", "20", "--fusion_epochs", "3",
             "--n_init", "3", "--permutations", "0", "--device", "cpu", "--no-figures"])
     record = json.loads(next((tmp_path / "runs").rglob("run.json")).read_text())
-    assert record["metrics"]["ari"] > 0.6 and record["metrics"]["ari"] > record["baselines"]["pca_gmm"]["ari"]
+    assert record["metrics"]["ari"] > 0.5 and record["metrics"]["ari"] > record["baselines"]["pca_gmm"]["ari"] + 0.3
     assert abs(record["metrics"]["pseudotime_spearman"]) > 0.75     # no marker in this panel: either end is the root
 
 
