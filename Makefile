@@ -10,7 +10,7 @@ FOLDS  ?= 0 1 2 3 4
 MULTIST ?= default image:off image:permuted
 LAUNCH ?=
 
-$(foreach v,DATA RUNS,$(if $(word 2,$($(v))),$(error $(v) is "$($(v))": make cannot handle spaces in a path, give one without (a link will do))))
+$(foreach v,DATA RUNS HEST,$(if $(word 2,$($(v))),$(error $(v) is "$($(v))": make cannot handle spaces in a path, give one without (a link will do))))
 ALL_12 := 151507 151508 151509 151510 151669 151670 151671 151672 151673 151674 151675 151676
 here   := $(sort $(patsubst $(DATA)/%/spatial,%,$(wildcard $(DATA)/*/spatial)) $(patsubst $(DATA)/%.h5ad,%,$(wildcard $(DATA)/*.h5ad)))
 public := $(filter datasets/dlpfc,$(patsubst %/,%,$(DATA)))
@@ -21,7 +21,7 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist fetch floors bench clean
+.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest fetch floors bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -77,6 +77,20 @@ endef
 variant = default$(subst $(space),,$(foreach f,$(filter-out default,$(subst +, ,$(1))),-$(subst :,-,$(f))))
 $(foreach s,$(slices),$(foreach v,$(MULTIST),$(foreach k,$(SEEDS),$(eval $(call a_multist_run,$(s),$(v),$(k))))))
 
+# stformer: $(1) fold or slice, $(2) folder of the variant, $(3) flags, $(4) seed. HEST is a HEST-benchmark task folder, SECTIONS its slices to hold out.
+HEST     ?= datasets/her2st
+SECTIONS ?=
+hest     := $(notdir $(patsubst %/,%,$(HEST)))
+hfolds   := $(patsubst $(HEST)/splits/test_%.csv,%,$(wildcard $(HEST)/splits/test_*.csv))
+define an_stformer_run
+stformer_wanted += $(RUNS)/stformer/$(hest)/$(1)/$(2)/seed$(4)/run.json
+$(RUNS)/stformer/$(hest)/$(1)/$(2)/seed$(4)/run.json: | $(stamp)
+	$(LAUNCH) $(PY) stformer.py --data $(HEST) $(3) --seed $(4) --runs $(RUNS) --cache $(RUNS)/.features
+endef
+$(foreach k,$(SEEDS),$(foreach f,$(hfolds),$(eval $(call an_stformer_run,fold$(f),mini,--fold $(f),$(k))))\
+  $(foreach s,$(SECTIONS),$(eval $(call an_stformer_run,$(s),section-mini,--split section --slice $(s),$(k)))\
+    $(eval $(call an_stformer_run,$(s),section-mini-interactions-p2p,--split section --slice $(s) --interactions p2p,$(k)))))
+
 # Only asked for while slices of the public set are lacking. A file gets its name when it is whole, so an interrupted download goes on with the rest.
 fetch: | $(stamp)
 	$(PY) download.py dlpfc --slices $(subst $(space),$(comma),$(strip $(wanted))) --out $(DATA)
@@ -95,6 +109,10 @@ ABLATIONS := default image:off image:permuted image:zero mask_mode:none mask_mod
   alpha:0.0 alpha:0.3 alpha:0.5 alpha:0.9 alpha:1.0 k:3 k:12 k:18 gan:mean gan:fisher dec:False m:1 readout:fused diffusion_steps:0 diffusion_steps:10
 ablations-multist:  ## image, mask, alpha, k, GAN, DEC, diffusion: one table with the spread over SEEDS
 	$(MAKE) --no-print-directory domains MULTIST="$(ABLATIONS)"
+
+reproduce-hest: $(stformer_wanted)  ## stformer on HEST=<HEST-benchmark task folder>, every split; SECTIONS="C2 C3" holds out sections too, with a patch-only control
+	@$(if $(hfolds)$(SECTIONS),,echo "error: HEST=$(HEST) holds no splits/test_<k>.csv: give a HEST-benchmark task folder" >&2; exit 2)
+	$(PY) report.py --runs $(RUNS)/stformer --data $(hest)
 
 floors:  ## coordinates-only scores, no gene: make floors DATA=<folder of slices, labels are enough>
 	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0 MULTIST=

@@ -3,7 +3,8 @@
     python report.py --runs runs [--data dlpfc] [--out runs/report]
 
 Every cell is the median over the runs of that row (folds and seeds) with their minimum and maximum; nothing is a best of anything.
-Two kinds of table: supervised runs by split (a record with `split`), and unsupervised domains (no split, an `ari` and baselines in the record).
+Three kinds of table: supervised layers by split (`split` and `ari` in the record), unsupervised domains (no split, an `ari` and baselines), and
+genes from H&E by split (`pcc_mean`).
 """
 import argparse
 import json
@@ -25,6 +26,7 @@ PUBLISHED = {"full-cross": ".928 +- .022", "full-gated": ".920 +- .027", "concat
 PUBLISHED_DOMAINS = {"multist": {"151673": ".620"}}                      # {method: {slice: ARI}}, as its paper prints it
 SHOWN = ("accuracy", "macro_f1", "kappa_quadratic", "log_loss", "boundary_accuracy")
 SHOWN_DOMAINS = ("ami", "completeness", "homogeneity")
+SHOWN_GENES = ("pcc_pooled", "variance_ratio_median", "slide_mean_rmse")
 BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr", "pca_gmm", "neighbour_mean_gmm")
 DOMAINS = "domains (unsupervised)"
 
@@ -87,6 +89,36 @@ def domain_rows(records):
     return table
 
 
+def gene_rows(records):
+    """{title: {row name: {slice or fold: [metrics of every run]}}} of the runs that predict genes, each baseline once per seed and value."""
+    table, seen = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), set()
+    for r in records:
+        if r["split"] is None or "pcc_mean" not in r["metrics"]:
+            continue
+        split = r["split"]["name"]
+        title = f"genes from H&E, split `{split}`" + (" - leaks the patient" if r.get("leaks_patient") else " - patients held out")
+        for baseline, values in r["baselines"].items():
+            key = (title, r["data"], r["part"], baseline, json.dumps(values, sort_keys=True))
+            if key not in seen:
+                seen.add(key)
+                table[title][baseline][r["part"]].append(values)
+        table[title][f"{r['method']} {r['variant'].removeprefix(split + '-')}"][r["part"]].append(r["metrics"])
+    return table
+
+
+def gene_table(title, rows):
+    """Lines of one table of predicted genes: mean PCC per slice or fold, its mean over them, medians of the other scores, runs."""
+    parts = sorted({p for row in rows.values() for p in row})
+    out = [f"\n### {title}", "", "| method | " + " | ".join(f"PCC {p}" for p in parts) + " | mean of medians | " + " | ".join(SHOWN_GENES) + " | runs |",
+           "|---" * (len(parts) + len(SHOWN_GENES) + 3) + "|"]
+    for name in sorted(rows, key=lambda n: (" " in n, n)):              # baselines have no space in their names
+        every = [m for runs in rows[name].values() for m in runs]
+        values = [[m["pcc_mean"] for m in rows[name].get(p, []) if m.get("pcc_mean") is not None] for p in parts]
+        mean = f"{statistics.mean(statistics.median(v) for v in values):.3f}" if all(values) else "-"
+        out.append(f"| {name} | " + " | ".join([*map(cell, values), mean, *medians(every, SHOWN_GENES), str(len(every))]) + " |")
+    return out
+
+
 def cell(values):
     """`median (min-max)` of the numbers that are there, or a dash."""
     values = [v for v in values if v is not None]
@@ -134,6 +166,8 @@ def markdown(records):
             out.append(f"| {name} | " + " | ".join([*columns, cell([m.get("gain_over_coords_knn") for m in every]), str(len(every)), published]) + " |")
     if domain_rows(records):
         out += domain_table(domain_rows(records))
+    for title, rows in sorted(gene_rows(records).items()):
+        out += gene_table(title, rows)
     first = records[0]
     commits = sorted({r["git_commit"][:9] for r in records})
     out += ["", f"Median (min-max) over folds and seeds; {len(records)} runs, commit {', '.join(commits)}, torch {first['versions']['torch']}, "
@@ -149,6 +183,7 @@ def draw(records):
               for (split, leaks), rows in sorted(rows_of(records).items())]
     if domain_rows(records):
         tables.append(((DOMAINS, "ARI on labelled spots", "neighbour_mean_gmm"), domain_rows(records)))
+    tables += [((title.replace("`", ""), "mean PCC over genes", "ridge_raw"), rows) for title, rows in sorted(gene_rows(records).items())]
     figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 1.2 + 0.32 * max(len(rows) for _, rows in tables)), squeeze=False)
     colour = {s: plt.get_cmap("tab10")(i % 10) for i, s in enumerate(sorted({s for _, rows in tables for row in rows.values() for s in row}))}
     legend = {}
@@ -156,12 +191,12 @@ def draw(records):
         names = ordered(rows)[::-1]
         for y, name in enumerate(names):
             for s, runs in rows[name].items():
-                dots = [m["ari"] for m in runs if m.get("ari") is not None]
+                dots = [v for v in (m.get("ari", m.get("pcc_mean")) for m in runs) if v is not None]
                 legend[s] = axis.scatter(dots, [y] * len(dots), s=22, alpha=0.75, color=colour[s], linewidths=0)
-        floor = [m["ari"] for runs in rows.get(floor_name, {}).values() for m in runs if m.get("ari") is not None]
+        floor = [v for runs in rows.get(floor_name, {}).values() for v in (m.get("ari", m.get("pcc_mean")) for m in runs) if v is not None]
         if floor:
             axis.axvline(statistics.median(floor), ls="--", color="0.5", lw=1)
-        axis.set(yticks=range(len(names)), yticklabels=names, xlabel=label, xlim=(-0.05, 1.02))
+        axis.set(yticks=range(len(names)), yticklabels=names, xlabel=label, xlim=(-0.1, 1.02))
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", color="0.92")
     figure.tight_layout(rect=(0, 0.06, 1, 1))
@@ -177,7 +212,7 @@ def main(argv=None):
     parser.add_argument("--out", default="", help="where to write, without ending; empty: <runs>/report")
     flags = parser.parse_args(argv)
     records = [r for r in read_runs(flags.runs) if flags.data in ("", r["data"])]
-    if not rows_of(records) and not domain_rows(records):
+    if not rows_of(records) and not domain_rows(records) and not gene_rows(records):
         raise DataError(f"{flags.runs} holds no scored run of {flags.data or 'any data set'}: check --data")
     out, text = Path(flags.out or Path(flags.runs) / "report"), markdown(records)
     try:

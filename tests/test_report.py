@@ -98,6 +98,24 @@ def test_unsupervised_domains(tmp_path):
     assert len(report.draw(records).axes) == 2
 
 
+def test_genes_from_histology(tmp_path):
+    for split, part, leaks, values in (("folds", "fold0", False, (0.1, 0.3, 0.2)), ("section", "C2", True, (0.4,))):
+        for seed, value in enumerate(values):
+            folder = tmp_path / "stformer" / "her2st" / part / ("mini" if split == "folds" else "section-mini") / f"seed{seed}"
+            folder.mkdir(parents=True)
+            record = {"method": "stformer", "config": {"seed": seed}, "metrics": {"pcc_mean": value, "pcc_pooled": 0.5},
+                      "baselines": {"ridge_raw": {"pcc_mean": 0.15}, "abmil": {"pcc_mean": 0.0 + seed / 1000}}, "leaks_patient": leaks,
+                      "split": {"name": split, "leaks_position": False, "detail": ""}, "seconds": 1.0, "peak_rss_mb": 9, "device": "cpu",
+                      "versions": {"torch": "2"}, "git_commit": "abc"}
+            (folder / "run.json").write_text(json.dumps(record))
+    text = report.markdown(report.read_runs(tmp_path))
+    assert "split `folds` - patients held out" in text and "split `section` - leaks the patient" in text
+    rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    assert "| stformer mini | 0.400 | 0.400 | 0.500 |" in text and "| stformer mini | 0.200 (0.100-0.300) | 0.200 | 0.500 |" in text
+    assert rows["| ridge_raw"].endswith("| 1 |"), "the same baseline in every run counts once"
+    report.draw(report.read_runs(tmp_path))
+
+
 def test_report_of_domains_only(tmp_path):
     write_domains(tmp_path, "151673", "full", 0, 0.5, 0.25)
     assert report.main(["--runs", str(tmp_path)]) == 0
