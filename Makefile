@@ -21,7 +21,7 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest fetch floors bench clean
+.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest fetch floors scale bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -42,7 +42,7 @@ test: $(if $(stamp),.venv/.stamp-dev)  ## the whole test suite (finds real data 
 demo: $(stamp)  ## no download, no GPU: simulate a small cortex, run every method, print the table, write runs/demo/report.png
 	rm -rf $(RUNS)/demo
 	$(PY) simulate.py cortex $(RUNS)/demo/data --n_spots 1000 --n_genes 500 --n_slices 2
-	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/demo/data RUNS=$(RUNS)/demo SLICES="sim1 sim2" SEEDS=0 FOLDS=0 MODELS="full-cross gcn_only expr_only" MULTIST="default image:off"
+	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/demo/data RUNS=$(RUNS)/demo SLICES="sim1 sim2" SEEDS=0 FOLDS=0 MODELS="full-cross gcn_only expr_only" MULTIST=default
 
 # $(call siblings,slice): the other slices of its donor that are there; a name outside the DLPFC set takes all the others.
 donors   := 151507+151508+151509+151510 151669+151670+151671+151672 151673+151674+151675+151676
@@ -116,6 +116,9 @@ reproduce-hest: $(stformer_wanted)  ## stformer on HEST=<HEST-benchmark task fol
 
 floors:  ## coordinates-only scores, no gene: make floors DATA=<folder of slices, labels are enough>
 	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0 MULTIST=
+
+scale: $(stamp)  ## multist on 3,600 to 100,000 simulated spots: time and memory, runs/scale/scale_multist.png
+	$(PY) tests/scale_multist.py $(RUNS)/scale
 
 bench: $(if $(stamp),.venv/.stamp-dev)  ## graph attention against torch_geometric
 	$(PY) tests/bench_attention.py

@@ -32,6 +32,7 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
@@ -378,9 +379,8 @@ class Adversary:
 
     def step(self, model, x, graph):
         """One step of the critic and one of the generator; the encoder stands still."""
-        with torch.no_grad():
-            z = model.encoder(x, graph) if not model.training else self._real(model, x, graph)
-            z_fake = self.encode(model, x, graph)
+        with torch.no_grad(), frozen_statistics(model):
+            z, z_fake = model.encoder(x, graph), self.encode(model, x, graph)
         if self.kind == "fisher":
             self.c_step.zero_grad()
             (-self.distance(z, z_fake)).backward()
@@ -388,11 +388,6 @@ class Adversary:
         self.g_step.zero_grad()
         self.distance(z, self.encode(model, x, graph)).backward()
         self.g_step.step()
-
-    @staticmethod
-    def _real(model, x, graph):
-        with frozen_statistics(model):
-            return model.encoder(x, graph)
 
 
 class Terms:
@@ -698,12 +693,10 @@ def neighbours_in_batch(rows, near, n):
 
 def stage3_terms(model, z, v, tiles, rows, target, centres, config):
     """{name: weighted scalar} of one batch of Stage III: 2 SDM + contrast + 0.005 |H|^2, and two terms of ours that keep the domains of Z."""
-    if config.attention == "global":
-        h, h_gene, h_image, _ = (t if t is None else t[rows] for t in model(z, v, slice(None), None, None))
-    else:
-        hand, own, near, offset = tiles.gather(rows)
-        hide = (torch.rand(len(hand), 1, device=z.device) < config.fusion_mask).to(z.dtype)    # (T, 1)
-        h, h_gene, h_image, _ = model(z[hand] * (1 - hide) + hide * model.hidden, v[hand], own, near, offset)
+    local = config.attention == "local"
+    hand, own, near, offset = tiles.gather(rows) if local else (torch.arange(len(z), device=z.device), rows, None, None)
+    hide = (torch.rand(len(hand), 1, device=z.device) < config.fusion_mask).to(z.dtype)        # (T, 1)
+    h, h_gene, h_image, _ = model(z[hand] * (1 - hide) + hide * model.hidden, v[hand], own, near, offset)
     z_kept = model.keep(h)                                                                     # (B, 32)
     terms = {"sdm": 2 * sdm(h_gene, h_image, config.tau),
              "contrast": info_nce(h_gene, h_image, neighbours_in_batch(rows, tiles.near, len(z)), config.tau),
@@ -783,7 +776,7 @@ def gmm_tied(h, k, n_init=10, seed=0):
         raise DataError("the embedding is the same for every spot: check that the counts vary")
     ridge = 1e-6 * x.var(0).mean()
     mixture = GaussianMixture(k, covariance_type="tied", n_init=n_init, random_state=seed, reg_covar=ridge, max_iter=300)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(1):                                      # threads only wait for each other on 30 columns
         warnings.simplefilter("ignore", ConvergenceWarning)                                    # fewer distinct rows than domains, or 300 steps
         return mixture.fit_predict(x), mixture
 
@@ -1078,6 +1071,52 @@ def line(name, found):
     return f"{name:24s}" + "  ".join(f"{k} {found[k]:.3f}" for k in ("ari", "ami", "completeness", "homogeneity", "pas") if k in found)
 
 
+def train(slide, config, use_image, record, lap):
+    """Stages I to III and the baselines: (arrays with z, h_fusion ..., what is clustered by name, baseline scores, facts for the record)."""
+    x_np, log = preprocess(slide, config), []
+    x, graph = torch.as_tensor(x_np, device=record.device), Graph(slide.xy, config.k, record.device, f"slide {slide.sample}")
+    if graph.pieces > 1:
+        print(f"the {config.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} pieces: nothing is smoothed across them")
+    lap("read")
+    model, step, adversary = train_stage1(x, graph, config, log)
+    lap("stage1")
+    k, chosen = number_of_domains(slide, model.embed(x, graph).cpu().numpy(), config)
+    others = {name: scored(slide, found) for name, found in baselines(x_np, slide, k, config).items()}
+    for name, scores in others.items():
+        print(line(name, scores))
+    lap("baselines")
+    facts, centres, target = {"k_chosen_by": chosen, "graph_pieces": graph.pieces, "losses": log}, None, None
+    if config.dec:
+        centres, target, facts["dec_epochs"] = train_stage2(model, step, adversary, x, graph, k, config, log)
+    z = model.embed(x, graph)
+    arrays, facts["n_params"] = {"z": z.cpu().numpy()}, sum(p.numel() for p in model.parameters())
+    embeddings = {"gene": arrays["z"]}
+    lap("stage2")
+    if use_image:
+        embeddings["fused"], arrays["h_fusion"], arrays["image"], arrays["attention_entropy"], more = fused_embedding(
+            slide, z, target, centres, config, record.device, log)
+        arrays["fused"], facts["n_params"] = embeddings["fused"], facts["n_params"] + more
+        if config.image != "zero":
+            embeddings["image"] = arrays["image"]
+        lap("stage3")
+    return arrays, embeddings, others, k, facts
+
+
+def domains_of(embeddings, slide, k, final, config):
+    """Mixture and diffusion on every embedding: (arrays of labels, scores; those of `final` + diffusion also without a suffix)."""
+    arrays, scores = {}, {}
+    for name, h in embeddings.items():
+        raw = gmm_tied(h, k, config.n_init, config.seed)[0]
+        smooth = diffuse_labels(raw, slide.xy, config.diffusion_steps, config.diffusion_k)
+        arrays |= {f"labels_{name}_raw": raw, f"labels_{name}": smooth}
+        for suffix, values in (("_raw", raw), ("", smooth)):
+            part = scored(slide, values)
+            print(line(name + (" + diffusion" if not suffix else ""), part))
+            scores |= {f"{metric}_{name}{suffix}": v for metric, v in part.items()}
+            scores |= part if name == final and not suffix else {}
+    return arrays, scores
+
+
 def main(argv=None):
     """Run the program; returns 0."""
     start = time.perf_counter()
@@ -1090,60 +1129,24 @@ def main(argv=None):
     rank, pairs = layer_order(slide, config), read_pairs(config.lr_pairs) if config.lr_pairs else PAIRS    # complain before the work starts
     if config.n_domains != "bic":
         number_of_domains(slide, None, config)
-    record = run.Run("multist", config, slide.sample, variant(config), start)
-    x_np, log = preprocess(slide, config), []
-    x, graph = torch.as_tensor(x_np, device=record.device), Graph(slide.xy, config.k, record.device, f"slide {slide.sample}")
-    if graph.pieces > 1:
-        print(f"the {config.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} pieces: nothing is smoothed across them")
-    laps = {"read": time.perf_counter() - start}
+    record, laps = run.Run("multist", config, slide.sample, variant(config), start), {}
 
     def lap(name):
-        laps[name] = time.perf_counter() - start - sum(laps.values())
-    model, step, adversary = train_stage1(x, graph, config, log)
-    lap("stage1")
-    k, chosen = number_of_domains(slide, model.embed(x, graph).cpu().numpy(), config)
-    found, labels, arrays = {name: scored(slide, found) for name, found in baselines(x_np, slide, k, config).items()}, {}, {}
-    for name, scores in found.items():
-        print(line(name, scores))
-    lap("baselines")
-    centres, target, extra = None, None, {}
-    if config.dec:
-        centres, target, extra["dec_epochs"] = train_stage2(model, step, adversary, x, graph, k, config, log)
-    z = model.embed(x, graph)
-    arrays["z"] = h = z.cpu().numpy()
-    lap("stage2")
-    labels["gene"] = gmm_tied(h, k, config.n_init, config.seed)[0]
-    n_params = sum(p.numel() for p in model.parameters())
-    if use_image:
-        h, arrays["h_fusion"], arrays["image"], arrays["attention_entropy"], more = fused_embedding(slide, z, target, centres, config,
-                                                                                                    record.device, log)
-        arrays["fused"], n_params = h, n_params + more
-        lap("stage3")
-        labels["fused"] = gmm_tied(h, k, config.n_init, config.seed)[0]
-        if config.image != "zero":
-            labels["image"] = gmm_tied(arrays["image"], k, config.n_init, config.seed)[0]
-    lap("clustering")
+        laps[name] = round(time.perf_counter() - start - sum(laps.values()), 2)
+    arrays, embeddings, others, k, facts = train(slide, config, use_image, record, lap)
     final = "fused" if use_image else "gene"
-    scores = {}
-    for name, found_labels in labels.items():
-        smooth = diffuse_labels(found_labels, slide.xy, config.diffusion_steps, config.diffusion_k)
-        arrays |= {f"labels_{name}_raw": found_labels, f"labels_{name}": smooth}
-        for suffix, values in (("_raw", found_labels), ("", smooth)):
-            part = scored(slide, values)
-            print(line(name + (" + diffusion" if not suffix else ""), part))
-            scores |= {f"{metric}_{name}{suffix}": v for metric, v in part.items()}
-            scores |= part if name == final and not suffix else {}
-    domains = arrays[f"labels_{final}"]
-    more_arrays, more_scores, text = downstream(slide, h, domains, rank, pairs, config)
+    more, scores = domains_of(embeddings, slide, k, final, config)
+    arrays |= more
+    lap("clustering")
+    arrays |= {"domains": arrays[f"labels_{final}"], "labels": slide.labels, "classes": np.array(slide.classes, dtype=str), "barcodes": slide.barcodes,
+               "xy": slide.xy}
+    more, found, text = downstream(slide, embeddings[final], arrays["domains"], rank, pairs, config)
+    arrays |= more
     lap("downstream")
-    arrays |= more_arrays | {"domains": domains, "labels": slide.labels, "classes": np.array(slide.classes, dtype=str), "barcodes": slide.barcodes,
-                             "xy": slide.xy}
-    scores |= more_scores | {"k": k}
     if config.figures:
-        draw(record, slide, arrays, log, final)
-    record.finish(scores, found, arrays, n_params, checksum=data.file_checksum(*used_files(config, slide, use_image)), losses=log,
-                  output=f"{final} + diffusion", k_chosen_by=chosen, laps={name: round(v, 2) for name, v in laps.items()}, graph_pieces=graph.pieces,
-                  **text, **extra)
+        draw(record, slide, arrays, facts["losses"], final)
+    record.finish(scores | found | {"k": k}, others, arrays, facts.pop("n_params"), checksum=data.file_checksum(*used_files(config, slide, use_image)),
+                  output=f"{final} + diffusion", laps=laps, **facts, **text)
     return 0
 
 
