@@ -3,7 +3,7 @@
     counts (N, G) --PCA--> X (N, 200) --mask--> X' --MLP, GCN--> Z (N, 32)      Stage I, a masked graph auto-encoder with a GAN side-branch
                                                                 Z --DEC--> Z     Stage II, compact clusters
     image --crops, frozen encoder, kNN smoothing--> V (N, 512)
-    Z, V --cross-attention in both directions over the m nearest spots--> H (N, 256)                           Stage III
+    Z, V --cross-attention in both directions over the m nearest spots--> H (N, 128)                           Stage III
     H --PCA, tied-covariance GMM--> labels --label diffusion--> domains; pseudotime and ligand-receptor scores from them
 
 Eq. numbers are the paper's where docs/multist.md knows them. Labels are read for scores, figures and, with `--n_domains oracle`, for the
@@ -104,7 +104,7 @@ class Config(run.Config):
     crop_um: float = 310.0
     "side of the crop in micrometres (the released 64 hires pixels on 151673)"
     colour: Literal["reference", "none"] = "reference"
-    "colour normalisation to a reference shared by all slides (released code: to patches of the same slide, and skipped through a failing import)"
+    "colour normalisation of a slide's image (not of ready-made patches) to a reference shared by all slides (released code: to the same slide, and skipped)"
     cache: str = ""
     "folder for image features, which are computed once; empty: <runs>/.features"
     smooth: float = 0.3
@@ -114,7 +114,7 @@ class Config(run.Config):
     m: int = 16
     "spots (itself included) that a spot attends to; 1 is the released code, whose softmax over one key is always 1"
     alpha: float = 0.7
-    "Eq. 17: share of the gene stream that attended to the image"
+    "Eq. 17: share of the gene stream that attended to the image; also the share of Z in the latent read-out, which is gene-only at 1"
     fused_dim: int = 128
     "width of Stage III (paper: 256)"
     heads: int = 8
@@ -142,7 +142,7 @@ class Config(run.Config):
     order: str = ""
     "classes from the root outwards, comma-separated, to score the pseudotime; empty: WM,Layer6,...,Layer1 where these are the classes"
     root_gene: str = "MBP"
-    "pseudotime starts in the domain that expresses this gene most; empty or absent from the panel: at an extreme of the first diffusion component"
+    "pseudotime starts in the domain that expresses this gene most; where the panel lacks it, in an end domain of the first component, either end"
     lr_pairs: str = ""
     "two-column CSV ligand,receptor; empty: a short built-in list"
     permutations: int = 1000
@@ -179,9 +179,9 @@ def preprocess(slide, config):
     return x[:, x.std(0) > 1e-4 * x.std(0).max()]                                              # a component without variance is round-off
 
 
-def log_matrix(slide):
+def log_matrix(slide, config):
     """(N, G) CSR of log1p of counts per 10,000, for the marker gene and the ligand-receptor scores."""
-    return data.normalise_log1p(slide.counts, slide.library_size)
+    return data.normalise_log1p(slide.counts, slide.library_size if config.library == "given" else None)
 
 
 class Graph:
@@ -293,7 +293,9 @@ def negative_pairs(graph):
 
 def edge_loss(z, graph):
     """Cross-entropy of edges against as many non-edges: mean softplus(-s) over edges + mean softplus(s) over non-edges."""
-    return F.softplus(-edge_logits(z, graph.edges)).mean() + F.softplus(edge_logits(z, negative_pairs(graph))).mean()
+    negative = negative_pairs(graph)
+    loss = F.softplus(-edge_logits(z, graph.edges)).mean()
+    return loss + F.softplus(edge_logits(z, negative)).mean() if negative.shape[1] else loss     # in a complete graph there is none
 
 
 def masked_consistency(x_hat, x, rows):
@@ -441,7 +443,7 @@ def stage1_terms(model, adversary, x, graph, config):
     z = model.encoder(masked, graph)                                                           # (N, 32)
     x_hat = model.decode(z, graph)                                                             # (N, P)
     terms = {"expression": config.lambda_x * F.mse_loss(x_hat, x), "graph": config.lambda_g * edge_loss(z, graph),
-             "mask": config.lambda_mask * masked_consistency(x_hat, x, rows)}
+             **({"mask": config.lambda_mask * masked_consistency(x_hat, x, rows)} if len(rows) else {})}
     if adversary:
         terms["gan"] = config.lambda_gan * adversary.distance(z, adversary.encode(model, x, graph))
     return terms
@@ -475,7 +477,7 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
     kmeans = KMeans(n_domains, n_init=20, random_state=config.seed).fit(z.cpu().numpy())
     centres = nn.Parameter(torch.as_tensor(kmeans.cluster_centers_, dtype=x.dtype, device=x.device))     # (K, 32)
     step.add_param_group({"params": [centres], "weight_decay": 0.0})
-    terms, labels, epoch = Terms("Stage II", log), kmeans.labels_, 0
+    terms, labels, done = Terms("Stage II", log), kmeans.labels_, 0
     for epoch in run.progress(range(config.dec_epochs), "Stage II"):
         if epoch % config.dec_update == 0:
             with torch.no_grad():
@@ -496,9 +498,10 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
         step.zero_grad()
         loss.backward()
         step.step()
+        done = epoch + 1
     with torch.no_grad():
         target = dec_p(dec_q(model.embed(x, graph), centres))
-    return centres.detach(), target, epoch + 1
+    return centres.detach(), target, done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,9 +649,10 @@ def info_nce(h_gene, h_image, near, tau):
 class Tiles:
     """The slide in tiles of about 64 spots that lie together (a KD-tree's leaves), and the m nearest spots of each spot."""
 
-    def __init__(self, xy, m, device, size=64):
+    def __init__(self, xy, m, device, size=64, k=6):
         near = np.arange(len(xy))[:, None] if m == 1 else np.concatenate([np.arange(len(xy))[:, None], data.knn_table(xy, m - 1)], 1)
         self.near = torch.as_tensor(near, device=device)                                       # (N, m), self first
+        self.graph = self.near if m > k else torch.as_tensor(data.knn_table(xy, k), device=device)    # whom the contrast may not push away
         offset = (xy[near] - xy[:, None]) / max(data.lattice_pitch(xy), 1e-9)
         self.offset = torch.as_tensor(offset.astype(np.float32), device=device)                # (N, m, 2)
         self.tiles = [torch.as_tensor(rows, device=device) for rows in median_tiles(xy, size)]
@@ -699,7 +703,7 @@ def stage3_terms(model, z, v, tiles, rows, target, centres, config):
     h, h_gene, h_image, _ = model(z[hand] * (1 - hide) + hide * model.hidden, v[hand], own, near, offset)
     z_kept = model.keep(h)                                                                     # (B, 32)
     terms = {"sdm": 2 * sdm(h_gene, h_image, config.tau),
-             "contrast": info_nce(h_gene, h_image, neighbours_in_batch(rows, tiles.near, len(z)), config.tau),
+             "contrast": info_nce(h_gene, h_image, neighbours_in_batch(rows, tiles.graph, len(z)), config.tau),
              "norm": 0.5 * 0.01 * (h_gene.square().mean() + h_image.square().mean()),
              "keep": config.lambda_keep * F.mse_loss(z_kept, z[rows]) / z.var()}
     if target is not None:
@@ -714,7 +718,7 @@ def train_stage3(z, v, xy, target, centres, config, log):
     kept), number of parameters.
     """
     model = Fusion(z.shape[1], v.shape[1], config).to(z.device)
-    tiles = Tiles(xy, config.m, z.device)
+    tiles = Tiles(xy, config.m, z.device, k=config.k)
     step = torch.optim.AdamW(model.parameters(), lr=config.fusion_lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step, max(1, config.fusion_epochs))
     terms = Terms("Stage III", log)
@@ -771,9 +775,14 @@ def gmm_tied(h, k, n_init=10, seed=0):
     """
     if k > len(h):
         raise DataError(f"{k} domains cannot be found among {len(h)} spots: choose a smaller --n_domains")
-    x = components(h)
+    x = components(h, max(1, min(30, (len(h) - k) // 3)))                                     # few spots cannot carry a 30 x 30 covariance
     if x.shape[1] == 0:
         raise DataError("the embedding is the same for every spot: check that the counts vary")
+    return fit_mixture(x, k, n_init, seed)
+
+
+def fit_mixture(x, k, n_init, seed):
+    """The tied mixture on components x (N, d) as they are: labels (N,), the fitted mixture."""
     ridge = 1e-6 * x.var(0).mean()
     mixture = GaussianMixture(k, covariance_type="tied", n_init=n_init, random_state=seed, reg_covar=ridge, max_iter=300)
     with warnings.catch_warnings(), threadpool_limits(1):                                      # threads only wait for each other on 30 columns
@@ -782,10 +791,15 @@ def gmm_tied(h, k, n_init=10, seed=0):
 
 
 def choose_k(h, low=2, high=20, seed=0):
-    """Number of domains with the lowest Bayesian information criterion of the tied mixture, and {k: bic}."""
-    x, bic = components(h), {}
-    for k in range(low, min(high, len(x) - 1) + 1):
-        bic[k] = gmm_tied(h, k, 1, seed)[1].bic(x)
+    """Number of domains with the lowest Bayesian information criterion of the tied mixture, and {k: bic}; at least 10 spots a domain are asked for.
+
+    Raises DataError with fewer than 10 `low` spots."""
+    if len(h) < 10 * low:
+        raise DataError(f"{len(h)} spots are too few to choose the number of domains: give it with --n_domains")
+    high = min(high, len(h) // 10)
+    x, bic = components(h, min(30, (len(h) - high) // 3)), {}
+    for k in range(low, high + 1):
+        bic[k] = fit_mixture(x, k, 1, seed)[1].bic(x)
     return min(bic, key=bic.get), bic
 
 
@@ -862,8 +876,11 @@ def pseudotime(h, root_domain, seed=0, most=5000, neighbours=15, n_components=15
     out[use] = time_
     if len(part) == len(x):
         return out
-    at, _ = nearest(part[use], x, min(5, len(use)))
-    return time_[at].mean(1)
+    at, _ = nearest(part, x, min(5, len(part)))
+    near_time = out[at]                                                                        # (N, 5), nan for spots that cannot be reached
+    reached = np.isfinite(near_time)
+    mean = np.where(reached, near_time, 0).sum(1) / np.maximum(reached.sum(1), 1)
+    return np.where(reached[:, 0], mean, np.nan)
 
 
 def nearest(points, query, k):
@@ -959,8 +976,9 @@ def check(config):
         "n_top_genes": two, "n_pcs": two, "k": one, "mask_rate": share, "epochs": one, "lr": positive, "weight_decay": zero,
         "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"), "dec_epochs": zero, "dec_update": one, "m": one, "alpha": share, "smooth": share,
         "crop_um": positive, "fused_dim": (lambda v: v >= 1 and v % max(config.heads, 1) == 0, "a positive multiple of --heads"), "heads": one,
-        "fusion_epochs": zero, "fusion_lr": positive, "fusion_mask": share, "batch": two, "tau": positive, "n_init": one, "diffusion_steps": zero,
-        "diffusion_k": one, "permutations": zero,
+        "fusion_epochs": one, "fusion_lr": positive, "fusion_mask": share, "batch": two, "tau": positive, "n_init": one, "diffusion_steps": zero,
+        "diffusion_k": one, "permutations": zero, "lambda_x": zero, "lambda_g": zero, "lambda_mask": zero, "lambda_gan": zero, "lambda_dec": zero,
+        "lambda_keep": run.POSITIVE, "dec_tol": zero,
         "n_domains": (lambda v: v in ("oracle", "bic") or v.isdigit() and int(v) > 0, "oracle, bic or a positive number")})
 
 
@@ -982,7 +1000,7 @@ def number_of_domains(slide, z, config):
 
 def variant(config):
     """Folder name of a run: `default`, and the flags that differ from their defaults."""
-    silent = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "cache", "figures", "order", "root_gene", "lr_pairs", "permutations"}
+    silent = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "cache", "figures"}
     out = "default"
     for name, field in config.__dataclass_fields__.items():
         value = getattr(config, name)
@@ -1000,8 +1018,16 @@ def with_image(slide, config):
     there = slide.patches is not None or slide.image is not None or Path(config.encoder).suffix in (".npy", ".npz")
     if not there and config.image != "auto":
         raise DataError(f"slide {slide.sample} has no image for --image {config.image}: put tissue_hires_image.png into spatial/, or use --image off")
+    from_file = Path(config.encoder).suffix in (".npy", ".npz")
+    if there and config.image == "auto" and slide.patches is None and not from_file and not slide.um_per_px:
+        print(f"slide {slide.sample} has an image but no physical scale: gene-only, Stage III is left out")
+        return False
     if not there:
         print(f"slide {slide.sample} has no image: gene-only, Stage III is left out")
+    elif from_file:
+        data.read_embedding(config.encoder, slide)                                             # complain before the work starts
+    elif slide.patches is None:
+        data.crops(slide, np.arange(1), config.crop_um)
     return there
 
 
@@ -1029,15 +1055,16 @@ def layer_order(slide, config):
 
 def downstream(slide, h, domains, rank, pairs, config):
     """Pseudotime, its root, its Spearman correlation with the layer order, and the ligand-receptor scores: (arrays, metrics, texts)."""
-    x, arrays, scores, text = log_matrix(slide), {}, {}, {}
-    found = np.flatnonzero(slide.genes == config.root_gene)
+    x, arrays, scores, text = log_matrix(slide, config), {}, {}, {}
+    found = np.flatnonzero(np.char.upper(slide.genes.astype(str)) == config.root_gene.upper())
     names = np.unique(domains)
     if len(found):
         level = np.asarray(x[:, found[0]].todense()).ravel()
         root, text["pseudotime_root"] = names[np.argmax([level[domains == c].mean() for c in names])], f"domain with most {config.root_gene}"
     else:
         edge = components(h)[:, 0]
-        root, text["pseudotime_root"] = names[np.argmax([edge[domains == c].mean() for c in names])], "extreme domain of the first component"
+        root, text["pseudotime_root"] = names[np.argmax([edge[domains == c].mean() for c in names])], "an end domain of the first component"
+    print(f"pseudotime starts in: {text['pseudotime_root']}")
     if slide.n_spots >= 20:
         arrays["pseudotime"] = pseudotime(h, domains == root)
         if rank is not None:
@@ -1076,7 +1103,7 @@ def train(slide, config, use_image, record, lap):
     x_np, log = preprocess(slide, config), []
     x, graph = torch.as_tensor(x_np, device=record.device), Graph(slide.xy, config.k, record.device, f"slide {slide.sample}")
     if graph.pieces > 1:
-        print(f"the {config.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} pieces: nothing is smoothed across them")
+        print(f"the {config.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} pieces: Stage I passes nothing between them")
     lap("read")
     model, step, adversary = train_stage1(x, graph, config, log)
     lap("stage1")
@@ -1096,7 +1123,7 @@ def train(slide, config, use_image, record, lap):
         embeddings["fused"], arrays["h_fusion"], arrays["image"], arrays["attention_entropy"], more = fused_embedding(
             slide, z, target, centres, config, record.device, log)
         arrays["fused"], facts["n_params"] = embeddings["fused"], facts["n_params"] + more
-        if config.image != "zero":
+        if np.ptp(arrays["image"], axis=0).any():                                             # an image that is the same everywhere has no domains
             embeddings["image"] = arrays["image"]
         lap("stage3")
     return arrays, embeddings, others, k, facts
@@ -1203,10 +1230,12 @@ def draw(record, slide, arrays, log, final):
 
 
 def domain_names(slide, domains):
-    """A short name per domain, in the order of the scores' axes: the class it overlaps most (one to one), else D0, D1, ..."""
-    codes = [int(matched(domains, slide.labels)[np.flatnonzero(domains == d)[0]]) for d in np.unique(domains)]
-    short = [c.replace("Layer", "L") for c in slide.classes]
-    return [short[c] if c < len(short) else f"D{c}" for c in codes]
+    """A short name per domain, in the order of the scores' axes: its number and, behind a colon, the class that most of its spots have."""
+    names = []
+    for i, d in enumerate(np.unique(domains)):
+        inside = slide.labels[(domains == d) & (slide.labels >= 0)]
+        names.append(f"{i}:" + slide.classes[np.bincount(inside).argmax()].replace("Layer", "L") if len(inside) else str(i))
+    return names
 
 
 def draw_pairs(record, arrays, names):
@@ -1221,7 +1250,7 @@ def draw_pairs(record, arrays, names):
     axis.scatter(x, y, s=5, color="white", edgecolors="black", linewidths=0.3)
     axis.set_xticks(range(touching.sum()), [f"{names[i // k]} > {names[i % k]}" for i in np.flatnonzero(touching)], rotation=90, fontsize=6)
     axis.set_yticks(range(n), arrays["lr_pairs"], fontsize=7)
-    axis.set_title("ligand in a > receptor in b (domains, named by the class they overlap most); dot: q < .05", fontsize=8)
+    axis.set_title("ligand in a > receptor in b (domains, with the class of most of their spots); dot: q < .05", fontsize=8)
     record.figure("ligand_receptor", figure)
 
 
