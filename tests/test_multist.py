@@ -588,11 +588,12 @@ def test_a_slide_in_two_pieces_and_genes_that_do_not_vary(capsys):
 
 def test_simulated_domains_are_recovered(tmp_path):
     folder = tmp_path / "sim"
-    simulate.main(["cortex", str(folder), "--n_spots", "700", "--n_genes", "250", "--n_slices", "1"])
+    simulate.main(["cortex", str(folder), "--n_spots", "1200", "--n_genes", "400", "--n_slices", "1"])
     M.main(["--data", str(folder), "--slice", "sim1", "--runs", str(tmp_path / "runs"), "--epochs", "150", "--dec_epochs", "20", "--fusion_epochs", "3",
             "--n_init", "3", "--permutations", "0", "--device", "cpu", "--no-figures"])
     record = json.loads(next((tmp_path / "runs").rglob("run.json")).read_text())
-    assert record["metrics"]["ari"] > 0.5 and record["metrics"]["ari"] > record["baselines"]["pca_gmm"]["ari"] + 0.3
+    assert record["metrics"]["ari_gene"] > 0.6                          # .700-.704 over three seeds
+    assert record["metrics"]["ari"] > record["baselines"]["pca_gmm"]["ari"] + 0.3    # .57-.72 over three seeds, 20 components .12-.17
     assert abs(record["metrics"]["pseudotime_spearman"]) > 0.75     # no marker in this panel: either end is the root
 
 
