@@ -110,6 +110,26 @@ def pick_device(name="auto"):
     return device
 
 
+def join_processes(device="auto"):
+    """Join the group that `torchrun` announces in the environment -> (rank, number of processes, device of this one); (0, 1, device) without one.
+
+    gloo on CPU, nccl on CUDA, where process i of a machine takes GPU i. Raises DataError where the group cannot be joined.
+    """
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    where = pick_device(device)
+    if n == 1:
+        return 0, 1, where
+    if where.type == "cuda":
+        where = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if where.index is None else str(where))
+        torch.cuda.set_device(where)
+    if not torch.distributed.is_initialized():
+        try:
+            torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"cannot join the {n} processes of torchrun ({str(error).splitlines()[0]}): start all of them with one torchrun") from error
+    return torch.distributed.get_rank(), n, where
+
+
 def progress(iterable, desc, **kwargs):
     """tqdm on a terminal, silent elsewhere."""
     return tqdm(iterable, desc=desc, disable=None, leave=False, **kwargs)
@@ -118,18 +138,20 @@ def progress(iterable, desc, **kwargs):
 class Run:
     """One run: `runs/<method>/<data>/<slice or fold>/<variant>/seed<k>/` with run.json, arrays.npz and figures.
 
-    `start` is the time.perf_counter() from which `seconds` counts, to take in the reading of files. Creating it seeds everything and
-    chooses the device; nothing is written before `finish`, so a run that fails leaves no record.
+    `start` is the time.perf_counter() from which `seconds` counts, to take in the reading of files; `name` replaces the last part of --data
+    as <data>. Creating it seeds everything and
+    chooses the device; nothing is written before `finish`, so a run that fails leaves no record. Under torchrun `rank` and `world` number
+    the processes, and only the first writes.
     """
 
-    def __init__(self, method, config, part, variant, start=None):
+    def __init__(self, method, config, part, variant, start=None, name=None):
         self.method, self.config, self.start = method, config, time.perf_counter() if start is None else start
-        name = os.path.basename(os.path.abspath(config.data)).removesuffix(".h5ad")     # as given: a link keeps its own name
+        name = name or os.path.basename(os.path.abspath(config.data)).removesuffix(".h5ad")     # as given: a link keeps its own name
         self.folder = Path(config.runs) / method / name / part / variant / f"seed{config.seed}"
         seed_everything(config.seed, config.deterministic)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = pick_device(config.device)
+        self.rank, self.world, self.device = join_processes(config.device)
         self.figures = {}
 
     def figure(self, name, figure):
@@ -147,7 +169,12 @@ class Run:
             "split": None if split is None else {"name": split.name, "leaks_position": split.leaks_position, "detail": split.detail},
             "n_params": n_params, "seconds": round(time.perf_counter() - self.start, 2),
             "peak_rss_mb": round(peak_rss_mb()), "device": device_name(self.device), "versions": versions(), "git_commit": git_commit(),
-            "data_checksum": checksum, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), **_plain(more)}
+            "processes": self.world, "data_checksum": checksum, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), **_plain(more)}
+        if self.world > 1:
+            torch.distributed.barrier()                                 # no process leaves the group while another still needs it
+            torch.distributed.destroy_process_group()
+            if self.rank:
+                return self.folder / "run.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, figure in self.figures.items():

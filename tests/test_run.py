@@ -1,5 +1,6 @@
 """run: flags, records, atomic writes, errors."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -162,3 +163,20 @@ def test_makefile(tmp_path):
 def test_runs_from_another_folder(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "gat_fusion.py"), "--data", "none"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_two_processes_write_one_record(tmp_path):
+    """Under torchrun the processes share one group, and only the first writes."""
+    script = tmp_path / "toy.py"
+    script.write_text("import sys, torch, run\n"
+                      "record = run.Run('toy', run.Config(data='d', runs=sys.argv[1], device='cpu'), 'a', 'b')\n"
+                      "total = torch.tensor(float(record.rank + 1))\n"
+                      "torch.distributed.all_reduce(total)\n"
+                      "record.finish({'total': total.item()}, {}, {})\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                           str(script), str(tmp_path / "runs")], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "runs" / "toy" / "d" / "a" / "b" / "seed0" / "run.json"
+    assert done.stdout.split() == [str(path)]
+    record = json.loads(path.read_text())
+    assert record["processes"] == 2 and record["metrics"] == {"total": 3.0}
