@@ -13,7 +13,6 @@ With h2h off or local a layer costs O(S (P + k) D): nothing is S x S. Every run 
 """
 import copy
 import hashlib
-import json
 import pickle
 import time
 from dataclasses import dataclass
@@ -204,54 +203,16 @@ def features(config, slide):
     return torch.tensor(x)
 
 
-def expression(slide, genes, target):
-    """y (S, G) target, counts (S, G), library (S,), measured (G,) of `genes`; a gene that the panel lacks is 0 and unmeasured."""
-    column = {g: j for j, g in reversed(list(enumerate(slide.genes)))}
-    at = np.array([column.get(g, -1) for g in genes])
-    library = np.asarray(slide.counts.sum(1), np.float64).ravel() if slide.library_size is None else slide.library_size
-    counts = slide.counts.tocsc()[:, np.maximum(at, 0)].tocsr()
-    y = data.normalise_log1p(counts, library).toarray() if target == "cp10k" else np.log1p(counts.toarray())
-    counts = counts.toarray()
-    y[:, at < 0], counts[:, at < 0] = 0, 0
-    return [torch.tensor(a, dtype=torch.float32) for a in (y, counts, library)] + [torch.tensor(at >= 0)]
-
-
 def to_sample(config, slide, genes=None):
     """Slide -> Sample; without `genes` there is no target (prediction)."""
     out = Sample(slide.sample, slide.patient, features(config, slide), *neighbourhood(slide, config.rings), slide=slide)
     if genes is not None:
-        out.y, out.counts, out.library, out.measured = expression(slide, genes, config.target)
+        out.y, out.counts, out.library, out.measured = map(torch.from_numpy, data.target_expression(slide, genes, config.target))
         out.scored = out.library >= config.min_counts
         if out.scored.sum() < 2:
             raise DataError(f"slide {slide.sample} has {out.scored.sum()} spot with {config.min_counts} counts or more: "
                             "leave it out, or lower --min_counts")
     return out
-
-
-def gene_list(config, slides):
-    """Names of the target genes, chosen on the training slides where they are chosen here. Raises DataError for a gene without a count."""
-    if config.genes == "task":
-        genes = data.hest_genes(config.data)
-    elif config.genes.isdigit():
-        total = {}
-        for s in slides:
-            rows = np.asarray(s.counts.sum(1)).ravel() >= config.min_counts
-            for g, v in zip(s.genes, data.mean_var(data.normalise_log1p(s.counts[np.flatnonzero(rows)]))[1]):
-                total[g] = total.get(g, 0.0) + v
-        genes = [str(g) for g in sorted(total, key=lambda g: -total[g])[:int(config.genes)]]
-    else:
-        try:
-            genes = [str(g) for g in json.loads(Path(config.genes).read_text(encoding="utf-8"))]
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"--genes {config.genes} is not task, a number or a JSON list of names ({error}): correct it") from error
-    seen = set()
-    for s in slides:
-        seen.update(s.genes[np.asarray(s.counts.sum(0)).ravel() > 0])
-    silent = [g for g in genes if g not in seen]
-    if silent or not genes:
-        raise DataError(f"{config.data}: {len(silent)} of the {len(genes)} target genes ({', '.join(silent[:3])} ...) have no count in any training "
-                        "slide: take them off the list or add slides")
-    return genes
 
 
 def read_gmt(path, genes, rng=None):
@@ -878,33 +839,6 @@ def trained_baselines(samples, test, scaler, config, device):
 # The program
 # ---------------------------------------------------------------------------------------------------------------------
 
-def split_of(config):
-    """data.Split over the slides' names (train, test: lists), the run's folder name, and whether it leaks the patient."""
-    if config.split == "folds":
-        train_names, test_names = data.hest_split(config.data, config.fold)
-        part, detail = f"fold{config.fold}", f"splits/{{train,test}}_{config.fold}.csv"
-    names = data.hest_samples(config.data)
-    patient = {n: data.load_hest(config.data, n, patches=False, counts=False).patient or n for n in names}
-    if config.split == "patient":
-        test_names = [n for n in names if patient[n] == config.patient]
-        train_names = [n for n in names if n not in test_names]
-        part, detail = config.patient, f"patient {config.patient} held out"
-    elif config.split == "section":
-        test_names = [n for n in names if n == config.slice]
-        train_names = [n for n in names if n not in test_names and patient[n] == patient.get(config.slice)]
-        part, detail = config.slice, f"section {config.slice} held out, the others of patient {patient.get(config.slice)} train"
-    missing = [n for n in [*train_names, *test_names] if n not in patient]
-    if missing or not train_names or not test_names:
-        wanted = {"folds": f"--fold {config.fold}", "patient": f"--patient {config.patient!r}", "section": f"--slice {config.slice!r}"}[config.split]
-        there = ", ".join(f"{p}: {' '.join(n for n in names if patient[n] == p)}" for p in sorted(set(patient.values())))
-        raise DataError(f"{config.data}: {wanted} leaves {len(train_names)} slides to train on and {len(test_names)} to score, "
-                        f"{len(missing)} of them without a file: choose from {there}")
-    leaks = bool({patient[n] for n in train_names} & {patient[n] for n in test_names})
-    sides = np.isin(names, train_names), np.isin(names, test_names)
-    detail += ", other slides of the same patient train: leaks the patient" if leaks else ", no patient on both sides"
-    return data.Split(config.split, sides[0], np.zeros(len(names), bool), sides[1], leaks, detail), train_names, test_names, part, leaks
-
-
 def variant(config):
     """Folder name of the run: split where it is not the folder's own, preset, and every other flag that is not at its default."""
     told = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "split", "fold", "patient", "preset", "cache", "predict",
@@ -971,7 +905,7 @@ def line(name, s):
 def load(config, train_names, test_names):
     """Samples by name (features unscaled), genes; prints what was filtered."""
     slides = {n: data.load_hest(config.data, n, patches=Path(config.encoder).suffix not in (".npy", ".npz")) for n in [*train_names, *test_names]}
-    genes = gene_list(config, [slides[n] for n in train_names])
+    genes = data.target_genes(config.genes, [slides[n] for n in train_names], config.data, config.min_counts)
     samples = {n: to_sample(config, slides[n], genes) for n in slides}
     for s in samples.values():
         low, absent = int((~s.scored).sum()), int((~s.measured).sum())
@@ -988,7 +922,7 @@ def main(argv=None):
     check(config)
     if config.predict:
         return predict_folder(config, start)
-    split, train_names, test_names, part, leaks = split_of(config)
+    split, train_names, test_names, part, leaks = data.hest_partition(config.data, config.split, config.fold, config.patient, config.slice)
     record = run.Run("stformer", config, part, variant(config), start)
     raw, genes = load(config, train_names, test_names)
     sets, member = [], None

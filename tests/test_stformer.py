@@ -293,12 +293,12 @@ def test_official_ridge_is_the_normal_equation():
 
 def test_unmeasured_genes_are_masked_not_zero(task):
     slide = data.load_hest(task, "S1")
-    y, counts, library, measured = st.expression(slide, [slide.genes[3], "NOT_THERE", slide.genes[0]], "cp10k")
+    y, counts, library, measured = data.target_expression(slide, [slide.genes[3], "NOT_THERE", slide.genes[0]], "cp10k")
     assert measured.tolist() == [True, False, True]
     total = np.asarray(slide.counts.sum(1)).ravel()
     assert np.allclose(library, total) and np.allclose(counts[:, 2], slide.counts[:, 0].toarray().ravel())
     assert np.allclose(y[:, 0], np.log1p(slide.counts[:, 3].toarray().ravel() / total * 1e4), atol=1e-5)
-    assert np.allclose(st.expression(slide, [slide.genes[3]], "log1p")[0][:, 0], np.log1p(slide.counts[:, 3].toarray().ravel()))
+    assert np.allclose(data.target_expression(slide, [slide.genes[3]], "log1p")[0][:, 0], np.log1p(slide.counts[:, 3].toarray().ravel()))
 
 
 def test_scaler_leaves_low_counts_and_unmeasured_genes_out():
@@ -322,8 +322,7 @@ def test_inner_folds_leave_patients_out_then_slides_then_tiles():
 
 def test_gene_list_of_training_slides_only(task):
     slides = [data.load_hest(task, n) for n in ("S1", "S2")]
-    config = st.Config(data=str(task), genes="7")
-    chosen = st.gene_list(config, slides)
+    chosen = data.target_genes("7", slides, task)
     variance = sum(data.mean_var(data.normalise_log1p(s.counts))[1] for s in slides)
     assert len(chosen) == 7 and set(chosen) == set(slides[0].genes[np.argsort(-variance)[:7]])
 
