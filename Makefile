@@ -21,7 +21,7 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest fetch floors scale bench clean
+.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest ablations-hest fetch floors scale bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -91,6 +91,18 @@ $(foreach k,$(SEEDS),$(foreach f,$(hfolds),$(eval $(call an_stformer_run,fold$(f
   $(foreach s,$(SECTIONS),$(eval $(call an_stformer_run,$(s),section-mini,--split section --slice $(s),$(k)))\
     $(eval $(call an_stformer_run,$(s),section-mini-interactions-p2p,--split section --slice $(s) --interactions p2p,$(k)))))
 
+# Controls of stformer on the SECTIONS: no context but through the pathways, no distance, gene sets, the same shuffled, images of other spots.
+GMT      ?= datasets/hallmark/h.all.symbols.gmt
+gmt_name := gene_sets-$(notdir $(GMT))$(if $(findstring /,$(GMT)),_$(shell printf %s '$(GMT)' | sha256sum | cut -c1-8))
+define controls_of
+$(eval $(call an_stformer_run,$(1),section-mini-interactions-p2p+p2h+h2p,--split section --slice $(1) --interactions p2p$(comma)p2h$(comma)h2p,$(2)))
+$(eval $(call an_stformer_run,$(1),section-mini-distance_bias-False,--split section --slice $(1) --no-distance_bias,$(2)))
+$(eval $(call an_stformer_run,$(1),section-mini-permute_pairs-True,--split section --slice $(1) --permute_pairs,$(2)))
+$(if $(wildcard $(GMT)),$(eval $(call an_stformer_run,$(1),section-mini-$(gmt_name),--split section --slice $(1) --gene_sets $(GMT),$(2)))
+$(eval $(call an_stformer_run,$(1),section-mini-$(gmt_name)-shuffle_sets-True,--split section --slice $(1) --gene_sets $(GMT) --shuffle_sets,$(2))))
+endef
+$(if $(CONTROLS),$(foreach k,$(SEEDS),$(foreach s,$(SECTIONS),$(call controls_of,$(s),$(k)))))
+
 # Only asked for while slices of the public set are lacking. A file gets its name when it is whole, so an interrupted download goes on with the rest.
 fetch: | $(stamp)
 	$(PY) download.py dlpfc --slices $(subst $(space),$(comma),$(strip $(wanted))) --out $(DATA)
@@ -114,11 +126,15 @@ reproduce-hest: $(stformer_wanted)  ## stformer on HEST=<HEST-benchmark task fol
 	@$(if $(hfolds)$(SECTIONS),,echo "error: HEST=$(HEST) holds no splits/test_<k>.csv: give a HEST-benchmark task folder" >&2; exit 2)
 	$(PY) report.py --runs $(RUNS)/stformer --data $(hest)
 
+ablations-hest:  ## controls of stformer on SECTIONS="C2 C3": bottleneck, no distance bias, permuted pairs, gene sets of GMT=<file> and the same shuffled
+	$(MAKE) --no-print-directory reproduce-hest CONTROLS=1
+
 floors:  ## coordinates-only scores, no gene: make floors DATA=<folder of slices, labels are enough>
 	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0 MULTIST=
 
-scale: $(stamp)  ## multist on 3,600 to 100,000 simulated spots: time and memory, runs/scale/scale_multist.png
+scale: $(stamp)  ## multist and stformer up to 100,000 simulated spots: time and memory, runs/scale/scale_*.png
 	$(PY) tests/scale_multist.py $(RUNS)/scale
+	$(PY) tests/scale_stformer.py $(RUNS)/scale
 
 bench: $(if $(stamp),.venv/.stamp-dev)  ## graph attention against torch_geometric
 	$(PY) tests/bench_attention.py

@@ -1,13 +1,9 @@
-"""stformer: quadrants against the dense masked reference, padding, losses against their definitions, leaks, baselines, end-to-end runs, bad input.
-
-    python tests/test_stformer.py 5000 20000 100000     # seconds and peak memory of one forward and backward pass, small preset
-"""
+"""stformer: quadrants against the dense masked reference, padding, losses against their definitions, leaks, baselines, end-to-end runs, bad input."""
 import dataclasses
 import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +13,11 @@ from scipy import stats
 from sklearn.linear_model import Ridge
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import data  # noqa: E402
-import metrics  # noqa: E402
-import run  # noqa: E402
-import simulate  # noqa: E402
-import stformer as st  # noqa: E402
-from data import DataError  # noqa: E402
+import data
+import metrics
+import simulate
+import stformer as st
+from data import DataError
 
 COMBINATIONS = [c for r in range(1, 5) for c in itertools.combinations(st.QUADRANTS, r)]
 
@@ -569,28 +562,3 @@ def test_her2st_low_counts_are_filtered_and_baselines_are_above_chance(real_data
 
 
 # ------------------------------------------------------------------------------------------------------------- bench
-
-def bench(n):
-    """One forward and backward pass of the small preset over n spots, 1,000 genes, 768 features, with recomputed layers."""
-    side = int(np.ceil(n ** 0.5))
-    grid = np.stack(np.divmod(np.arange(n), side), 1)
-    slide = data.Slide(None, np.array([]), np.arange(n).astype(str), grid * 100.0, grid)
-    rng = np.random.default_rng(0)
-    y = torch.tensor(rng.random((n, 1000), dtype=np.float32))
-    start = time.perf_counter()
-    sample = st.Sample("a", "a", torch.tensor(rng.standard_normal((n, 768), dtype=np.float32)), *st.neighbourhood(slide, 2), y, y,
-                       torch.full((n,), 1e4), torch.ones(n, dtype=torch.bool), torch.ones(1000, dtype=torch.bool))
-    ready = time.perf_counter()
-    layers, dim, heads = st.PRESETS["small"]
-    model = st.PathwayTransformer(768, 1000, 50, layers, dim, heads, distance_bias=True, checkpointing=True)
-    batch = st.collate([sample])
-    out = model(**batch)["genes"]
-    loss = st.masked_mse(out, batch["y"], batch["scored"]) + st.pcc_loss(out, batch["y"], batch["scored"])
-    loss.backward()
-    print(f"{n} spots: graph {ready - start:.1f} s, forward + backward {time.perf_counter() - ready:.1f} s, peak {run.peak_rss_mb():.0f} MB",
-          flush=True)
-
-
-if __name__ == "__main__":
-    for size in sys.argv[1:]:
-        bench(int(size))
