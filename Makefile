@@ -21,7 +21,7 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest ablations-hest fetch floors scale bench clean
+.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest ablations-hest fetch report floors scale bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -128,6 +128,9 @@ reproduce-hest: $(stformer_wanted)  ## stformer on HEST=<HEST-benchmark task fol
 
 ablations-hest:  ## controls of stformer on SECTIONS="C2 C3": bottleneck, no distance bias, permuted pairs, gene sets of GMT=<file> and the same shuffled
 	$(MAKE) --no-print-directory reproduce-hest CONTROLS=1
+
+report: $(stamp)  ## every run so far, side by side: runs/report.html (one file), .md and figures
+	$(PY) report.py --runs $(RUNS)
 
 floors:  ## coordinates-only scores, no gene: make floors DATA=<folder of slices, labels are enough>
 	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0 MULTIST=

@@ -1,18 +1,24 @@
-"""runs/ -> the comparison table (Markdown) and its figure. Reads run records only, never a model.
+"""runs/ -> the comparison: tables (Markdown and one self-contained HTML page) and figures. Reads run records only, never a model.
 
     python report.py --runs runs [--data dlpfc] [--out runs/report]
 
 Every cell is the median over the runs of that row (folds and seeds) with their minimum and maximum; nothing is a best of anything.
-Three kinds of table: supervised layers by split (`split` and `ari` in the record), unsupervised domains (no split, an `ari` and baselines), and
-genes from H&E by split (`pcc_mean`).
+Four kinds of table: supervised layers by split (`split` and `ari` in the record), unsupervised domains (no split, an `ari` and baselines), genes from
+H&E by split (`pcc_mean`), and single cells.
 """
 import argparse
+import base64
+import html
+import io
 import json
 import statistics
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -27,14 +33,43 @@ PUBLISHED_DOMAINS = {"multist": {"151673": ".620"}}                      # {meth
 SHOWN = ("accuracy", "macro_f1", "kappa_quadratic", "log_loss", "boundary_accuracy")
 SHOWN_DOMAINS = ("ami", "completeness", "homogeneity")
 SHOWN_GENES = ("pcc_pooled", "variance_ratio_median", "slide_mean_rmse")
+SHOWN_CELLS = ("cond_pcc_own_area", "cond_pcc_other_area", "cond_pcc_near_density", "fd_generated", "impute_pcc_mean", "image_to_genes_pcc_mean",
+               "annotation_macro_f1")
 BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr", "pca_gmm", "neighbour_mean_gmm")
 DOMAINS = "domains (unsupervised)"
+SOURCES = {                                                             # what was published, where, and why it may not be compared
+    "gat_fusion": "gat_fusion: published ARI from the README of the released system, mean +- std over 12 slices, all genes, one seed, random split; comparable "
+                  "only on random spots of the 12 slices with all genes, and there position alone answers.",
+    "multist": "multist: published ARI from arXiv 2601.13331; not comparable where the slice here holds a subset of the genes or the low-resolution image.",
+    "stformer": "stformer: its source reports no score.",
+    "cmrcnet": "cmrcnet: arXiv 2506.08854 reports a mean PCC of .2933 without and .3117 with reconstruction on its 50 most expressed genes; not comparable "
+               "because its genes are chosen on the test slide, its folds share patients and its data sets are others.",
+    "spatia": "spatia: arXiv 2507.04704 reports Frechet distances on other data, features and splits: not comparable."}
+TARGETS = {"gat_fusion": "make reproduce-dlpfc", "multist": "make reproduce-dlpfc", "stformer": "make reproduce-her2st", "cmrcnet": "make reproduce-her2st",
+           "spatia": "make reproduce-ca1"}
+STYLE = ("body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:100rem;padding:0 1rem;color:#222}h2{margin-top:2.2rem;font-size:1.15rem}"
+         ".wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}"
+         "th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}th{border-bottom:2px solid #888}"
+         "td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:#fff}tbody tr:hover td{background:#f4f6fa}"
+         ".note{color:#555;font-size:13px}img{max-width:100%}")
+
+
+@dataclass
+class Table:
+    """Title, column names, rows of text, notes below."""
+
+    title: str
+    columns: list
+    rows: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
 
 
 def read_runs(folder):
-    """List of run records below `folder`. Raises DataError if there is none or one is not readable."""
+    """List of run records below `folder`, those of `make demo` and `make scale` left out. Raises DataError if there is none or one is not readable."""
     records = []
     for path in sorted(Path(folder).rglob("run.json")):
+        if path.relative_to(folder).parts[0] in ("demo", "scale"):
+            continue
         try:
             record = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
@@ -42,7 +77,7 @@ def read_runs(folder):
         parts = path.absolute().parts[-6:-2]                            # <method>/<data>/<slice>/<variant>/seed<k>/run.json, wherever `folder` begins
         if len(parts) < 4 or not isinstance(record, dict) or "method" not in record:
             raise DataError(f"{path} is not a run record of this project: move it out of {folder}")
-        records.append(record | dict(zip(("data", "part", "variant"), parts[1:])))
+        records.append(record | dict(zip(("data", "part", "variant"), parts[1:])) | {"path": path})
     if not records:
         raise DataError(f"{folder} holds no run record (run.json): run a method first, for example make demo")
     return records
@@ -107,15 +142,14 @@ def gene_rows(records):
 
 
 def gene_table(title, rows):
-    """Lines of one table of predicted genes: mean PCC per slice or fold, its mean over them, medians of the other scores, runs."""
+    """Table of predicted genes: mean PCC per slice or fold, its mean over them, medians of the other scores, runs."""
     parts = sorted({p for row in rows.values() for p in row})
-    out = [f"\n### {title}", "", "| method | " + " | ".join(f"PCC {p}" for p in parts) + " | mean of medians | " + " | ".join(SHOWN_GENES) + " | runs |",
-           "|---" * (len(parts) + len(SHOWN_GENES) + 3) + "|"]
+    out = Table(title, ["method", *(f"PCC {p}" for p in parts), "mean of medians", *SHOWN_GENES, "runs"])
     for name in sorted(rows, key=lambda n: (" " in n, n)):              # baselines have no space in their names
         every = [m for runs in rows[name].values() for m in runs]
         values = [[m["pcc_mean"] for m in rows[name].get(p, []) if m.get("pcc_mean") is not None] for p in parts]
         mean = f"{statistics.mean(statistics.median(v) for v in values):.3f}" if all(values) else "-"
-        out.append(f"| {name} | " + " | ".join([*map(cell, values), mean, *medians(every, SHOWN_GENES), str(len(every))]) + " |")
+        out.rows.append([name, *map(cell, values), mean, *medians(every, SHOWN_GENES), str(len(every))])
     return out
 
 
@@ -139,55 +173,181 @@ def medians(runs, names):
 
 
 def domain_table(rows):
-    """Lines of the unsupervised table: ARI per slice, medians of the other scores, runs, published ARI."""
+    """Table of domains: ARI per slice, medians of the other scores, runs, published ARI."""
     slices = sorted({s for row in rows.values() for s in row})
-    out = [f"\n### {DOMAINS}", "", "| method | " + " | ".join(f"ARI {s}" for s in slices) + " | " + " | ".join(SHOWN_DOMAINS) + " | runs | published ARI |",
-           "|---" * (len(slices) + len(SHOWN_DOMAINS) + 3) + "|"]
+    out = Table(DOMAINS, ["method", *(f"ARI {s}" for s in slices), *SHOWN_DOMAINS, "runs", "published ARI"])
     for name in ordered(rows):
         every = [m for runs in rows[name].values() for m in runs]
         published = ", ".join(f"{s}: {ari}" for s, ari in PUBLISHED_DOMAINS.get(name.split()[0], {}).items() if s in slices)
         columns = [cell([m.get("ari") for m in rows[name].get(s, [])]) for s in slices]
-        out.append(f"| {name} | " + " | ".join([*columns, *medians(every, SHOWN_DOMAINS), str(len(every)), published]) + " |")
+        out.rows.append([name, *columns, *medians(every, SHOWN_DOMAINS), str(len(every)), published])
     return out
 
 
-def markdown(records):
-    """The tables as one Markdown text: per split, rows = baselines and models, columns = ARI per slice, then other scores over all slices."""
-    out = []
-    for (split, leaks), rows in sorted(rows_of(records).items()):
-        slices = sorted({s for row in rows.values() for s in row})
-        out += [f"\n### Split `{split}`" + (" - leaks position" if leaks else " - does not leak position"), "",
-                "| model | " + " | ".join(f"ARI {s}" for s in slices) + " | " + " | ".join(SHOWN) + " | ARI gain over coords_knn | runs | published ARI |",
-                "|---" * (len(slices) + len(SHOWN) + 4) + "|"]
-        for name in ordered(rows):
-            every = [m for runs in rows[name].values() for m in runs]
-            columns = [cell([m["ari"] for m in rows[name].get(s, [])]) for s in slices] + medians(every, SHOWN)
-            published = PUBLISHED.get(name, "") if split == "random" else ""
-            out.append(f"| {name} | " + " | ".join([*columns, cell([m.get("gain_over_coords_knn") for m in every]), str(len(every)), published]) + " |")
+def layer_table(split, leaks, rows):
+    """Table of supervised layers on one split: ARI per slice, medians of the other scores, gain over the coordinates, runs, published ARI."""
+    slices = sorted({s for row in rows.values() for s in row})
+    out = Table(f"Split `{split}`" + (" - leaks position" if leaks else " - does not leak position"),
+                ["model", *(f"ARI {s}" for s in slices), *SHOWN, "ARI gain over coords_knn", "runs", "published ARI"])
+    for name in ordered(rows):
+        every = [m for runs in rows[name].values() for m in runs]
+        columns = [cell([m["ari"] for m in rows[name].get(s, [])]) for s in slices] + medians(every, SHOWN)
+        published = PUBLISHED.get(name, "") if split == "random" else ""
+        out.rows.append([name, *columns, cell([m.get("gain_over_coords_knn") for m in every]), str(len(every)), published])
+    return out
+
+
+def cell_rows(records):
+    """{data set: {row name: [metrics of every run]}} of the single-cell runs, each baseline once per seed and value."""
+    table, seen = defaultdict(lambda: defaultdict(list)), set()
+    for r in records:
+        if not any(k in r["metrics"] for k in SHOWN_CELLS):
+            continue
+        for baseline, values in r["baselines"].items():
+            key = (r["data"], r["part"], r.get("config", {}).get("seed"), baseline, json.dumps(values, sort_keys=True))
+            if key not in seen:
+                seen.add(key)
+                table[r["data"]][baseline].append(values)
+        table[r["data"]][f"{r['method']} {r['variant']}"].append(r["metrics"])
+    return table
+
+
+def cell_table(title, rows):
+    """Table of single cells: every score as median and spread over runs; a baseline has the scores of its own task."""
+    out = Table(title, ["method", *SHOWN_CELLS, "runs"])
+    for name in sorted(rows, key=lambda n: (" " in n, n)):
+        out.rows.append([name, *(cell([m.get(k) for m in rows[name]]) for k in SHOWN_CELLS), str(len(rows[name]))])
+    return out
+
+
+def tables_of(records):
+    """Every table of the records, data set by data set."""
+    names = sorted({r["data"] for r in records})
+    return [t for name in names for t in tables_of_data([r for r in records if r["data"] == name], f" - {name}" if len(names) > 1 else "")]
+
+
+def tables_of_data(records, suffix=""):
+    """The tables of one data set; under each what was published, where, and why it may not be compared."""
+    groups = [(layer_table(split, leaks, rows), ["gat_fusion"]) for (split, leaks), rows in sorted(rows_of(records).items())]
     if domain_rows(records):
-        out += domain_table(domain_rows(records))
-    for title, rows in sorted(gene_rows(records).items()):
-        out += gene_table(title, rows)
+        groups.append((domain_table(domain_rows(records)), ["multist"]))
+    groups += [(gene_table(title, rows), ["stformer", "cmrcnet"]) for title, rows in sorted(gene_rows(records).items())]
+    groups += [(cell_table("single cells", rows), ["spatia"]) for _, rows in sorted(cell_rows(records).items())]
+    for table, methods in groups:
+        names = " ".join(r[0] for r in table.rows)
+        for method in methods:
+            if method in ("stformer", "cmrcnet") and method not in names:
+                table.rows.append([method, "missing", *[""] * (len(table.columns) - 2)])
+            table.notes.append(SOURCES[method])
+        table.title += suffix
+    return [table for table, _ in groups]
+
+
+def footer(records):
+    """What the numbers are and where they come from."""
     first = records[0]
     commits = sorted({r["git_commit"][:9] for r in records})
-    out += ["", f"Median (min-max) over folds and seeds; {len(records)} runs, commit {', '.join(commits)}, torch {first['versions']['torch']}, "
-            f"{first['device']}; run time median {statistics.median(r['seconds'] for r in records):.0f} s, "
-            f"peak memory {max(r['peak_rss_mb'] for r in records)} MB. "
-            "Published, random split: 12 slices, all genes, one seed; not the same genes as here unless all genes were downloaded."]
-    return "\n".join(out).strip() + "\n"
+    return (f"Median (min-max) over folds and seeds; {len(records)} runs, commit {', '.join(commits)}, torch {first['versions']['torch']}, "
+            f"{', '.join(sorted({r['device'] for r in records}))}; run time median {statistics.median(r['seconds'] for r in records):.0f} s, "
+            f"peak memory {max(r['peak_rss_mb'] for r in records)} MB.")
+
+
+def markdown(records):
+    """The tables as one Markdown text."""
+    out = []
+    for t in tables_of(records):
+        out += ["", f"### {t.title}", "", "| " + " | ".join(t.columns) + " |", "|---" * len(t.columns) + "|", *("| " + " | ".join(r) + " |" for r in t.rows)]
+        out += ["", *t.notes]
+    return "\n".join([*out, "", footer(records)]).strip() + "\n"
+
+
+def page(records, pictures):
+    """The tables and pictures {title: PNG bytes} as one HTML page that needs no other file."""
+    body = []
+    for t in tables_of(records):
+        rows = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in t.rows)
+        head = "".join(f"<th>{html.escape(c)}</th>" for c in t.columns)
+        notes = "".join(f"<p class=note>{html.escape(n)}</p>" for n in t.notes)
+        body.append(f"<h2>{html.escape(t.title)}</h2><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes}")
+    absent = [f"<li><code>{m}</code>: no run here, <code>{target}</code></li>" for m, target in TARGETS.items() if m not in {r["method"] for r in records}]
+    if absent:
+        body.append("<h2>Missing</h2><ul>" + "".join(absent) + "</ul>")
+    for title, png in pictures.items():
+        body.append(f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
+    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>plainst: side by side</title>"
+            f"<style>{STYLE}</style><h1>Side by side</h1><p class=note>{html.escape(footer(records))}</p>" + "".join(body) + "</html>\n")
+
+
+def png_of(figure):
+    """A figure as PNG bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def layer_maps(records):
+    """{slice: [(title, xy (N, 2), code (N,))]}: the annotation, then the first seed of every layer and domain run beside it.
+
+    Domains carry no names: each takes the colour of a layer by the assignment that agrees with the annotation most (drawing only, no score).
+    """
+    out = {}
+    for r in sorted(records, key=lambda r: (r["method"], r["variant"], r.get("config", {}).get("seed", 0))):
+        path = r["path"].parent / "arrays.npz"
+        if "ari" not in r["metrics"] or not path.is_file():
+            continue
+        with np.load(path, allow_pickle=False) as arrays:
+            found = next((arrays[k] for k in ("pred", "domains") if k in arrays), None)
+            if found is None or "labels" not in arrays or not (arrays["labels"] >= 0).any():
+                continue
+            xy, labels = arrays["xy"], arrays["labels"]
+        maps = out.setdefault(f"{r['data']} {r['part']}", [("annotation", xy, labels)])
+        title = f"{r['method']}\n{r['variant']}"
+        if title not in [t for t, *_ in maps]:
+            if r["split"] is None:
+                rows = labels >= 0
+                agree = np.zeros((found.max() + 1, max(labels.max(), found.max()) + 1))
+                np.add.at(agree, (found[rows], labels[rows]), 1)
+                found = linear_sum_assignment(-agree)[1][found]
+            maps.append((title, xy, found))
+    return out
+
+
+def draw_maps(maps, most=12):
+    """A grid: a row a slice, the annotation first; `most` maps a slice at most, so that they can be read."""
+    width = min(max(map(len, maps.values())), most)
+    figure, axes = plt.subplots(len(maps), width, figsize=(2.1 * width, 2.4 * len(maps)), squeeze=False)
+    for line, (name, row) in zip(axes, sorted(maps.items())):
+        for axis in line:
+            axis.axis("off")
+        for axis, (title, xy, code) in zip(line, row[:most]):
+            axis.scatter(*xy.T, s=1.2, c=np.where(code < 0, np.nan, code), cmap="tab10", vmin=0, vmax=9, linewidths=0)
+            axis.set_aspect("equal")
+            axis.invert_yaxis()
+            axis.set_title(f"{name}\n{title}" if title == "annotation" else title, fontsize=6)
+    figure.tight_layout()
+    return figure
 
 
 def draw(records):
-    """Dots of ARI: one panel per split and one of the domains, one line per row, one dot per run; dashed: the median of the baseline to beat."""
+    """Dots, one a run: a panel per table of layers, domains and genes, one line per row; dashed: the median of the baseline to beat."""
     tables = [((f"{split} ({'leaks position' if leaks else 'no position leak'})", "ARI on test spots", "coords_knn"), rows)
               for (split, leaks), rows in sorted(rows_of(records).items())]
     if domain_rows(records):
         tables.append(((DOMAINS, "ARI on labelled spots", "neighbour_mean_gmm"), domain_rows(records)))
     tables += [((title.replace("`", ""), "mean PCC over genes", "ridge_raw"), rows) for title, rows in sorted(gene_rows(records).items())]
-    figure, axes = plt.subplots(1, len(tables), figsize=(5.2 * len(tables), 1.2 + 0.32 * max(len(rows) for _, rows in tables)), squeeze=False)
+    for data, rows in sorted(cell_rows(records).items()):
+        one = {name: {data: [{"pcc_mean": m["cond_pcc_other_area"]} for m in runs if m.get("cond_pcc_other_area") is not None]} for name, runs in rows.items()}
+        tables.append(((f"cells of {data}", "PCC of generated other-nuclei area", "ridge"), {n: r for n, r in one.items() if r[data]}))
+    columns = min(len(tables), 3)
+    tallest = max(len(rows) for _, rows in tables)
+    figure, axes = plt.subplots(-(-len(tables) // columns), columns, squeeze=False,
+                                figsize=(5.6 * columns, (1.2 + 0.26 * tallest) * -(-len(tables) // columns)))
     colour = {s: plt.get_cmap("tab10")(i % 10) for i, s in enumerate(sorted({s for _, rows in tables for row in rows.values() for s in row}))}
     legend = {}
-    for axis, ((title, label, floor_name), rows) in zip(axes[0], tables):
+    for axis in axes.flat[len(tables):]:
+        axis.remove()
+    for axis, ((title, label, floor_name), rows) in zip(axes.flat, tables):
         names = ordered(rows)[::-1]
         for y, name in enumerate(names):
             for s, runs in rows[name].items():
@@ -197,31 +357,34 @@ def draw(records):
         if floor:
             axis.axvline(statistics.median(floor), ls="--", color="0.5", lw=1)
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel=label, xlim=(-0.1, 1.02))
+        axis.tick_params(axis="y", labelsize=7)
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", color="0.92")
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.legend([legend[s] for s in sorted(legend)], sorted(legend), loc="lower center", ncols=6, fontsize=8, frameon=False)
+    figure.legend([legend[s] for s in sorted(legend)], sorted(legend), loc="lower center", ncols=8, fontsize=8, frameon=False)
     return figure
 
 
 def main(argv=None):
-    """Print the table, write <out>.md and <out>.png."""
+    """Print the tables; write <out>.md, <out>.html, <out>.png and, where runs hold labels, <out>_maps.png."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--runs", default="runs", help="folder of the run records")
     parser.add_argument("--data", default="", help="only the records of this data set, e.g. dlpfc")
     parser.add_argument("--out", default="", help="where to write, without ending; empty: <runs>/report")
     flags = parser.parse_args(argv)
     records = [r for r in read_runs(flags.runs) if flags.data in ("", r["data"])]
-    if not rows_of(records) and not domain_rows(records) and not gene_rows(records):
+    if not tables_of(records):
         raise DataError(f"{flags.runs} holds no scored run of {flags.data or 'any data set'}: check --data")
-    out, text = Path(flags.out or Path(flags.runs) / "report"), markdown(records)
+    out, text, maps = Path(flags.out or Path(flags.runs) / "report"), markdown(records), layer_maps(records)
+    pictures = {"Scores, one dot a run": png_of(draw(records))} | ({"Tissue maps, first seed": png_of(draw_maps(maps))} if maps else {})
+    files = {".md": text.encode(), ".html": page(records, pictures).encode(), **dict(zip((".png", "_maps.png"), pictures.values()))}
     try:
-        write_atomically(out.with_suffix(".md"), lambda f: f.write(text.encode()))
-        write_atomically(out.with_suffix(".png"), lambda f: draw(records).savefig(f, dpi=120, format="png"))
+        for ending, content in files.items():
+            write_atomically(out.with_name(out.name + ending), lambda f, content=content: f.write(content))
     except OSError as error:
         raise DataError(f"cannot write {out}.md ({error.strerror}): choose another place with --out") from error
     print(text)
-    print(out.with_suffix(".png"))
+    print(out.with_name(out.name + ".html"))
     return 0
 
 

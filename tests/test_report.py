@@ -1,6 +1,7 @@
 """report: tables from run records."""
 import json
 
+import numpy as np
 import pytest
 
 import report
@@ -128,3 +129,41 @@ def test_bad_records(tmp_path):
     (tmp_path / "run.json").write_text("{half")
     with pytest.raises(DataError, match="run.json"):
         report.read_runs(tmp_path)
+
+
+def test_page_is_self_contained_and_says_what_is_missing(tmp_path, capsys):
+    write(tmp_path, "a", "random-full-cross", 0, 0.8)
+    write_domains(tmp_path, "a", "full", 0, 0.5, 0.25)
+    write_domains(tmp_path / "demo", "a", "full", 0, 0.9, 0.25)          # what make demo leaves in runs/demo is no result
+    xy, labels = np.random.default_rng(0).random((40, 2)), np.repeat([0, 1, -1, 2], 10)
+    for path, arrays in (("gat_fusion/dlpfc/a/random-full-cross", {"pred": np.abs(labels)}), ("multist/dlpfc/a/full", {"domains": (labels + 1) % 3})):
+        np.savez(tmp_path / path / "seed0" / "arrays.npz", xy=xy, labels=labels, **arrays)
+    assert report.main(["--runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split()[-1] == str(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 2 and "http" not in text and "src=\"data:" in text and "0.900" in text
+    assert "<code>cmrcnet</code>: no run here" in text and "<code>multist</code>: no run" not in text and text.count("<td>multist full</td>") == 1
+    assert (tmp_path / "report_maps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_domains_take_the_colour_of_the_layer_they_cover(tmp_path):
+    write_domains(tmp_path, "a", "full", 0, 0.5, 0.25)
+    labels = np.repeat([0, 1, 2, -1], 10)
+    np.savez(tmp_path / "multist/dlpfc/a/full/seed0/arrays.npz", xy=np.zeros((40, 2)), labels=labels, domains=np.array([3, 0, 2, 1])[labels])
+    (name, row), = report.layer_maps(report.read_runs(tmp_path)).items()
+    assert name == "dlpfc a" and [t for t, *_ in row] == ["annotation", "multist\nfull"]
+    assert (row[1][2][:30] == labels[:30]).all() and set(row[1][2][30:]) == {3}
+
+
+def test_data_sets_stand_apart_and_cells_have_their_table(tmp_path):
+    write(tmp_path, "a", "random-full-cross", 0, 0.8)
+    folder = tmp_path / "spatia" / "ca1" / "blocks" / "tiny" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({
+        "method": "spatia", "config": {"seed": 0}, "metrics": {"cond_pcc_own_area": 0.4, "impute_pcc_mean": 0.3}, "split": None, "seconds": 1.0,
+        "baselines": {"ridge": {"cond_pcc_own_area": 0.3}, "knn": {"impute_pcc_mean": 0.2}}, "peak_rss_mb": 9, "device": "cpu",
+        "versions": {"torch": "2"}, "git_commit": "abc"}))
+    text = report.markdown(report.read_runs(tmp_path))
+    assert "### single cells - ca1" in text and "### Split `random` - leaks position - dlpfc" in text
+    assert row(text, "ridge").split(" | ")[1:3] == ["0.300", "-"] and row(text, "spatia tiny").split(" | ")[1] == "0.400"
+    report.draw(report.read_runs(tmp_path))
