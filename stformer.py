@@ -114,6 +114,8 @@ class Config(run.Config):
     "folds of that cross-validation, at most: over patients, over slides where there is one patient; 0: none, all --epochs are run"
     members: int = 3
     "models trained on all training slides, each from its own start, and averaged"
+    linear_weight: float = 0.5
+    "share of one linear layer, trained in the same way, in the average of the predictions (dense mode); 0: the transformers alone"
     batch: int = 1
     "slides a step"
     checkpointing: bool = False
@@ -816,11 +818,18 @@ def classical_baselines(raw, fit, test):
             "knn": predictions(own, lambda x, y: make_pipeline(StandardScaler(), KNeighborsRegressor(knn, weights="distance")).fit(x, y))}
 
 
+def flat(config):
+    """The flags for a predictor without pathways: a linear layer predicts values, not a likelihood's parameters."""
+    out = copy.copy(config)
+    out.loss, out.lambda_pathway = "mse" if config.loss == "zinb" else config.loss, 0.0
+    return out
+
+
 def trained_baselines(samples, test, scaler, config, device):
-    """{name: [prediction per test sample]} of one linear layer (dense) and of ABMIL and TransMIL, which give all spots the slide's mean."""
+    """{name: [prediction per test sample]} of one linear layer (dense) and of ABMIL and TransMIL, which give all spots the slide's mean; and the
+    linear layers themselves."""
     dim_in, n_genes = samples[0].x.shape[1], samples[0].y.shape[1]
-    plain = copy.copy(config)
-    plain.loss, plain.lambda_pathway = "mse" if config.loss == "zinb" else config.loss, 0.0
+    plain = flat(config)
     brief = copy.copy(plain)
     brief.folds, brief.members, brief.batch = 0, 1, 1
     out = {}
@@ -832,7 +841,15 @@ def trained_baselines(samples, test, scaler, config, device):
         models, *_ = train(lambda make=make: make(dim_in, n_genes), samples, scaler, c, device, bag=bag)
         found = [predict(models, s, scaler, c)[0] for s in test]
         out[name] = [np.tile(p, (len(s.x), 1)) if bag else p for p, s in zip(found, test)]
-    return out
+        if name == "linear":
+            layers = models
+    return out, layers
+
+
+def with_linear(pairs, linear, config):
+    """[(genes (S, G), scores)] of the transformers -> genes averaged with those of the linear layers. A bag's answer (global mode) stays as it is."""
+    w = 0.0 if config.mode == "global" else config.linear_weight
+    return [((1 - w) * genes + w * flat, scores) for (genes, scores), flat in zip(pairs, linear)] if w else pairs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -935,7 +952,8 @@ def main(argv=None):
         raw |= {n: shuffled_pairs(raw[n], config.seed) for n in train_names}
     scaler = Scaler.fit([raw[n] for n in train_names], config.target_scale)
     fit, test = ([scaler.features(raw[n], config.scale) for n in names] for names in (train_names, test_names))
-    predictions = classical_baselines(raw, train_names, test_names) | trained_baselines(fit, test, scaler, config, record.device)
+    trained, linear = trained_baselines(fit, test, scaler, config, record.device)
+    predictions = classical_baselines(raw, train_names, test_names) | trained
     rates = true_rates(config.data, test, genes)
     others = {name: score(test, p, rates) for name, p in predictions.items()}
     for name, s in others.items():
@@ -948,10 +966,13 @@ def main(argv=None):
         return model
     bag = config.mode == "global"
     models, histories, val = train(make, fit, scaler, config, record.device, member, bag, record.folder / "latest.pt")
-    pairs = [predict(models, s, scaler, config) for s in test]
+    alone = [predict(models, s, scaler, config) for s in test]
+    pairs = with_linear(alone, trained["linear"], config)
     genes_found = [np.tile(p, (len(s.x), 1)) if bag else p for (p, _), s in zip(pairs, test)]
     found = score(test, genes_found, rates)
-    found["val_pcc"] = val                                              # for choices between flags: never the test score
+    if not bag:
+        found["pcc_mean_transformer"] = score(test, [p for p, _ in alone])["pcc_mean"]
+    found["val_pcc"] = val                                              # of the transformer, for choices between flags: never the test score
     found |= {f"gain_over_{name}": found["pcc_mean"] - others[name]["pcc_mean"] for name in others}
     if member is not None and not bag:
         found["pathway_pcc"] = pathway_agreement(test, pairs, member)
@@ -960,7 +981,7 @@ def main(argv=None):
     draw(record, test, genes_found, pairs, genes, sets, histories, bag)
     record.finish(found, others, arrays, sum(w.numel() for w in models[0].parameters()), split,
                   data.file_checksum(*used_files(config, [raw[n].slide for n in [*train_names, *test_names]])),
-                  {"model.pt": lambda f: torch.save(state_of(config, models, scaler, genes, sets), f)},
+                  {"model.pt": lambda f: torch.save(state_of(config, models, linear, scaler, genes, sets), f)},
                   leaks_patient=leaks, train_slides=train_names, test_slides=test_names, epochs=len(histories[-1]),
                   low_count_spots={n: int((~s.scored).sum()) for n, s in raw.items()},
                   genes="the folder's list, chosen by its makers on all slides" if config.genes == "task" else "training slides")
@@ -983,7 +1004,7 @@ def check(config):
     run.check_flags(config, {
         "fold": zero, "min_counts": zero, "rings": zero, "pathways": one, "pcc_weight": zero, "lambda_pathway": zero, "lr": run.POSITIVE,
         "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"), "weight_decay": zero, "epochs": one, "folds": (lambda v: v == 0 or v >= 2, "0, or 2 or more"),
-        "members": one, "batch": one, "save_every": zero})
+        "members": one, "linear_weight": (lambda v: 0 <= v <= 1, "from 0 to 1"), "batch": one, "save_every": zero})
 
 
 def pathway_agreement(samples, pairs, member):
@@ -1010,10 +1031,10 @@ def arrays_of(samples, genes_found, pairs, genes, sets):
     return out
 
 
-def state_of(config, models, scaler, genes, sets):
+def state_of(config, models, linear, scaler, genes, sets):
     """Everything that --predict needs, as tensors, numbers and strings: loads with weights_only=True."""
     return {"config": vars(config).copy(), "genes": list(genes), "gene_sets": list(sets), "scaler": scaler.tensors,
-            "weights": [model.state_dict() for model in models]}
+            "weights": [model.state_dict() for model in models], "linear": [layer.state_dict() for layer in linear]}
 
 
 def folder_slides(config):
@@ -1053,7 +1074,7 @@ def predict_folder(config, start):
     saved = load_checkpoint(config.predict)
     try:
         known = Config(**saved["config"])
-        scaler, genes, sets, weights = (saved[k] for k in ("scaler", "genes", "gene_sets", "weights"))
+        scaler, genes, sets, weights, linear = (saved[k] for k in ("scaler", "genes", "gene_sets", "weights", "linear"))
         dim_in = len(scaler["x_mean"])
     except (KeyError, TypeError) as error:
         raise DataError(f"{config.predict} is not the model.pt of a finished run ({error}): give that file") from error
@@ -1069,9 +1090,10 @@ def predict_folder(config, start):
     scaler = Scaler(scaler)
     samples = [scaler.features(s, known.scale) for s in samples]
     models = [build(known, samples[0].x.shape[1], len(genes), len(sets) or known.pathways).to(record.device) for _ in weights]
-    for model, w in zip(models, weights):
+    layers = [OneLinear(samples[0].x.shape[1], len(genes)).to(record.device) for _ in linear]
+    for model, w in zip(models + layers, weights + linear):
         model.load_state_dict(w)
-    pairs = [predict(models, s, scaler, known) for s in samples]
+    pairs = with_linear([predict(models, s, scaler, known) for s in samples], [predict(layers, s, scaler, flat(known))[0] for s in samples], known)
     found = [np.tile(p, (len(s.x), 1)) if known.mode == "global" else p for (p, _), s in zip(pairs, samples)]
     draw(record, samples, found, pairs, genes, sets, [], known.mode == "global")
     record.finish({}, {}, arrays_of(samples, found, pairs, genes, sets), sum(w.numel() for w in models[0].parameters()),

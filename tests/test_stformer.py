@@ -562,3 +562,12 @@ def test_her2st_low_counts_are_filtered_and_baselines_are_above_chance(real_data
 
 
 # ------------------------------------------------------------------------------------------------------------- bench
+
+
+def test_linear_layer_in_the_average():
+    pairs, linear = [(np.full((3, 2), 1.0), None)], [np.full((3, 2), 5.0)]
+    for weight, mode, want in ((0.5, "dense", 3.0), (0.25, "dense", 2.0), (0.0, "dense", 1.0), (0.5, "global", 1.0)):
+        (genes, scores), = st.with_linear(pairs, linear, st.Config(linear_weight=weight, mode=mode))
+        assert (genes == want).all() and scores is None
+    with pytest.raises(DataError, match="--linear_weight is 1.5"):
+        st.check(st.Config(linear_weight=1.5))
