@@ -1,10 +1,14 @@
-"""Slide -> normalised matrices, graphs, splits and frozen features; the readers (files -> Slide) come from `readers`.
+"""Slide -> normalised matrices, graphs, splits and frozen features; the readers come from `readers` (files -> Slide) and `cells` (files -> Cells).
+
+    python data.py ca1 <folder> <cells.h5>          # single cells of in-situ sequencing reads and a nuclear label image
+    python data.py xenium <bundle> <cells.h5>       # single cells of a Xenium output folder; needs the extra [xenium]
 
 Whatever is fitted (genes, scaler, principal components) is fitted on the rows it is given, which are training rows everywhere in this project.
 Graphs are (N, k) tables of neighbour rows or sparse matrices; nothing is N x N.
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -20,6 +24,7 @@ from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
 
+from cells import Cells, CropStack, from_ca1, from_xenium, load_cells, write_cells  # noqa: F401 - as the readers below
 from readers import (  # noqa: F401 - the readers are part of this module's interface
     DataError,
     Patches,
@@ -378,6 +383,48 @@ def holdout_split(slides, labels, name="slice", seed=0, n_blocks=5):
     return Split(name, train, val, test, same, detail)
 
 
+def cell_split(cells, test_every=4, width=600.0, offset=None, buffer=96.0, val=4, fold=0):
+    """Split of cells by section where there are three or more, else by blocks of `width` px along x within each section.
+
+    Every `test_every`-th unit (section or block) is the test, the one numbered `offset` first (default test_every // 2), moved on by `fold`; every
+    `val`-th of the others is for validation (0: none). Among blocks, training and validation cells within `buffer` px of a test cell of their
+    section, then training cells within it of a validation cell, are in no part. With three sections and test_every 4 it is every third.
+    Raises DataError where a part would be empty. Returns a Split over cells, masks (N,).
+    """
+    by_section = len(cells.sections) >= 3
+    every = min(test_every, len(cells.sections)) if by_section else test_every
+    if test_every < 2 or not 0 <= fold < every or not width > 0 or val < 0 or val == 1:
+        raise DataError(f"test_every {test_every}, fold {fold}, width {width:g} and val {val} make no split: "
+                        f"give test_every >= 2, a fold from 0 to {every - 1}, width > 0, val 0 or >= 2")
+    unit = cells.section if by_section else np.floor(cells.xy[:, 0] / width).astype(np.int64)    # (N,)
+    first = every // 2 if offset is None else offset
+    tested = unit % every == (first + fold) % every
+    others = np.unique(unit[~tested])
+    validated = np.isin(unit, others[min(val // 2, len(others) - 1)::val]) if val and len(others) else np.zeros(len(unit), bool)
+    near_test = np.zeros(len(unit), bool) if by_section else _near(cells, tested, buffer)
+    validated &= ~tested & ~near_test
+    train = ~tested & ~validated & ~near_test
+    if not by_section:
+        train &= ~_near(cells, validated, buffer)
+    what = "sections" if by_section else "blocks"
+    for name, part in (("test", tested), ("train on", train), *((("validate", validated),) if val else ())):
+        if not part.any():
+            raise DataError(f"{cells.source} has no cell to {name} among its {len(np.unique(unit))} {what}: choose another fold, smaller blocks or buffer")
+    rule = f"every {every}th of {len(np.unique(unit))} {what}" + ("" if by_section else f" of {width:g} px along x")
+    detail = f"{rule} is the test, fold {fold}; " + (f"every {val}th of the others for validation" if val else "no validation")
+    detail += "" if by_section else f"; {int((~tested & near_test).sum())} cells within {buffer:g} px of a test cell dropped"
+    return Split(what, train, validated, tested, not by_section and buffer <= 0, detail)
+
+
+def _near(cells, part, buffer):
+    """(N,) cells within `buffer` px of a cell of `part` (N,) in the same section."""
+    out = np.zeros(len(part), bool)
+    for s in np.unique(cells.section[part]):
+        rows = cells.section == s
+        out[rows] = cKDTree(cells.xy[rows & part]).query(cells.xy[rows])[0] <= buffer
+    return out
+
+
 def check_labels(labels, name=""):
     """Raise DataError, naming slide `name`, unless at least two classes have labelled spots."""
     present = np.unique(labels[labels >= 0])
@@ -430,8 +477,10 @@ def global_labels(slides):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def hest_partition(root, by="folds", fold=0, patient="", sample=""):
-    """Which slides of a HEST folder train and which are scored, by `folds` (splits/*_<fold>.csv), `patient` or `section` (one slide held out,
-    the others of its patient train) -> Split over the folder's slides, train names, test names, the run's folder name, whether it leaks the patient.
+    """Which slides of a HEST folder train and which are scored: by `folds` (splits/*_<fold>.csv), `patient`, `section` (one slide held out, the
+    others of its patient train) or `sample` (one slide held out, all others train).
+
+    Returns Split over the folder's slides, train names, test names, the run's folder name, whether it leaks the patient.
 
     Raises DataError where a side would be empty or a slide has no file.
     """
@@ -448,9 +497,12 @@ def hest_partition(root, by="folds", fold=0, patient="", sample=""):
         test_names = [n for n in names if n == sample]
         train_names = [n for n in names if n not in test_names and of[n] == of.get(sample)]
         part, detail = sample, f"section {sample} held out, the others of patient {of.get(sample)} train"
+    elif by == "sample":
+        test_names, train_names = [n for n in names if n == sample], [n for n in names if n != sample]
+        part, detail = sample, f"section {sample} held out, all others train"
     missing = [n for n in [*train_names, *test_names] if n not in of]
     if missing or not train_names or not test_names:
-        wanted = {"folds": f"--fold {fold}", "patient": f"--patient {patient!r}", "section": f"--slice {sample!r}"}[by]
+        wanted = {"folds": f"--fold {fold}", "patient": f"--patient {patient!r}", "section": f"--slice {sample!r}", "sample": f"--slice {sample!r}"}[by]
         there = ", ".join(f"{p}: {' '.join(n for n in names if of[n] == p)}" for p in sorted(set(of.values())))
         raise DataError(f"{root}: {wanted} leaves {len(train_names)} slides to train on and {len(test_names)} to score, "
                         f"{len(missing)} of them without a file: choose from {there}")
@@ -665,3 +717,23 @@ def _save_features(path, embedding, barcodes):
         os.replace(temporary, path)
     except OSError as error:
         warnings.warn(f"image features are not cached: {path.parent} cannot be written ({error.strerror}); name a folder with --cache", stacklevel=3)
+
+
+def main(argv=None):
+    """Converters to the cell file; exit status 2 and one sentence on bad input."""
+    parser = argparse.ArgumentParser(prog="data.py", description="Convert single-cell data to the cell file that spatia.py reads.")
+    commands = parser.add_subparsers(dest="what", required=True)
+    for what, source, text in (("ca1", "folder with spots.csv and label_image.coo.npz", "in-situ sequencing reads and a nuclear label image"),
+                               ("xenium", "Xenium output folder", "10x Xenium: counts, cell centres and morphology image")):
+        command = commands.add_parser(what, help=text, description=text)
+        command.add_argument("folder", help=source)
+        command.add_argument("out", help="cell file to write, .h5")
+    options = parser.parse_args(argv)
+    try:
+        (from_ca1 if options.what == "ca1" else from_xenium)(options.folder, options.out)
+    except DataError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

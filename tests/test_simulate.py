@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.metrics import f1_score
 
 import data
 import simulate
@@ -275,3 +276,107 @@ def test_command_line(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
     shown = subprocess.run([sys.executable, simulate.__file__, "cortex", "--help"], capture_output=True, text=True, check=True)
     assert "--n_spots" in shown.stdout and "default: 1200" in shown.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------- cell field
+@pytest.fixture(scope="module")
+def field(tmp_path_factory):
+    return data.load_cells(simulate.simulate_cells(tmp_path_factory.mktemp("cells") / "sim.h5"))
+
+
+def cell_scores(field, x, split):
+    """Held-out macro-F1 of the types and Pearson correlations with the truth, from features x (N, D), on another section."""
+    fit = split.train | split.val
+    x = (x - x[fit].mean(axis=0)) / (x[fit].std(axis=0) + 1e-6)
+    guess = LogisticRegression(C=.03, max_iter=300).fit(x[fit], field.labels[fit]).predict(x[split.test])
+    found = {name: Ridge(300.0).fit(x[fit], field.truth[name][fit]).predict(x[split.test]) for name in ("program", "brightness", "area")}
+    return (f1_score(field.labels[split.test], guess, average="macro"),
+            {name: np.corrcoef(value, field.truth[name][split.test])[0, 1] for name, value in found.items()})
+
+
+def test_cell_field_is_a_cell_file(field):
+    assert (field.n_cells, field.n_genes, field.sections, field.classes[0]) == (3000, 120, ["sim1", "sim2", "sim3", "sim4"], "type1")
+    assert field.crops.shape == (3000, 2, 32, 32) and field.masks.shape == (3000, 32, 32) and field.section_sizes.tolist() == [750] * 4
+    assert {"program", "type", "domain", "area", "brightness"} <= set(field.truth)
+    assert all(len(v) == 3000 for v in field.truth.values()) and np.array_equal(field.labels, field.truth["type"])
+    assert (field.truth["domain"] != field.labels).mean() == pytest.approx(.15, abs=.03)
+    assert abs(field.truth["program"].mean()) < .1 and field.truth["program"].std() == pytest.approx(1, abs=.05)
+
+
+def test_genes_tell_type_and_program(field):
+    split, total = data.cell_split(field), np.asarray(field.counts.sum(axis=1))
+    x = np.log1p(field.counts.toarray() / total * 150)
+    f1, pcc = cell_scores(field, x, split)
+    assert f1 > .93 and min(pcc.values()) > .7
+    f1_domain = f1_score(field.labels[split.test], field.truth["domain"][split.test], average="macro")
+    assert f1 > f1_domain + .05                                                 # the place alone does not do it: 15 % are mixed
+    _, shuffled = cell_scores(field, x[np.random.default_rng(0).permutation(3000)], split)
+    assert max(map(abs, shuffled.values())) < .15
+    mean, var = field.counts.toarray().mean(axis=0), field.counts.toarray().var(axis=0)
+    assert (var > mean).mean() > .95                                            # over-dispersed
+
+
+def test_pictures_tell_size_program_and_something_of_the_type(field):
+    crops, masks, truth = field.crops[:] / 255, field.masks[:], field.truth
+    own = (crops[:, 0] > .5).sum(axis=(1, 2))
+    assert (truth["major"] >= truth["minor"]).all()
+    fits = truth["major"] < 14
+    assert fits.mean() > .9
+    np.testing.assert_allclose(masks.sum(axis=(1, 2))[fits], truth["area"][fits], rtol=.1, atol=4)
+    np.testing.assert_allclose(own[fits], truth["area"][fits], rtol=.12, atol=6)
+    assert np.corrcoef(own, truth["program"])[0, 1] > .6
+    light = np.array([c[0][m].mean() for c, m in zip(crops, masks)])
+    assert np.corrcoef(light, truth["brightness"])[0, 1] > .8
+    features = np.column_stack([own, light, crops[:, 1].mean(axis=(1, 2)), [c[0][m].std() for c, m in zip(crops, masks)]])
+    f1, _ = cell_scores(field, features, data.cell_split(field))
+    assert .3 < f1 < .9                                                         # five types: more than chance, less than the genes
+
+
+def test_neighbours_are_drawn_where_they_are(field):
+    """Channel 1 shows the cells of the same section at their places, and nothing where there is none; noise has s.d. .05."""
+    crops, checked = field.crops[:].astype(float) / 255, 0
+    empty = []
+    for i in range(0, 3000, 25):
+        mates = np.flatnonzero((field.section == field.section[i]) & (np.arange(3000) != i))
+        offset = field.xy[mates] - field.xy[i]
+        distance = np.hypot(*offset.T)
+        for dx, dy in offset[(np.abs(offset) < 14).all(axis=1) & (distance > field.truth["major"][i] + 2)]:
+            assert crops[i, 1, int(np.floor(16 + dy)), int(np.floor(16 + dx))] > .35
+            checked += 1
+        y, x = np.mgrid[:32, :32] + .5 - 16
+        free = np.ones((32, 32), bool)
+        for (dx, dy), reach in zip(np.vstack([offset, [0, 0]]), np.append(field.truth["major"][mates], field.truth["major"][i]) + 1):
+            free &= np.hypot(x - dx, y - dy) > reach
+        empty.append(crops[i][:, free].ravel())
+    empty = np.concatenate(empty)
+    assert checked > 30 and len(empty) > 1000 and empty.max() < .3
+    assert np.sqrt(np.mean(empty ** 2) * 2) == pytest.approx(.05, rel=.1)       # half of the noise is cut off at zero
+
+
+def test_cell_field_depends_on_the_seed_only(field, tmp_path):
+    small = [simulate.cell_field(200, n_sections=2, seed=seed) for seed in (1, 1, 2)]
+    crops = [np.concatenate(list(f["crops"])) for f in small]
+    assert same_counts(small[0]["counts"], small[1]["counts"]) and np.array_equal(crops[0], crops[1])
+    assert not same_counts(small[0]["counts"], small[2]["counts"]) and not np.array_equal(crops[0], crops[2])
+    paths = [simulate.simulate_cells(tmp_path / f"{i}.h5", 200, n_sections=2, seed=1) for i in range(2)]
+    assert data.file_checksum(paths[0]) == data.file_checksum(paths[1])
+
+
+def test_larger_crops_show_the_same_field_of_view(tmp_path):
+    small, large = (data.load_cells(simulate.simulate_cells(tmp_path / f"{s}.h5", 100, n_sections=1, size=s)) for s in (32, 64))
+    shrunk = large.crops[:].reshape(100, 2, 32, 2, 32, 2).mean(axis=(3, 5))
+    assert np.abs(shrunk - small.crops[:]).mean() < 12 and np.corrcoef(shrunk.ravel(), small.crops[:].ravel())[0, 1] > .97
+    assert large.um_per_px == small.um_per_px / 2
+
+
+@pytest.mark.parametrize("flags", [["--n_cells", "10"], ["--n_genes", "20"], ["--size", "8"], ["--n_sections", "9", "--n_cells", "100"],
+                                   ["--seed", "-1"]])
+def test_bad_flags_of_the_cell_field(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        simulate.main(["cells", str(tmp_path / "c.h5"), *flags])
+    assert stop.value.code == 2 and flags[0][2:] in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_cell_field_command_line(tmp_path, capsys):
+    simulate.main(["cells", str(tmp_path / "c.h5"), "--n_cells", "120", "--n_sections", "3", "--seed", "4"])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "c.h5") and data.load_cells(tmp_path / "c.h5").n_cells == 120
