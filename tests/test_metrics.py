@@ -550,6 +550,38 @@ def test_spearman_agrees_with_scipy(rng):
         metrics.spearman(x, np.where(x > 1, np.nan, x))
 
 
+def test_gene_gene_agreement_by_hand(rng):
+    true = rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6))
+    same = metrics.gene_gene_agreement(true, 3 * true + 1)
+    assert same == pytest.approx({"pearson": 1, "spearman": 1, "frobenius": 0, "slope": 1}, abs=1e-9)
+    pred = true + rng.normal(size=true.shape)
+    a, b = (np.corrcoef(x.T)[np.triu_indices(6, 1)] for x in (true, pred))
+    found = metrics.gene_gene_agreement(true, pred)
+    assert found["pearson"] == pytest.approx(np.corrcoef(a, b)[0, 1]) and found["spearman"] == pytest.approx(stats.spearmanr(a, b)[0])
+    assert found["slope"] == pytest.approx(np.polyfit(a, b, 1)[0]) and found["slope"] < 1  # noise shrinks correlations
+    assert found["frobenius"] == pytest.approx(np.sqrt(((a - b) ** 2).sum() / (a ** 2).sum()))
+    smooth = metrics.gene_gene_agreement(pred, true)
+    assert smooth["slope"] > found["slope"]
+
+
+def test_gene_gene_agreement_leaves_constant_genes_out(rng):
+    true = rng.normal(size=(50, 5))
+    pred = true.copy()
+    pred[:, 2] = .1
+    assert metrics.gene_gene_agreement(true, pred) == pytest.approx(metrics.gene_gene_agreement(*(np.delete(x, 2, 1) for x in (true, pred))))
+    assert np.isnan(list(metrics.gene_gene_agreement(true, np.ones_like(true)).values())).all()
+    with pytest.raises(ValueError):
+        metrics.gene_gene_agreement(true, pred[:, :3])
+
+
+def test_recall_at_k():
+    exact = np.array([[1, 2, 3], [4, 5, 6]])
+    assert metrics.recall_at_k(exact[:, ::-1], exact) == 1
+    assert metrics.recall_at_k([[1, 9, -1], [-1, -1, -1]], exact) == pytest.approx(1 / 6)
+    with pytest.raises(ValueError):
+        metrics.recall_at_k(exact[:, :2], exact)
+
+
 # ---------------------------------------------------------------- distributions
 def test_frechet_distance_agrees_with_the_matrix_square_root(rng):
     a, b = rng.normal(size=(500, 8)) @ rng.normal(size=(8, 8)), rng.normal(size=(400, 8)) @ rng.normal(size=(8, 8)) + 2
@@ -576,6 +608,69 @@ def test_wasserstein_by_sorting(rng):
     assert metrics.wasserstein_1d(a[:, 0], a[:, 0] + 2) == pytest.approx(2) and metrics.wasserstein_1d([0, 1], [0, 0, 1, 1]) == pytest.approx(0)
     with pytest.raises(ValueError, match="equal width"):
         metrics.wasserstein_1d(a, b[:, :2])
+
+
+def test_kernel_distance_is_the_unbiased_double_sum(rng):
+    a, b = rng.normal(size=(30, 3)), rng.normal(size=(40, 3)) + .5
+
+    def mean(x, y, skip):
+        return np.mean([(u @ v / 3 + 1) ** 3 for i, u in enumerate(x) for j, v in enumerate(y) if not (skip and i == j)])
+    want = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+    assert metrics.kernel_distance(a, b) == pytest.approx(want) == metrics.kernel_distance(a, b, chunk=7)
+    draws = [metrics.kernel_distance(rng.normal(size=(40, 2)), rng.normal(size=(60, 2))) for _ in range(100)]
+    assert min(draws) < 0 and abs(np.mean(draws)) < 3 * np.std(draws) / 10  # unbiased
+    with pytest.raises(ValueError, match="equal D"):
+        metrics.kernel_distance(a, b[:, :2])
+
+
+def test_morphology_of_known_shapes():
+    y, x = np.mgrid[:64, :64] - 31.5
+    disk, bar = np.hypot(x, y) < 20, np.zeros((64, 64))
+    ellipse = ((x * np.cos(.5) + y * np.sin(.5)) / 24) ** 2 + ((y * np.cos(.5) - x * np.sin(.5)) / 8) ** 2 < 1
+    bar[10:14, 5:25] = .8
+    found = [dict(zip(metrics.MORPHOLOGY, row)) for row in metrics.morphology(np.stack([disk, ellipse, bar, 0 * bar]).astype(float))]
+    assert found[0]["area"] == pytest.approx(np.pi * 400, rel=.01) and found[0]["major"] == pytest.approx(40, rel=.01)
+    assert found[0]["eccentricity"] < .1 and found[0]["fill"] == pytest.approx(1, abs=.01) and found[0]["extent"] == pytest.approx(np.pi / 4, abs=.03)
+    assert found[1]["major"] == pytest.approx(48, rel=.02) and found[1]["minor"] == pytest.approx(16, rel=.03)
+    assert found[1]["eccentricity"] == pytest.approx(np.sqrt(1 - 1 / 9), abs=.01)
+    assert found[2]["area"] == 80 and found[2]["perimeter"] == 48 and found[2]["extent"] == 1 and found[2]["mean"] == pytest.approx(.8)
+    assert found[2]["std"] == pytest.approx(0, abs=1e-6) and found[2]["max"] == .8 and not any(found[3].values())
+
+
+def pictures(rng, n, radius):
+    y, x = np.mgrid[:16, :16] - 7.5
+    r = radius + rng.normal(size=(n, 2, 1, 1))
+    return (np.clip(r - np.hypot(x, y), 0, 1) * 255).astype(np.uint8)
+
+
+def test_image_features_are_fitted_on_training_pictures(rng):
+    train, other = pictures(rng, 200, 4), pictures(rng, 100, 5)
+    features = metrics.ImageFeatures().fit(train)
+    x = features(train)
+    assert x.shape[1] == features.used.sum() <= 36 and np.abs(x).max() <= 5
+    assert np.abs(x.mean(0)).max() < .2 and features(other)[:, 0].mean() > .5  # area of larger discs
+    assert np.array_equal(features(other[:3]), features(other)[:3])  # no picture depends on its neighbours
+    assert metrics._otsu(np.repeat([10, 200], 50)) == pytest.approx(.5 * (10 + 199 + 1) / 255, abs=.01)
+
+
+def test_scores_of_generated_pictures(rng):
+    train, real = rng.normal(size=(500, 4)), rng.normal(size=(300, 4))
+    same = metrics.generated_images(real, rng.normal(size=(300, 4)), train)
+    assert same["fd"] < 3 * same["fd_floor"] and same["ks"] > .9 and same["nearest_train"] == pytest.approx(1, abs=.15)
+    assert same["diversity"] == pytest.approx(1, abs=.15)
+    shifted = metrics.generated_images(real, rng.normal(size=(300, 4)) + 2, train)
+    assert shifted["fd"] > 10 and shifted["w1"] == pytest.approx(2, abs=.2) and shifted["ks"] < .5 and shifted["kid"] > shifted["kid_floor"] + 1
+    copies = metrics.generated_images(real, train[:300], train)
+    assert copies["nearest_train"] == 0 and copies["fd"] < 3 * copies["fd_floor"]
+    collapsed = metrics.generated_images(real, np.tile(train.mean(0), (300, 1)), train)
+    assert collapsed["diversity"] == 0 and collapsed["fd"] > 2
+    assert metrics.generated_images(real, train[:300], train) == copies  # the halves are drawn from the seed
+
+
+def test_spatial_coherence(rng):
+    xy = np.stack(np.meshgrid(np.arange(40), np.arange(40)), -1).reshape(-1, 2) + rng.uniform(-.1, .1, (1600, 2))
+    assert metrics.spatial_coherence((xy[:, 0] > 19.5).astype(int), xy) > .95
+    assert metrics.spatial_coherence(rng.integers(0, 4, 1600), xy) == pytest.approx(.25, abs=.03)
 
 
 # ---------------------------------------------------------------- several seeds and the whole file
