@@ -21,11 +21,11 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest ablations-hest fetch report floors scale bench clean
+.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale bench clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 .venv/.stamp: requirements.txt
 	test -x .venv/bin/python || python3 -m venv .venv
@@ -77,31 +77,63 @@ endef
 variant = default$(subst $(space),,$(foreach f,$(filter-out default,$(subst +, ,$(1))),-$(subst :,-,$(f))))
 $(foreach s,$(slices),$(foreach v,$(MULTIST),$(foreach k,$(SEEDS),$(eval $(call a_multist_run,$(s),$(v),$(k))))))
 
-# stformer: $(1) fold or slice, $(2) folder of the variant, $(3) flags, $(4) seed. HEST is a HEST-benchmark task folder, SECTIONS its slices to hold out.
-HEST     ?= datasets/her2st
+# Genes from H&E. HEST is a HEST-benchmark task folder (TASK=IDC: the benchmark's own, downloaded), SECTIONS its slices to hold out one by one.
+# $(1) method, $(2) fold or slice, $(3) folder of the variant, $(4) flags, $(5) seed
+TASK     ?=
+HEST     ?= datasets/$(if $(TASK),hest/$(TASK),her2st)
 SECTIONS ?=
+BACKBONE ?= features
 hest     := $(notdir $(patsubst %/,%,$(HEST)))
 hfolds   := $(patsubst $(HEST)/splits/test_%.csv,%,$(wildcard $(HEST)/splits/test_*.csv))
-define an_stformer_run
-stformer_wanted += $(RUNS)/stformer/$(hest)/$(1)/$(2)/seed$(4)/run.json
-$(RUNS)/stformer/$(hest)/$(1)/$(2)/seed$(4)/run.json: | $(stamp)
-	$(LAUNCH) $(PY) stformer.py --data $(HEST) $(3) --seed $(4) --runs $(RUNS) --cache $(RUNS)/.features
+define a_hest_run
+$(1)_wanted += $(RUNS)/$(1)/$(hest)/$(2)/$(3)/seed$(5)/run.json
+$(RUNS)/$(1)/$(hest)/$(2)/$(3)/seed$(5)/run.json: | $(stamp)
+	$(LAUNCH) $(PY) $(1).py --data $(HEST) $(4) --seed $(5) --runs $(RUNS) --cache $(RUNS)/.features
 endef
-$(foreach k,$(SEEDS),$(foreach f,$(hfolds),$(eval $(call an_stformer_run,fold$(f),mini,--fold $(f),$(k))))\
-  $(foreach s,$(SECTIONS),$(eval $(call an_stformer_run,$(s),section-mini,--split section --slice $(s),$(k)))\
-    $(eval $(call an_stformer_run,$(s),section-mini-interactions-p2p,--split section --slice $(s) --interactions p2p,$(k)))))
+retrieval = --backbone $(BACKBONE)
+$(foreach k,$(SEEDS),$(foreach f,$(hfolds),$(eval $(call a_hest_run,stformer,fold$(f),mini,--fold $(f),$(k)))\
+    $(eval $(call a_hest_run,cmrcnet,fold$(f),$(BACKBONE),--fold $(f) $(retrieval),$(k))))\
+  $(foreach s,$(SECTIONS),$(eval $(call a_hest_run,stformer,$(s),section-mini,--split section --slice $(s),$(k)))\
+    $(eval $(call a_hest_run,stformer,$(s),section-mini-interactions-p2p,--split section --slice $(s) --interactions p2p,$(k)))\
+    $(eval $(call a_hest_run,cmrcnet,$(s),section-$(BACKBONE),--split section --slice $(s) $(retrieval),$(k)))))
+
+# What retrieval depends on, one flag at a time.
+RETRIEVAL := mask_rate:0.0 mask_rate:0.3 mask_rate:0.7 reconstruction:cosine reconstruction:cosine+mask_rate:0.0 reconstruction:cosine+mask_rate:0.3 \
+  reconstruction:cosine+mask_rate:0.7 reconstruction:none k:10 k:100 k:500 shuffle_pairs:True norm_sim:True share:False weighting:softmax
+flags_of   = $(subst --shuffle_pairs True,--shuffle_pairs,$(subst --norm_sim True,--norm_sim,$(subst --share False,--no-share,$(foreach f,$(subst +, ,$(1)),--$(subst :, ,$(f))))))
+folder_of  = $(subst $(space),,$(foreach f,$(subst +, ,$(1)),-$(subst :,-,$(f))))
+$(if $(ABLATE_CMRCNET),$(foreach v,$(RETRIEVAL),$(foreach k,$(SEEDS),$(foreach f,$(hfolds),\
+  $(eval $(call a_hest_run,cmrcnet,fold$(f),$(BACKBONE)$(call folder_of,$(v)),--fold $(f) $(retrieval) $(call flags_of,$(v)),$(k))))\
+  $(foreach s,$(SECTIONS),$(eval $(call a_hest_run,cmrcnet,$(s),section-$(BACKBONE)$(call folder_of,$(v)),--split section --slice $(s) $(retrieval) $(call flags_of,$(v)),$(k)))))))
 
 # Controls of stformer on the SECTIONS: no context but through the pathways, no distance, gene sets, the same shuffled, images of other spots.
 GMT      ?= datasets/hallmark/h.all.symbols.gmt
 gmt_name := gene_sets-$(notdir $(GMT))$(if $(findstring /,$(GMT)),_$(shell printf %s '$(GMT)' | sha256sum | cut -c1-8))
 define controls_of
-$(eval $(call an_stformer_run,$(1),section-mini-interactions-p2p+p2h+h2p,--split section --slice $(1) --interactions p2p$(comma)p2h$(comma)h2p,$(2)))
-$(eval $(call an_stformer_run,$(1),section-mini-distance_bias-False,--split section --slice $(1) --no-distance_bias,$(2)))
-$(eval $(call an_stformer_run,$(1),section-mini-permute_pairs-True,--split section --slice $(1) --permute_pairs,$(2)))
-$(if $(wildcard $(GMT)),$(eval $(call an_stformer_run,$(1),section-mini-$(gmt_name),--split section --slice $(1) --gene_sets $(GMT),$(2)))
-$(eval $(call an_stformer_run,$(1),section-mini-$(gmt_name)-shuffle_sets-True,--split section --slice $(1) --gene_sets $(GMT) --shuffle_sets,$(2))))
+$(eval $(call a_hest_run,stformer,$(1),section-mini-interactions-p2p+p2h+h2p,--split section --slice $(1) --interactions p2p$(comma)p2h$(comma)h2p,$(2)))
+$(eval $(call a_hest_run,stformer,$(1),section-mini-distance_bias-False,--split section --slice $(1) --no-distance_bias,$(2)))
+$(eval $(call a_hest_run,stformer,$(1),section-mini-permute_pairs-True,--split section --slice $(1) --permute_pairs,$(2)))
+$(if $(wildcard $(GMT)),$(eval $(call a_hest_run,stformer,$(1),section-mini-$(gmt_name),--split section --slice $(1) --gene_sets $(GMT),$(2)))
+$(eval $(call a_hest_run,stformer,$(1),section-mini-$(gmt_name)-shuffle_sets-True,--split section --slice $(1) --gene_sets $(GMT) --shuffle_sets,$(2))))
 endef
 $(if $(CONTROLS),$(foreach k,$(SEEDS),$(foreach s,$(SECTIONS),$(call controls_of,$(s),$(k)))))
+
+# Single cells. CELLS is a cell file (python data.py ca1|xenium, python simulate.py cells); the public CA1 data is fetched and converted where it is lacking.
+CELLS   ?= datasets/ca1/cells.h5
+SPATIA  ?= default
+FACTORIAL = $(foreach a,. mae:False,$(foreach b,. fusion:False,$(foreach c,. niche:False,$(foreach d,. tissue:False,$(subst .+,,$(a)+$(b)+$(c)+$(d)+generate:False)))))
+cells   := $(if $(filter cells.h5,$(notdir $(CELLS))),$(notdir $(patsubst %/,%,$(dir $(CELLS)))),$(basename $(notdir $(CELLS))))
+spatia_flags = $(foreach f,$(filter-out default,$(subst +, ,$(1))),$(if $(filter %:False,$(f)),--no-$(f:%:False=%),--$(subst :, ,$(f))))
+define a_spatia_run
+spatia_wanted += $(RUNS)/spatia/$(cells)/test-fold0/tiny-flow$(if $(filter default,$(1)),,$(call folder_of,$(1)))/seed$(2)/run.json
+$(RUNS)/spatia/$(cells)/test-fold0/tiny-flow$(if $(filter default,$(1)),,$(call folder_of,$(1)))/seed$(2)/run.json: | $(stamp) $(CELLS)
+	$(LAUNCH) $(PY) spatia.py --data $(CELLS) $(call spatia_flags,$(1)) --seed $(2) --runs $(RUNS)
+endef
+$(foreach v,$(SPATIA),$(foreach k,$(SEEDS),$(eval $(call a_spatia_run,$(v),$(k)))))
+
+datasets/ca1/cells.h5: | $(stamp)
+	$(PY) download.py ca1 --out datasets/ca1
+	$(PY) data.py ca1 datasets/ca1 $@
 
 # Only asked for while slices of the public set are lacking. A file gets its name when it is whole, so an interrupted download goes on with the rest.
 fetch: | $(stamp)
@@ -122,15 +154,37 @@ ABLATIONS := default image:off image:permuted image:zero mask_mode:none mask_mod
 ablations-multist:  ## image, mask, alpha, k, GAN, DEC, diffusion: one table with the spread over SEEDS
 	$(MAKE) --no-print-directory domains MULTIST="$(ABLATIONS)"
 
-reproduce-hest: $(stformer_wanted)  ## stformer on HEST=<HEST-benchmark task folder>, every split; SECTIONS="C2 C3" holds out sections too, with a patch-only control
-	@$(if $(hfolds)$(SECTIONS),,echo "error: HEST=$(HEST) holds no splits/test_<k>.csv: give a HEST-benchmark task folder" >&2; exit 2)
-	$(PY) report.py --runs $(RUNS)/stformer --data $(hest)
+reproduce-hest: $(if $(TASK),fetch-hest) $(stformer_wanted) $(cmrcnet_wanted)  ## stformer, cmrcnet, baselines on every split of HEST=<task folder>, or TASK=IDC (download); SECTIONS="C2 C3"
+	@$(if $(hfolds)$(SECTIONS)$(TASK),,echo "error: HEST=$(HEST) holds no splits/test_<k>.csv: give a HEST-benchmark task folder" >&2; exit 2)
+	$(if $(TASK),$(if $(hfolds),,$(MAKE) --no-print-directory reproduce-hest HEST=$(HEST) TASK=))
+	$(if $(hfolds)$(SECTIONS),$(PY) report.py --runs $(RUNS) --data $(hest) --out $(RUNS)/report_$(hest))
+
+fetch-hest: $(stamp)
+	$(if $(hfolds),,$(PY) download.py hest --task $(TASK) --out datasets/hest)
+
+reproduce-her2st:  ## the same on the HER2+ sections in HEST=datasets/her2st: its folds, and C2 to C5 one by one
+	$(MAKE) --no-print-directory reproduce-hest SECTIONS="$(or $(strip $(SECTIONS)),C2 C3 C4 C5)"
+
+ablations-cmrcnet:  ## mask rate and loss of the reconstruction, k, shuffled pairs, cosines: on HEST=<task folder> and SECTIONS
+	$(MAKE) --no-print-directory reproduce-hest ABLATE_CMRCNET=1
 
 ablations-hest:  ## controls of stformer on SECTIONS="C2 C3": bottleneck, no distance bias, permuted pairs, gene sets of GMT=<file> and the same shuffled
 	$(MAKE) --no-print-directory reproduce-hest CONTROLS=1
 
+honest: $(stamp)  ## a slice whose genes are noise: what random spots and held-out blocks make of it; runs/honest/report.html
+	test -d $(RUNS)/honest/noise || $(PY) simulate.py cortex $(RUNS)/honest/noise --n_slices 1 --n_spots 3600 --noise_genes
+	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/honest/noise RUNS=$(RUNS)/honest SLICES=sim1 MODELS=gcn_only HELD_OUT_MODELS=gcn_only SPLITS="random blocks" FOLDS=0 MULTIST=
+
 report: $(stamp)  ## every run so far, side by side: runs/report.html (one file), .md and figures
 	$(PY) report.py --runs $(RUNS)
+
+reproduce-ca1: $(spatia_wanted)  ## spatia and baselines on CELLS=<cells.h5>, by default the public CA1 cells, fetched and converted
+	$(PY) report.py --runs $(RUNS) --data $(cells) --out $(RUNS)/report_$(cells)
+
+ablations-spatia:  ## the factorial {MAE, fusion, niche, tissue} on the representation, and the merge ratio
+	$(MAKE) --no-print-directory reproduce-ca1 SPATIA="default $(FACTORIAL) rho:0.25 rho:0.5"
+
+reproduce: reproduce-dlpfc reproduce-her2st reproduce-ca1 report  ## everything, then the report
 
 floors:  ## coordinates-only scores, no gene: make floors DATA=<folder of slices, labels are enough>
 	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0 MULTIST=
@@ -139,8 +193,9 @@ scale: $(stamp)  ## multist and stformer up to 100,000 simulated spots: time and
 	$(PY) tests/scale_multist.py $(RUNS)/scale
 	$(PY) tests/scale_stformer.py $(RUNS)/scale
 
-bench: $(if $(stamp),.venv/.stamp-dev)  ## graph attention against torch_geometric
+bench: $(if $(stamp),.venv/.stamp-dev)  ## graph attention against torch_geometric; retrieval, exact and by an inverted file (with real data only)
 	$(PY) tests/bench_attention.py
+	$(PY) tests/bench_retrieval.py
 
 clean:  ## delete the virtual environment and caches, keep runs and data
 	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -65,10 +65,10 @@ class Table:
 
 
 def read_runs(folder):
-    """List of run records below `folder`, those of `make demo` and `make scale` left out. Raises DataError if there is none or one is not readable."""
+    """List of run records below `folder`, without those of `make demo`, `honest` and `scale`. Raises DataError if there is none or one is unreadable."""
     records = []
     for path in sorted(Path(folder).rglob("run.json")):
-        if path.relative_to(folder).parts[0] in ("demo", "scale"):
+        if path.relative_to(folder).parts[0] in ("demo", "honest", "scale"):
             continue
         try:
             record = json.loads(path.read_text())
