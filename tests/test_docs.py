@@ -1,0 +1,103 @@
+"""README and docs: every command parses and those of docs/data.md run, every function and file that a page names is there."""
+import importlib
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import run
+import simulate
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+METHODS = {"gat_fusion", "multist", "stformer", "cmrcnet", "spatia"}
+SHORT = {"multist": "--epochs 4 --dec_epochs 2 --fusion_epochs 1 --n_init 1 --permutations 5 --n_pcs 20", "gat_fusion": "--epochs 3",
+         "stformer": "--epochs 2 --folds 0 --members 1", "cmrcnet": "--epochs 2 --val none --k 5", "spatia": ""}
+
+
+def commands(page):
+    """Commands of a page, fenced or inline, without prompts and comments."""
+    text = page.read_text(encoding="utf-8")
+    fenced = [line for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
+    inline = [" ".join(c.split()) for c in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))]
+    return [c.split(" #")[0].strip() for c in fenced + inline if re.match(r"(python|make|torchrun) ", c)]
+
+
+def words(command):
+    """The command's words; `...` stands for flags that the text leaves out."""
+    return [w for w in shlex.split(command) if w != "..."]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_parses(page):
+    for command in commands(page):
+        given = words(command)
+        if given[0] == "make":
+            targets = [w for w in given[1:] if "=" not in w and not w.startswith("-")]
+            makefile = (ROOT / "Makefile").read_text()
+            for target in targets:
+                assert re.search(rf"^{re.escape(target)}:", makefile, re.M), f"{page.name}: {command}"
+            for name in (w.split("=")[0] for w in given[1:] if "=" in w):
+                assert f"$({name})" in makefile or re.search(rf"\b{name}\b", makefile), f"{page.name}: {command}"
+            continue
+        script = next(w for w in given if w.endswith(".py"))
+        assert (ROOT / script).is_file(), f"{page.name}: {command}"
+        if script.removesuffix(".py") in METHODS:
+            try:
+                run.parse(importlib.import_module(script.removesuffix(".py")).Config, given[given.index(script) + 1:])
+            except SystemExit as stop:
+                assert stop.code == 0, f"{page.name}: {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_equations_name_functions_that_exist(method):
+    """The third column of a method's first table names what stands in its file: functions, classes, names in the record."""
+    module = importlib.import_module(method)
+    lines = (ROOT / "docs" / f"{method}.md").read_text(encoding="utf-8").splitlines()
+    head = next(i for i, line in enumerate(lines) if "| in the file |" in line)
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2:])
+    names = re.findall(r"`([A-Za-z_][\w.]*)`", " ".join(row.split("|")[3] for row in table))
+    assert len(names) > 8
+    source = (ROOT / f"{method}.py").read_text()
+    for name in names:
+        thing = module
+        for part in name.split("."):
+            thing = getattr(thing, part, None)
+        assert thing is not None or re.search(rf"\b(def|self\.|class )\s*{re.escape(name.split('.')[-1])}\b", source), f"docs/{method}.md names {name}"
+
+
+def test_commands_of_the_data_page_run(tmp_path):
+    """From files to figures with the commands of docs/data.md as they stand, on simulated files and with short settings."""
+    simulate.write_visium(simulate.simulate_cortex(260, 120, seed=1), tmp_path / "my_visium")
+    simulate.main(["cortex", str(tmp_path / "datasets" / "dlpfc"), "--n_spots", "260", "--n_genes", "120", "--n_slices", "1"])
+    (tmp_path / "datasets" / "dlpfc" / "sim1").rename(tmp_path / "datasets" / "dlpfc" / "151673")
+    simulate.simulate_hest(tmp_path / "my_task", n_slides=3, n_spots=40, patch_size=16, n_genes=60)
+    ran = []
+    for command in commands(ROOT / "docs" / "data.md"):
+        given = words(command)
+        if given[0] != "python" or given[1].removesuffix(".py") not in SHORT or "spatia.py" in given or "<" in command or "runs/..." in command:
+            continue
+        name = given[1].removesuffix(".py")
+        more = [] if "--predict" in given else SHORT[name].split()
+        done = subprocess.run([sys.executable, str(ROOT / given[1]), *given[2:], *more], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        ran.append(name)
+        if name == "gat_fusion" and "--predict" not in given:           # the short settings are part of the folder's name
+            made = tmp_path / done.stdout.split()[-1]
+            wanted = tmp_path / "runs/gat_fusion/dlpfc/151673/random-full-cross/seed0"
+            if made.parent != wanted:
+                wanted.parent.mkdir(parents=True, exist_ok=True)
+                made.parent.rename(wanted)
+                made = wanted / "run.json"
+            assert json.loads(made.read_text())["method"] == name
+    assert set(ran) == {"multist", "gat_fusion", "stformer", "cmrcnet"} and ran.count("gat_fusion") == 2
