@@ -1174,27 +1174,6 @@ def arrays_of(samples, genes, predicted, neighbours):
             "neighbours": torch.cat([n[1][:, :10] for n in neighbours]).cpu().numpy()}
 
 
-def folder_slides(config):
-    """Slides without counts for --predict: a HEST layout, or a folder of HEST patch files (img, coords, barcode). Raises DataError otherwise."""
-    root = Path(config.data)
-    if (root / "adata").is_dir() or (root / "st").is_dir():
-        names = [config.slice] if config.slice else data.hest_samples(root)
-        return [data.load_hest(root, n, patches=config.backbone != "features" or not is_file(config.encoder), counts=False) for n in names]
-    out = []
-    for path in sorted([*root.glob("patches/*.h5"), *root.glob("*.h5")]):
-        if config.slice in ("", path.stem):
-            try:
-                with h5py.File(path, "r") as file:
-                    barcodes = file["barcode" if "barcode" in file else "barcodes"][:].reshape(-1).astype(str)
-                    xy = file["coords"][:].astype(np.float64)
-            except (OSError, KeyError, ValueError) as error:
-                raise DataError(f"{path} lacks barcodes or coords ({error}): patch files need img, coords and barcode") from error
-            out.append(data.Slide(None, np.array([]), barcodes, xy, patches=data.Patches(path), sample=path.stem, source=str(path)))
-    if not out:
-        raise DataError(f"{root} holds neither adata/, st/ nor *.h5 patches{' of ' + config.slice if config.slice else ''}: check the path")
-    return out
-
-
 def wanted_genes(spec, own, there):
     """Names to read out of an atlas with the genes `there`: task = `own`, all, or a JSON list. Raises DataError for a gene that is not there."""
     try:
@@ -1225,7 +1204,9 @@ def predict_folder(config, start):
     genes = wanted_genes(config.genes, genes, there)
     column = {g: j for j, g in enumerate(there)}
     values = values.tocsc()[:, [column[g] for g in genes]].tocsr()
-    slides = folder_slides(known)
+    slides = data.load_patch_folder(known.data, known.slice, known.backbone != "features" or not is_file(known.encoder))
+    if Path(slides[0].source).suffix == ".npz":
+        known.encoder = str(Path(known.data) / "{sample}.npz")
     record = run.Run("cmrcnet", config, config.slice or "all", f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}", start)
     samples = [Sample(s.sample, s.patient, s, frozen_features(known, s)) for s in slides]
     for s in samples:

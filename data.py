@@ -37,6 +37,7 @@ from readers import (  # noqa: F401 - the readers are part of this module's inte
     list_slices,
     load_h5ad,
     load_hest,
+    load_patch_folder,
     load_slide,
     load_visium,
     read_10x_h5,

@@ -725,6 +725,35 @@ def load_hest(root, sample: str, patches: bool = True, label_key: str | None = N
     return slide
 
 
+def load_patch_folder(root, sample: str = "", patches: bool = True) -> list[Slide]:
+    """Slides without counts, for prediction: a HEST layout, a folder of HEST patch files (*.h5: img, coords, barcode), or of features files (*.npz:
+    embedding, coords, barcodes). `sample`: only that one; patches=False leaves a HEST layout's patches unread. Raises DataError with what was looked for.
+    """
+    root = Path(root)
+    if (root / "adata").is_dir() or (root / "st").is_dir():
+        return [load_hest(root, name, patches, counts=False) for name in ([sample] if sample else hest_samples(root))]
+    paths = sorted([*root.glob("patches/*.h5"), *root.glob("*.h5")]) or sorted(root.glob("*.npz"))
+    paths = [path for path in paths if sample in ("", path.stem)]
+    if not paths:
+        raise DataError(f"{root} holds neither adata/, st/, *.h5 patches nor *.npz features{' of ' + sample if sample else ''}: check the path")
+    out = []
+    for path in paths:
+        try:
+            if path.suffix == ".h5":
+                with h5py.File(path, "r") as handle:
+                    barcodes = handle["barcode" if "barcode" in handle else "barcodes"][:].reshape(-1).astype(str)
+                    xy = handle["coords"][:].astype(np.float64)
+            else:
+                with np.load(path, allow_pickle=False) as handle:
+                    barcodes, xy = handle["barcodes"].astype(str), handle["coords"].astype(np.float64)
+        except (OSError, KeyError, ValueError) as error:
+            raise DataError(f"{path} lacks barcodes or coords ({error}): patches need img, coords, barcode; features embedding, coords, "
+                            "barcodes") from error
+        stack = Patches(path) if path.suffix == ".h5" else None
+        out.append(Slide(None, np.array([]), barcodes, xy, patches=stack, sample=path.stem, source=str(path)))
+    return out
+
+
 # ------------------------------------------------------------------------------------------------------- any layout
 def _is_visium(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "spatial").is_dir() or _find(folder, "filtered_feature_bc_matrix.h5") is not None)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import h5py
 import matplotlib
 import numpy as np
 import torch
@@ -1037,38 +1036,6 @@ def state_of(config, models, linear, scaler, genes, sets):
             "weights": [model.state_dict() for model in models], "linear": [layer.state_dict() for layer in linear]}
 
 
-def folder_slides(config):
-    """Slides without counts for --predict: a HEST layout, a folder of HEST patch files (img, coords, barcode), or of features files (.npz with
-    embedding, barcodes, coords). Raises DataError with what was looked for."""
-    root = Path(config.data)
-    if (root / "adata").is_dir() or (root / "st").is_dir():
-        names = [config.slice] if config.slice else data.hest_samples(root)
-        return [data.load_hest(root, n, patches=Path(config.encoder).suffix not in (".npy", ".npz"), counts=False) for n in names]
-    paths = sorted([*root.glob("patches/*.h5"), *root.glob("*.h5")]) or sorted(root.glob("*.npz"))
-    paths = [p for p in paths if config.slice in ("", p.stem)]
-    if not paths:
-        raise DataError(f"{root} holds neither adata/, st/, *.h5 patches nor *.npz features{' of ' + config.slice if config.slice else ''}: "
-                        "check the path")
-    out = []
-    for path in paths:
-        try:
-            if path.suffix == ".h5":
-                with h5py.File(path, "r") as file:
-                    barcodes = file["barcode" if "barcode" in file else "barcodes"][:].reshape(-1).astype(str)
-                    xy = file["coords"][:].astype(np.float64)
-            else:
-                with np.load(path, allow_pickle=False) as file:
-                    barcodes, xy = file["barcodes"].astype(str), file["coords"].astype(np.float64)
-        except (OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path} lacks barcodes or coords ({error}): patches need img, coords, barcode; features embedding, coords, "
-                            "barcodes") from error
-        patches = data.Patches(path) if path.suffix == ".h5" else None
-        out.append(data.Slide(None, np.array([]), barcodes, xy, patches=patches, sample=path.stem, source=str(path)))
-    if paths[0].suffix == ".npz":
-        config.encoder = str(root / "{sample}.npz")
-    return out
-
-
 def predict_folder(config, start):
     """Predict the genes of slides that have no counts with a saved model; one folder of results for all of them."""
     saved = load_checkpoint(config.predict)
@@ -1080,7 +1047,9 @@ def predict_folder(config, start):
         raise DataError(f"{config.predict} is not the model.pt of a finished run ({error}): give that file") from error
     known.data, known.slice, known.cache, known.device = config.data, config.slice, config.cache, config.device
     known.encoder = config.encoder if config.encoder != Config.encoder else known.encoder
-    slides = folder_slides(known)
+    slides = data.load_patch_folder(known.data, known.slice, Path(known.encoder).suffix not in (".npy", ".npz"))
+    if Path(slides[0].source).suffix == ".npz":
+        known.encoder = str(Path(known.data) / "{sample}.npz")
     record = run.Run("stformer", config, config.slice or "all", f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}", start)
     samples = [to_sample(known, s) for s in slides]
     for s in samples:
