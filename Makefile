@@ -39,10 +39,16 @@ help:  ## list the targets
 test: $(if $(stamp),.venv/.stamp-dev)  ## the whole test suite (finds real data through PLAINST_DATA)
 	$(PY) -m pytest -q
 
-demo: $(stamp)  ## no download, no GPU: simulate a small cortex, run every method, print the table, write runs/demo/report.png
+demo: $(stamp)  ## no download, no GPU: simulate a small cortex, H&E task and cell field, run every method shortly, write runs/demo/report.html
 	rm -rf $(RUNS)/demo
-	$(PY) simulate.py cortex $(RUNS)/demo/data --n_spots 1000 --n_genes 500 --n_slices 2
-	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/demo/data RUNS=$(RUNS)/demo SLICES="sim1 sim2" SEEDS=0 FOLDS=0 MODELS="full-cross gcn_only expr_only" MULTIST=default
+	$(PY) simulate.py cortex $(RUNS)/demo/cortex --n_spots 1000 --n_genes 500 --n_slices 2
+	$(PY) simulate.py hest $(RUNS)/demo/patches --n_spots 120 --patch_size 64
+	$(PY) simulate.py cells $(RUNS)/demo/cells.h5 --n_cells 800
+	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/demo/cortex RUNS=$(RUNS)/demo SLICES="sim1 sim2" SEEDS=0 FOLDS=0 MODELS="full-cross gcn_only expr_only" MULTIST=default
+	$(PY) stformer.py --data $(RUNS)/demo/patches --epochs 15 --members 1 --runs $(RUNS)/demo
+	$(PY) cmrcnet.py --data $(RUNS)/demo/patches --epochs 15 --runs $(RUNS)/demo
+	$(PY) spatia.py --data $(RUNS)/demo/cells.h5 --steps_a 80 --steps_b 80 --steps_c 150 --draws 2 --ode_steps 4 --runs $(RUNS)/demo
+	$(PY) report.py --runs $(RUNS)/demo
 
 # $(call siblings,slice): the other slices of its donor that are there; a name outside the DLPFC set takes all the others.
 donors   := 151507+151508+151509+151510 151669+151670+151671+151672 151673+151674+151675+151676
