@@ -464,7 +464,8 @@ def test_two_processes_sum_to_one(cells, tmp_path):
         f"conditions = sp.Conditions(f, cell); torch.manual_seed(1)\n"
         f"g, c = sp.stage_c(s, f, conditions, sp.Generator(f.shape, f.cells.n_genes, size, cell.gene))\n"
         f"made = sp.generate(s, f, conditions, g, f.rows['test'][:20], 1, chunk=8)\n"
-        f"if record.rank == 0: open(sys.argv[1], 'w').write(json.dumps([a, b, c, made.ravel().tolist()]))\n")
+        f"if record.rank == 0: open(sys.argv[1], 'w').write(json.dumps([a, b, c, made.ravel().tolist()]))\n"
+        f"if record.world > 1: torch.distributed.barrier(); torch.distributed.destroy_process_group()\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), str(tmp_path / "one")])
         runpy.run_path(str(script))
