@@ -96,7 +96,7 @@ class Config(run.Config):
     fold: int = 0
     "which of the blocks or sections are held out"
     preset: Literal["tiny", "base"] = "tiny"
-    "tiny: about 0.6 M parameters, minutes on a CPU; base: about 50 M, for GPUs"
+    "tiny: about 1 M parameters, minutes on a CPU; base: for GPUs"
     path: Literal["flow", "ddpm"] = "flow"
     "flow matching on the straight path, Heun steps; or diffusion (cosine schedule, v-prediction), DDIM steps"
     rho: float = -1.0
