@@ -7,10 +7,14 @@ import shlex
 import subprocess
 import sys
 
+import figure_honest
 import pytest
+import torch
 
+import data
 import run
 import simulate
+import stformer
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,3 +105,46 @@ def test_commands_of_the_data_page_run(tmp_path):
                 made = wanted / "run.json"
             assert json.loads(made.read_text())["method"] == name
     assert set(ran) == {"multist", "gat_fusion", "stformer", "cmrcnet"} and ran.count("gat_fusion") == 2
+
+
+def streaming_pcc(chunks):
+    """Pearson r (G,) from six sums over chunks of (pred, true), each (S, G): exercise 6 of docs/stformer.md."""
+    n, sums = 0, 0
+    for x, y in chunks:
+        n, sums = n + len(x), sums + torch.stack([x.sum(0), y.sum(0), (x * x).sum(0), (y * y).sum(0), (x * y).sum(0)])     # (5, G)
+    x, y, xx, yy, xy = sums
+    return (xy - x * y / n) / ((xx - x * x / n) * (yy - y * y / n)).sqrt()
+
+
+def test_streaming_sums_agree_with_masked_pcc():
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(1000, 20, generator=generator, dtype=torch.float64)
+    pred = 0.3 * true + torch.randn(1000, 20, generator=generator, dtype=torch.float64)
+
+    def difference(x, y):
+        return (streaming_pcc(zip(x.split(77), y.split(77))) - whole).abs().max()
+    whole = stformer.masked_pcc(pred[None], true[None], torch.ones(1, 1000, 20, dtype=torch.bool))[0][0]
+    assert difference(pred, true) < 1e-9 and difference(pred.float(), true.float()) < 1e-5
+    assert difference(pred + 1000, true + 1000) < 1e-6                  # sums of squares of numbers far from 0 cancel:
+    assert difference((pred + 1000).float(), (true + 1000).float()) > 0.01      # in single precision nothing is left of r
+
+
+def test_chart_of_the_honest_page(tmp_path, capsys):
+    """Medians of the slices asked for; a block split that leaks does not count, and what has no run is named as missing."""
+    def record(folder, part, variant, split, leaks, ari, seed=0):
+        path = tmp_path / folder / "gat_fusion" / "d" / part / variant / f"seed{seed}" / "run.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"method": "gat_fusion", "metrics": {"ari": ari}, "baselines": {"coords_knn": {"ari": 0.5}},
+                                    "split": {"name": split, "leaks_position": leaks, "detail": ""}, "config": {"seed": seed}}))
+    for seed, ari in enumerate((0.1, 0.2, 0.6)):
+        record("runs", "a", "random-full-cross", "random", True, ari, seed)
+    record("runs", "b", "random-full-cross", "random", True, 0.9)
+    record("runs", "a", "blocks0-full-cross", "blocks", True, 0.9)
+    record("honest", "sim1", "random-gcn_only", "random", True, 0.3)
+    folders = ["--runs", str(tmp_path / "runs"), "--noise", str(tmp_path / "honest"), "--out", str(tmp_path / "chart.png")]
+    assert figure_honest.main([*folders, "--slices", "random:a"]) == 0 and (tmp_path / "chart.png").stat().st_size > 5000
+    lines = capsys.readouterr().out.splitlines()
+    assert "0.200 (0.100-0.600), 3 values" in next(line for line in lines if line.startswith("random") and "gat_fusion" in line)
+    assert sum(line.endswith("missing") for line in lines) == 2 + 6 + 6
+    with pytest.raises(data.DataError, match="--slices blocks"):
+        figure_honest.main([*folders, "--slices", "blocks"])
