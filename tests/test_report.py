@@ -164,6 +164,7 @@ def test_data_sets_stand_apart_and_cells_have_their_table(tmp_path):
         "baselines": {"ridge": {"cond_pcc_own_area": 0.3}, "knn": {"impute_pcc_mean": 0.2}}, "peak_rss_mb": 9, "device": "cpu",
         "versions": {"torch": "2"}, "git_commit": "abc"}))
     text = report.markdown(report.read_runs(tmp_path))
+    assert ".922" not in text and ".928" not in text.split("README")[0]    # published scores stand beside DLPFC slices only
     assert "### single cells - ca1" in text and "### Split `random` - leaks position - dlpfc" in text
     assert row(text, "ridge").split(" | ")[1:3] == ["0.300", "-"] and row(text, "spatia tiny").split(" | ")[1] == "0.400"
     report.draw(report.read_runs(tmp_path))
