@@ -43,6 +43,7 @@ PARTS = ("train", "val", "test")
 MODALITIES = ("img", "gene", "fused")
 ROUNDS = 5                                                              # imputation hides 1/5 of the genes of a cell, each gene once
 PIXEL = 8                                                               # channels of the decoder's convolutions at pixel resolution
+GUIDED = 0.6                                                            # guidance up to this t: later steps only sharpen, the same with and without
 ALPHAS = np.logspace(-1, 5, 13)                                         # ridge penalties, chosen by leave-one-out inside the training cells
 
 
@@ -74,7 +75,7 @@ class Size:
 
 
 PRESETS = {
-    "tiny": Size(64, 2, 2, 8, 2, 8, 1, 1, 16, 1, 24, 1, 4, 64, 2, 3, 0.0, 0.995, (300, 300, 1200), (128, 128, 64), (1e-3, 1e-3, 2e-3)),
+    "tiny": Size(64, 2, 2, 8, 2, 8, 1, 1, 16, 1, 24, 1, 4, 64, 2, 3, 0.0, 0.995, (300, 300, 2000), (128, 128, 32), (1e-3, 1e-3, 2e-3)),
     "base": Size(256, 8, 4, 8, 6, 32, 4, 2, 32, 3, 256, 4, 4, 384, 6, 10, 0.5, 0.9999, (25000, 10000, 100000), (512, 128, 256), (3e-4, 3e-4, 2e-4)),
 }
 
@@ -104,7 +105,7 @@ class Config(run.Config):
     condition: Literal["none", "expression", "context"] = "context"
     "what the decoder sees: nothing, the cell's own expression, or that and its neighbours' expression"
     guidance: float = 0.5
-    "w of classifier-free guidance, velocity (1 + w) v(condition) - w v(nothing)"
+    "w of classifier-free guidance, velocity (1 + w) v(condition) - w v(nothing), for t up to 0.6"
     draws: int = 8
     "images generated for each scored cell"
     ode_steps: int = 8
@@ -215,6 +216,9 @@ class Field:
         n, c, s, _ = cells.crops.shape
         self.shape = (c, s)
         self.stored = torch.tensor(cells.crops[np.arange(n)]) if n * c * s * s < 2**31 else None
+        sample = self.images(self.rows["train"][::-(-len(self.rows["train"]) // 4096)])
+        weight = 1 / sample.var((0, 2, 3)).clamp(min=1e-4)                                        # (C,) a sparse channel counts as much as a full one
+        self.weight = (weight / weight.mean())[:, None, None]
 
     def images(self, rows):
         """(B, C, S, S) float in [-1, 1]; from memory where all crops fit into 2 GB, else from the file."""
@@ -331,7 +335,8 @@ class ImageTok(nn.Module):
 class GeneTok(nn.Module):
     """M learned latents read the G gene tokens E_g + MLP(z_g) (Perceiver, Jaegle et al. 2021): O(M G), no gene x gene attention.
 
-    A hidden gene has a learned vector instead of its value; one more token carries the depth.
+    A hidden gene has a learned vector instead of its value; one more token carries the depth. The latents start at a linear map of the expression,
+    which itself starts at the principal components of the training cells (`start`): a few hundred steps of attention alone do not find them.
     """
 
     def __init__(self, n_genes, size):
@@ -339,19 +344,27 @@ class GeneTok(nn.Module):
         d = size.dim
         self.name = nn.Parameter(torch.randn(n_genes, d) * d ** -0.5)   # E
         self.value = nn.Sequential(nn.Linear(1, d), nn.GELU(), nn.Linear(d, d))
-        self.direct = nn.Parameter(torch.randn(n_genes, d) * d ** -0.5)
+        self.linear = nn.Linear(n_genes, d, bias=False)
         self.masked, self.depth = nn.Parameter(torch.zeros(d)), nn.Linear(1, d)
         self.latents = nn.Parameter(torch.randn(size.latents, d) * 0.02)
         self.read = CrossBlock(d, size.heads, size.ratio)
         self.blocks, self.norm = nn.ModuleList(Block(d, size.heads, size.ratio) for _ in range(size.gene_layers)), nn.LayerNorm(d)
 
+    @torch.no_grad()
+    def start(self, x):
+        """The linear map becomes the principal axes of x (n, G), as many as fit, over the first one's standard deviation."""
+        pca = PCA(min(len(self.linear.weight), *x.shape), random_state=0).fit(x)
+        axes = pca.components_ / np.sqrt(pca.explained_variance_[0] + 1e-9)                       # (<= d, G)
+        self.linear.weight.zero_()[:len(axes)] = torch.tensor(axes, dtype=torch.float32)
+        return self
+
     def forward(self, z, depth, hidden=None):
         """z (B, G), depth (B, 1), hidden (B, G) bool or None -> X_gene (B, M, d)."""
-        value = self.value(z[..., None]) + z[..., None] * self.direct   # (B, G, d)
+        value = self.value(z[..., None])                                # (B, G, d)
         if hidden is not None:
-            value = torch.where(hidden[..., None], self.masked, value)
+            value, z = torch.where(hidden[..., None], self.masked, value), z.masked_fill(hidden, 0)
         tokens = torch.cat([self.name + value, self.depth(depth)[:, None]], 1)                    # (B, G + 1, d)
-        h = self.read(self.latents.expand(len(z), -1, -1), tokens)      # (B, M, d)
+        h = self.read(self.latents + self.linear(z)[:, None], tokens)    # (B, M, d)
         for block in self.blocks:
             h = block(h)
         return self.norm(h)
@@ -599,7 +612,7 @@ class Generator(nn.Module):
     def forward(self, x, t, y, rho=0.0, choice=None):
         """x (B, C, S, S), t (B,) from 0 noise to 1 image, y (B, M + 4, e) -> the path's target (B, C, S, S).
 
-        The network paints the image, tanh keeps it in [-1, 1], and the target follows from it: flow (x1 - x) / (1 - t), ddpm (a x - x1) / s. An
+        The network paints the image, tanh keeps it near [-1, 1], and the target follows from it: flow (x1 - x) / (1 - t), ddpm (a x - x1) / s. An
         image has far fewer degrees of freedom than image minus noise, so a small network learns it sooner.
         """
         w = torch.exp(-6 * torch.arange(0, 1, 2 / self.place.shape[1], device=x.device))
@@ -610,7 +623,7 @@ class Generator(nn.Module):
             h = block(h, c, y, rho, None if choice is None else choice[:, i])
         scale, shift = unpatches(self.out(self.norm(h)), self.p, 2 * PIXEL).chunk(2, 1)            # (B, PIXEL, S, S): what the tokens say to pixels
         h = F.silu(self.stem(x) * (1 + scale) + shift)
-        image, t = torch.tanh(self.last(F.silu(self.smooth(h)))), t.view(-1, 1, 1, 1)
+        image, t = 1.05 * torch.tanh(self.last(F.silu(self.smooth(h)))), t.view(-1, 1, 1, 1)      # black and white at finite weights
         if self.path == "flow":
             return (image - x) / (1 - t).clamp(min=0.05)
         return (torch.sin(torch.pi * t / 2) * x - image) / torch.cos(torch.pi * t / 2).clamp(min=0.05)
@@ -854,10 +867,11 @@ def stage_b(session, field, cell, model):
         context = (torch.rand(batch, generator=g) >= 0.2) | (kind == 0)
         modality = torch.where(kind == 0, torch.randint(3, (batch,), generator=g), kind - 1)
         hidden, kind, context, modality = (a.to(session.device) for a in (hidden, kind, context, modality))
-        with torch.no_grad():
-            own = embed(cell, field, rows, hidden)
-        z = torch.stack([model.absent.expand(batch, -1), cached[0][rows.to(session.device)], own["gene"], own["fused"]], 1)
-        z = z[torch.arange(batch, device=z.device), kind]                                # (B, d)
+        z = torch.where(kind[:, None] == 0, model.absent, cached[0][rows.to(session.device)])      # (B, d)
+        for k, name in ((2, "gene"), (3, "fused")):
+            at = (kind == k).nonzero()[:, 0]
+            if len(at):
+                z = z.index_copy(0, at, embed(cell, field, rows[at.cpu()], hidden[at], name)[name])
         near = flat[modality[:, None] * n + field.niche[rows].to(session.device)]
         tissue = field.tissue[rows].to(session.device)
         far = flat_squares[modality[:, None] * m + tissue.clamp(min=0)]
@@ -894,7 +908,8 @@ class Conditions:
 
 
 def stage_c(session, field, conditions, model):
-    """Decoder: MSE to the path's target at t = sigmoid(N(-.5, 1)), the condition left out for one row in ten; the gene encoder learns at .1 lr."""
+    """Decoder: MSE to the path's target, channels by inverse variance, at t = sigmoid(N(-.5, 1)); one row in ten without its condition; the gene
+    encoder learns at .1 lr."""
     config, size, rows_of = session.config, session.size, field.rows["train"]
     rho, side = merge_ratio(config, size), field.shape[1]
 
@@ -907,7 +922,7 @@ def stage_c(session, field, conditions, model):
         t, drop, x0, choice = (a.to(session.device) for a in (t, drop, x0, choice))
         x, target = on_path(config.path, t, x0, turned(field.images(rows), which))
         y = torch.where(drop[:, None, None], model.null, conditions(model, rows))
-        return (model(x, t, y, rho, choice) - target).square().mean((1, 2, 3)).sum() / batch
+        return ((model(x, t, y, rho, choice) - target).square() * field.weight).mean((1, 2, 3)).sum() / batch
     slow = list(model.gene.parameters())
     fast = [p for name, p in model.named_parameters() if not name.startswith("gene.")]
     return optimise(session, 2, model, [{"params": fast, "lr": size.lr[2]}, {"params": slow, "lr": 0.1 * size.lr[2]}], loss_of, size.ema)
@@ -932,7 +947,7 @@ def generate(session, field, conditions, model, rows, draws, chunk=256):
 
         def velocity(x, t, y=y, null=null):
             v = model(x, t, y, rho)
-            return v if w == 0 or model.kind == "none" else (1 + w) * v - w * model(x, t, null, rho)
+            return v if w == 0 or model.kind == "none" or t[0] > GUIDED else (1 + w) * v - w * model(x, t, null, rho)
         x = sample(config.path, velocity, x, config.ode_steps)
         out[d, s:s + chunk] = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
     if session.world > 1:
@@ -1250,7 +1265,9 @@ def train(session, field, clock):
     """The three stages -> models {cell, context, generator}, losses {A, B, C}, the generator's conditions (None without it)."""
     config, size, n_genes, device = session.config, session.size, field.cells.n_genes, session.device
     models, losses, conditions = {}, {}, None
-    models["cell"], losses["A"] = stage_a(session, field, CellModel(field.shape, n_genes, size, config.fusion).to(device))
+    cell = CellModel(field.shape, n_genes, size, config.fusion)
+    cell.gene.start(table(field, "train")[:, :-1])
+    models["cell"], losses["A"] = stage_a(session, field, cell.to(device))
     clock.lap("stage_a")
     torch.manual_seed(config.seed + 1)                                  # an ablation of one stage leaves the start of the next alone
     models["context"], losses["B"] = stage_b(session, field, models["cell"], ContextModel(n_genes, size, config.niche, config.tissue).to(device))

@@ -302,6 +302,24 @@ def test_patches_and_their_inverse():
     assert torch.equal(sp.unpatches(p, 4, 3), x) and torch.equal(p[0, 1].view(3, 4, 4), x[0, :, :4, 4:])
 
 
+def test_gene_tokens_start_at_the_principal_components():
+    """Before any step the mean gene token holds the components linearly."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 8)) @ rng.standard_normal((8, 48)) + 2 * rng.standard_normal((400, 48))
+    plain = sp.GeneTok(48, SMALL)
+    gene, z = sp.copy.deepcopy(plain).start(x), torch.tensor(x, dtype=torch.float32)
+    assert torch.equal(gene.latents, plain.latents)
+    scores = (x - x.mean(0)) @ np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:8].T
+
+    def explained(model):
+        with torch.no_grad():
+            token = model(z, torch.zeros(400, 1)).mean(1).numpy()
+        fit = sp.make_pipeline(sp.StandardScaler(), sp.RidgeCV(sp.ALPHAS)).fit(token[:300], scores[:300])
+        return fit.score(token[300:], scores[300:])
+    assert explained(gene) > 0.9 > explained(plain) + 0.2
+
+
 def test_absent_modalities(trained):
     """Leaving a modality out by a mask equals not giving it, and each of the three embeddings differs."""
     _, field, cell, *_ = trained
