@@ -21,7 +21,7 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale bench clean
+.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -177,9 +177,10 @@ ablations-cmrcnet:  ## mask rate and loss of the reconstruction, k, shuffled pai
 ablations-hest:  ## controls of stformer on SECTIONS="C2 C3": bottleneck, no distance bias, permuted pairs, gene sets of GMT=<file> and the same shuffled
 	$(MAKE) --no-print-directory reproduce-hest CONTROLS=1
 
-honest: $(stamp)  ## a slice whose genes are noise: what random spots and held-out blocks make of it; runs/honest/report.html
+honest: $(stamp)  ## a slice whose genes are noise: what random spots and held-out blocks make of it; runs/honest/report.html, and chart.png where reproduce-dlpfc ran
 	test -d $(RUNS)/honest/noise || $(PY) simulate.py cortex $(RUNS)/honest/noise --n_slices 1 --n_spots 3600 --noise_genes
 	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/honest/noise RUNS=$(RUNS)/honest SLICES=sim1 MODELS=gcn_only HELD_OUT_MODELS=gcn_only SPLITS="random blocks" FOLDS=0 MULTIST=
+	$(if $(wildcard $(RUNS)/gat_fusion),$(PY) tests/figure_honest.py --runs $(RUNS) --noise $(RUNS)/honest --slices random:151673 blocks:151673 slice:151674 --out $(RUNS)/honest/chart.png)
 
 report: $(stamp)  ## every run so far, side by side: runs/report.html (one file), .md and figures
 	$(PY) report.py --runs $(RUNS)
@@ -199,9 +200,11 @@ scale: $(stamp)  ## multist and stformer up to 100,000 simulated spots: time and
 	$(PY) tests/scale_multist.py $(RUNS)/scale
 	$(PY) tests/scale_stformer.py $(RUNS)/scale
 
-bench: $(if $(stamp),.venv/.stamp-dev)  ## graph attention against torch_geometric; retrieval, exact and by an inverted file (with real data only)
-	$(PY) tests/bench_attention.py
-	$(PY) tests/bench_retrieval.py
+bench: $(if $(stamp),.venv/.stamp-dev)  ## ratios beside torch_geometric, scanpy and scikit-learn: runs/bench/bench.md (QUICK=--quick: only sees that it runs)
+	$(PY) bench.py all --out $(RUNS)/bench $(QUICK)
+
+gpu-check: $(stamp)  ## every method on a CUDA GPU beside the CPU; says so and ends where there is none
+	$(PY) tests/gpu_check.py --out $(RUNS)/gpu_check
 
 clean:  ## delete the virtual environment and caches, keep runs and data
 	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -211,7 +211,7 @@ class WeightedNeighbourSum(torch.autograd.Function):
                                        per_sample_weights=weights.flatten().index_select(0, place)).view(heads, n, d).transpose(0, 1)
         if ctx.needs_input_grad[1]:
             d_weights, flat = torch.empty_like(weights), values.flatten(1)
-            step = 512 if grad.device.type == "cpu" else n               # on a CPU a piece that stays in cache is twice as fast
+            step = n if grad.is_cuda else max(1, 2**18 // (weights.shape[2] * heads * d))   # on a CPU: a piece of 1 MB stays in cache, twice as fast
             for i in range(0, n, step):
                 index = ctx.table.index[i:i + step]
                 near = flat.index_select(0, index.flatten()).view(*index.shape, heads, d)            # (n', k, heads, d)

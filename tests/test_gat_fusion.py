@@ -72,7 +72,7 @@ def test_weighted_sum_equals_gather_with_gradients():
 def test_weighted_sum_gradient_in_pieces():
     """More spots than one piece of the backward pass."""
     table = gf.Neighbours(data.knn_table(np.random.default_rng(0).random((1300, 2)), 4)).others
-    values, weights = torch.randn(1300, 2, 3, requires_grad=True), torch.rand(1300, 2, 4, requires_grad=True)
+    values, weights = torch.randn(1300, 2, 64, requires_grad=True), torch.rand(1300, 2, 4, requires_grad=True)
     gf.weighted_neighbour_sum(values, weights, table).square().sum().backward()
     near = values.detach()[table.index]
     out = torch.einsum("nhk,nkhd->nhd", weights.detach(), near)
