@@ -27,10 +27,11 @@ from matplotlib import pyplot as plt  # noqa: E402
 from data import DataError  # noqa: E402
 from run import cli, write_atomically  # noqa: E402
 
-# Seed-time README of the released system: mean +- std over 12 slices, all genes, one seed, random split. Shown for context.
+# README of the released system (gcn_only: its RESULTS.md): mean +- std over 12 slices, all genes, one seed, random split. Shown for context.
 PUBLISHED = {"full-cross": ".928 +- .022", "full-gated": ".920 +- .027", "concat": ".917 +- .026", "gat_only": ".919 +- .029", "gcn_only": ".922 +- .027",
              "expr_only": ".356 +- .068", "multimodal-cross": ".928 +- .023"}
 PUBLISHED_DOMAINS = {"multist": {"151673": ".620"}}                      # {method: {slice: ARI}}, as its paper prints it
+PUBLISHED_GENES = {"cmrcnet": ".3117", "cmrcnet reconstruction-none": ".2933"}     # {method and flags: mean PCC}, arXiv 2506.08854, not comparable
 SHOWN = ("accuracy", "macro_f1", "kappa_quadratic", "log_loss", "boundary_accuracy")
 SHOWN_DOMAINS = ("ami", "completeness", "homogeneity")
 SHOWN_GENES = ("pcc_pooled", "variance_ratio_median", "slide_mean_rmse")
@@ -42,8 +43,8 @@ PANELS_CELLS = {"cond_pcc_other_area": ("PCC of generated other-nuclei area", "r
 BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr", "pca_gmm", "neighbour_mean_gmm")
 DOMAINS = "domains (unsupervised)"
 SOURCES = {                                                             # what was published, where, and why it may not be compared
-    "gat_fusion": "gat_fusion: published ARI from the README of the released system, mean +- std over 12 slices, all genes, one seed, random split; comparable "
-                  "only on random spots of the 12 slices with all genes, and there position alone answers.",
+    "gat_fusion": "gat_fusion: published ARI from the README (gcn_only: RESULTS.md) of the released system, mean +- std over 12 slices, all genes, one "
+                  "seed, random split; comparable only on random spots of the 12 slices with all genes, and there position alone answers.",
     "multist": "multist: published ARI from arXiv 2601.13331; not comparable where the slice here holds a subset of the genes or the low-resolution image.",
     "stformer": "stformer: its source reports no score.",
     "cmrcnet": "cmrcnet: arXiv 2506.08854 reports a mean PCC of .2933 without and .3117 with reconstruction on its 50 most expressed genes; not comparable "
@@ -148,12 +149,13 @@ def gene_rows(records):
 def gene_table(title, rows):
     """Table of predicted genes: mean PCC per slice or fold, its mean over them, medians of the other scores, runs."""
     parts = sorted({p for row in rows.values() for p in row})
-    out = Table(title, ["method", *(f"PCC {p}" for p in parts), "mean of medians", *SHOWN_GENES, "runs"])
+    out = Table(title, ["method", *(f"PCC {p}" for p in parts), "mean of medians", *SHOWN_GENES, "runs", "published PCC"])
     for name in sorted(rows, key=lambda n: (" " in n, n)):              # baselines have no space in their names
         every = [m for runs in rows[name].values() for m in runs]
         values = [[m["pcc_mean"] for m in rows[name].get(p, []) if m.get("pcc_mean") is not None] for p in parts]
         mean = f"{statistics.mean(statistics.median(v) for v in values):.3f}" if all(values) else "-"
-        out.rows.append([name, *map(cell, values), mean, *medians(every, SHOWN_GENES), str(len(every))])
+        published = PUBLISHED_GENES.get(re.sub(r" (section-)?(features|released|base)-?", " ", name).strip(), "")
+        out.rows.append([name, *map(cell, values), mean, *spreads(every, SHOWN_GENES), str(len(every)), published])
     return out
 
 
@@ -170,10 +172,9 @@ def ordered(rows):
     return sorted(rows, key=lambda name: (BASELINES.index(name) if name in BASELINES else len(BASELINES), name))
 
 
-def medians(runs, names):
-    """The median of each named score over the runs that have it, as text."""
-    known = {k: [m[k] for m in runs if m.get(k) is not None] for k in names}
-    return [f"{statistics.median(known[k]):.3f}" if known[k] else "-" for k in names]
+def spreads(runs, names):
+    """The median of each named score over the runs that have it, with its spread."""
+    return [cell([m.get(k) for m in runs]) for k in names]
 
 
 def domain_table(rows):
@@ -184,7 +185,7 @@ def domain_table(rows):
         every = [m for runs in rows[name].values() for m in runs]
         published = ", ".join(f"{s}: {ari}" for s, ari in PUBLISHED_DOMAINS.get(name.split()[0], {}).items() if s in slices)
         columns = [cell([m.get("ari") for m in rows[name].get(s, [])]) for s in slices]
-        out.rows.append([name, *columns, *medians(every, SHOWN_DOMAINS), str(len(every)), published])
+        out.rows.append([name, *columns, *spreads(every, SHOWN_DOMAINS), str(len(every)), published])
     return out
 
 
@@ -195,24 +196,29 @@ def layer_table(split, leaks, rows):
                 ["model", *(f"ARI {s}" for s in slices), *SHOWN, "ARI gain over coords_knn", "runs", "published ARI"])
     for name in ordered(rows):
         every = [m for runs in rows[name].values() for m in runs]
-        columns = [cell([m["ari"] for m in rows[name].get(s, [])]) for s in slices] + medians(every, SHOWN)
+        columns = [cell([m["ari"] for m in rows[name].get(s, [])]) for s in slices] + spreads(every, SHOWN)
         published = PUBLISHED.get(name, "") if split == "random" and all(re.fullmatch(r"151[56]\d\d", s) for s in slices) else ""     # DLPFC
         out.rows.append([name, *columns, cell([m.get("gain_over_coords_knn") for m in every]), str(len(every)), published])
     return out
 
 
 def cell_rows(records):
-    """{data set: {row name: [metrics of every run]}} of the single-cell runs, each baseline once per seed and value."""
+    """{title: {row name: [metrics of every run]}} of the single-cell runs, each baseline once per seed and value. A baseline's distance to the real
+    pictures stands in the column of the generated ones, and the distance of two halves of the real ones as a row of its own."""
     table, seen = defaultdict(lambda: defaultdict(list)), set()
     for r in records:
         if not any(k in r["metrics"] for k in SHOWN_CELLS):
             continue
-        for baseline, values in r["baselines"].items():
-            key = (r["data"], r["part"], r.get("config", {}).get("seed"), baseline, json.dumps(values, sort_keys=True))
+        split, found = r["split"] or {}, dict(r["baselines"])
+        title = "single cells" + (f", split `{split['name']}`" + (" - leaks position" if split.get("leaks_position") else "") if split else "")
+        if "fd_floor" in r["metrics"]:
+            found["real_against_real"] = {"fd_generated": r["metrics"]["fd_floor"]}
+        for name, values in found.items():
+            key = (title, r["data"], r["part"], r.get("config", {}).get("seed"), name, json.dumps(values, sort_keys=True))
             if key not in seen:
                 seen.add(key)
-                table[r["data"]][baseline].append(values)
-        table[r["data"]][f"{r['method']} {r['variant']}"].append(r["metrics"])
+                table[title][name].append({"fd_generated": values.get(f"fd_{name}")} | values)
+        table[title][f"{r['method']} {r['variant']}"].append(r["metrics"])
     return table
 
 
@@ -220,7 +226,7 @@ def cell_table(title, rows):
     """Table of single cells: every score as median and spread over runs; a baseline has the scores of its own task."""
     out = Table(title, ["method", *SHOWN_CELLS, "runs"])
     for name in sorted(rows, key=lambda n: (" " in n, n)):
-        out.rows.append([name, *(cell([m.get(k) for m in rows[name]]) for k in SHOWN_CELLS), str(len(rows[name]))])
+        out.rows.append([name, *spreads(rows[name], SHOWN_CELLS), str(len(rows[name]))])
     return out
 
 
@@ -236,7 +242,7 @@ def tables_of_data(records, suffix=""):
     if domain_rows(records):
         groups.append((domain_table(domain_rows(records)), ["multist"]))
     groups += [(gene_table(title, rows), ["stformer", "cmrcnet"]) for title, rows in sorted(gene_rows(records).items())]
-    groups += [(cell_table("single cells", rows), ["spatia"]) for _, rows in sorted(cell_rows(records).items())]
+    groups += [(cell_table(title, rows), ["spatia"]) for title, rows in sorted(cell_rows(records).items())]
     for table, methods in groups:
         names = " ".join(r[0] for r in table.rows)
         for method in methods:
@@ -256,13 +262,28 @@ def footer(records):
             f"peak memory {max(r['peak_rss_mb'] for r in records)} MB.")
 
 
+def absent(records):
+    """What a side-by-side reading would want and no record has: methods without a run, and rows that lack a seed, slice or fold that others have."""
+    out = [f"{m} has no run here ({target})" for m, target in TARGETS.items() if m not in {r["method"] for r in records}]
+    groups = defaultdict(lambda: defaultdict(set))                      # {(method, data, split): {variant: {(slice or fold, seed)}}}
+    for r in records:
+        split, seed = (r["split"] or {}).get("name"), r.get("config", {}).get("seed")
+        groups[r["method"], r["data"], split][row_name(r) if split else r["variant"]].add((r["part"], r.get("config", {}).get("fold"), seed))
+    for (method, data, split), variants in groups.items():
+        every = set().union(*variants.values())
+        short = [f"{name} {len(every) - len(found)}" for name, found in variants.items() if found < every]
+        if short:
+            out.append(f"{method} on {data}{f', split {split}' if split else ''}: of {len(every)} slices, folds and seeds these rows lack {', '.join(short)}")
+    return out
+
+
 def markdown(records):
     """The tables as one Markdown text."""
     out = []
     for t in tables_of(records):
         out += ["", f"### {t.title}", "", "| " + " | ".join(t.columns) + " |", "|---" * len(t.columns) + "|", *("| " + " | ".join(r) + " |" for r in t.rows)]
         out += ["", *t.notes]
-    return "\n".join([*out, "", footer(records)]).strip() + "\n"
+    return "\n".join([*out, "", *(f"Missing: {line}." for line in absent(records)), "", footer(records)]).strip() + "\n"
 
 
 def page(records, pictures):
@@ -273,9 +294,8 @@ def page(records, pictures):
         head = "".join(f"<th>{html.escape(c)}</th>" for c in t.columns)
         notes = "".join(f"<p class=note>{html.escape(n)}</p>" for n in t.notes)
         body.append(f"<h2>{html.escape(t.title)}</h2><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{notes}")
-    absent = [f"<li><code>{m}</code>: no run here, <code>{target}</code></li>" for m, target in TARGETS.items() if m not in {r["method"] for r in records}]
-    if absent:
-        body.append("<h2>Missing</h2><ul>" + "".join(absent) + "</ul>")
+    if absent(records):
+        body.append("<h2>Missing</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in absent(records)) + "</ul>")
     for title, png in pictures.items():
         body.append(f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
     return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>plainst: side by side</title>"
@@ -291,12 +311,14 @@ def png_of(figure):
 
 
 def layer_maps(records):
-    """{slice: [(title, xy (N, 2), code (N,))]}: the annotation, then the first seed of every layer and domain run beside it.
+    """{slice: [(title, xy (N, 2), code (N,))]}: the annotation, then the first seed of the layer and domain runs; first one of every method and split,
+    its main variant, then the others.
 
     Domains carry no names: each takes the colour of a layer by the assignment that agrees with the annotation most (drawing only, no score).
     """
-    out = {}
-    for r in sorted(records, key=lambda r: (r["method"], r["variant"], r.get("config", {}).get("seed", 0))):
+    out, rank = {}, defaultdict(int)
+    main = ("full-cross", "default")
+    for r in sorted(records, key=lambda r: (r["method"], not r["variant"].endswith(main), r["variant"], r.get("config", {}).get("seed", 0))):
         path = r["path"].parent / "arrays.npz"
         if "ari" not in r["metrics"] or not path.is_file():
             continue
@@ -305,16 +327,18 @@ def layer_maps(records):
             if found is None or "labels" not in arrays or not (arrays["labels"] >= 0).any():
                 continue
             xy, labels = arrays["xy"], arrays["labels"]
-        maps = out.setdefault(f"{r['data']} {r['part']}", [("annotation", xy, labels)])
-        title = f"{r['method']}\n{r['variant']}"
-        if title not in [t for t, *_ in maps]:
+        name, title = f"{r['data']} {r['part']}", f"{r['method']}\n{r['variant']}"
+        maps = out.setdefault(name, {"annotation": ((-1,), xy, labels)})
+        if title not in maps:
             if r["split"] is None:
                 rows = labels >= 0
                 agree = np.zeros((found.max() + 1, max(labels.max(), found.max()) + 1))
                 np.add.at(agree, (found[rows], labels[rows]), 1)
                 found = linear_sum_assignment(-agree)[1][found]
-            maps.append((title, xy, found))
-    return out
+            group = (name, r["method"], (r["split"] or {}).get("name"))
+            maps[title] = ((rank[group], len(maps)), xy, found)
+            rank[group] += 1
+    return {name: [(title, xy, code) for title, (_, xy, code) in sorted(maps.items(), key=lambda item: item[1][0])] for name, maps in out.items()}
 
 
 def draw_maps(maps, most=12):
@@ -328,7 +352,8 @@ def draw_maps(maps, most=12):
             axis.scatter(*xy.T, s=1.2, c=np.where(code < 0, np.nan, code), cmap="tab10", vmin=0, vmax=9, linewidths=0)
             axis.set_aspect("equal")
             axis.invert_yaxis()
-            axis.set_title(f"{name}\n{title}" if title == "annotation" else title, fontsize=6)
+            more = f" ({len(row) - most} more not drawn)" if len(row) > most else ""
+            axis.set_title(f"{name}{more}\n{title}" if title == "annotation" else title, fontsize=6)
     figure.tight_layout()
     return figure
 
@@ -340,12 +365,14 @@ def draw(records):
     if domain_rows(records):
         tables.append(((DOMAINS, "ARI on labelled spots", "neighbour_mean_gmm"), domain_rows(records)))
     tables += [((title.replace("`", ""), "mean PCC over genes", "ridge_raw"), rows) for title, rows in sorted(gene_rows(records).items())]
-    for data, rows in sorted(cell_rows(records).items()):
+    cells = [((data, title), rows) for data in sorted({r["data"] for r in records})
+             for title, rows in cell_rows([r for r in records if r["data"] == data]).items()]
+    for (data, title), rows in cells:
         for key, (label, floor) in PANELS_CELLS.items():
             one = {name: {data: [{"pcc_mean": m[key]} for m in runs if m.get(key) is not None]} for name, runs in rows.items()}
             one = {name: row for name, row in one.items() if row[data]}
             if one:
-                tables.append(((f"cells of {data}", label, floor), one))
+                tables.append(((f"{title.replace('`', '')}, {data}", label, floor), one))
     columns = min(len(tables), 3)
     tallest = max(len(rows) for _, rows in tables)
     figure, axes = plt.subplots(-(-len(tables) // columns), columns, squeeze=False,

@@ -92,8 +92,8 @@ def test_unsupervised_domains(tmp_path):
     records = report.read_runs(tmp_path)
     text = report.markdown(records)
     assert "### domains (unsupervised)\n\n| method | ARI 151673 | ARI 151674 | ami | completeness | homogeneity | runs | published ARI |" in text
-    assert row(text, "multist full") == "| multist full | 0.625 (0.500-0.750) | - | 0.375 | 0.250 | - | 4 | 151673: .620 |"
-    assert row(text, "pca_gmm") == "| pca_gmm | 0.250 (0.250-0.250) | 0.500 | 0.500 | 0.250 | - | 4 |  |"
+    assert row(text, "multist full") == "| multist full | 0.625 (0.500-0.750) | - | 0.375 (0.375-0.375) | 0.250 (0.250-0.250) | - | 4 | 151673: .620 |"
+    assert row(text, "pca_gmm") == "| pca_gmm | 0.250 (0.250-0.250) | 0.500 | 0.500 (0.500-0.500) | 0.250 (0.250-0.250) | - | 4 |  |"
     assert row(text, "neighbour_mean_gmm").startswith("| neighbour_mean_gmm | 0.500 (0.500-0.500) | 0.750 |") and "predict" not in text
     assert "### Split `random`" in text and text.index("pca_gmm") < text.index("multist full")
     assert len(report.draw(records).axes) == 2
@@ -112,8 +112,8 @@ def test_genes_from_histology(tmp_path):
     text = report.markdown(report.read_runs(tmp_path))
     assert "split `folds` - patients held out" in text and "split `section` - leaks the patient" in text
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
-    assert "| stformer mini | 0.400 | 0.400 | 0.500 |" in text and "| stformer mini | 0.200 (0.100-0.300) | 0.200 | 0.500 |" in text
-    assert rows["| ridge_raw"].endswith("| 1 |"), "the same baseline in every run counts once"
+    assert "| stformer mini | 0.400 | 0.400 | 0.500 |" in text and "| stformer mini | 0.200 (0.100-0.300) | 0.200 | 0.500 (0.500-0.500) |" in text
+    assert rows["| ridge_raw"].endswith("| 1 |  |"), "the same baseline in every run counts once"
     report.draw(report.read_runs(tmp_path))
 
 
@@ -142,8 +142,33 @@ def test_page_is_self_contained_and_says_what_is_missing(tmp_path, capsys):
     assert capsys.readouterr().out.split()[-1] == str(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert text.count("data:image/png;base64,") == 2 and "http" not in text and "src=\"data:" in text and "0.900" in text
-    assert "<code>cmrcnet</code>: no run here" in text and "<code>multist</code>: no run" not in text and text.count("<td>multist full</td>") == 1
+    assert "cmrcnet has no run here (make reproduce-her2st)" in text and "multist has no run" not in text and text.count("<td>multist full</td>") == 1
     assert (tmp_path / "report_maps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_maps_show_every_method_and_split_first(tmp_path):
+    for k in range(15):
+        write(tmp_path, "a", f"random-full-cross-k-{k}", 0, 0.8)
+    write(tmp_path, "a", "random-full-cross", 0, 0.8)
+    write(tmp_path, "a", "blocks0-full-cross", 0, 0.5, "blocks", False, fold=0)
+    write_domains(tmp_path, "a", "default", 0, 0.5, 0.25)
+    for path in tmp_path.rglob("run.json"):
+        found = {"domains" if "multist" in path.parts else "pred": np.repeat([0, 1], 10)}
+        np.savez(path.parent / "arrays.npz", xy=np.zeros((20, 2)), labels=np.repeat([0, 1], 10), **found)
+    (row,) = report.layer_maps(report.read_runs(tmp_path)).values()
+    first = [title.split("\n")[-1] for title, *_ in row[:4]]
+    assert first == ["annotation", "blocks0-full-cross", "random-full-cross", "default"] and len(row) == 19
+    figure = report.draw_maps({"a": row})
+    assert "7 more not drawn" in figure.axes[0].get_title() and len(figure.axes) == 12
+
+
+def test_missing_runs_are_named(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path, "a", "random-full-cross", seed, 0.8)
+    write(tmp_path, "a", "random-gcn_only", 0, 0.8)
+    text = report.markdown(report.read_runs(tmp_path))
+    assert "Missing: gat_fusion on dlpfc, split random: of 2 slices, folds and seeds these rows lack gcn_only 1." in text
+    assert "Missing: spatia has no run here (make reproduce-ca1)." in text
 
 
 def test_domains_take_the_colour_of_the_layer_they_cover(tmp_path):
@@ -160,11 +185,14 @@ def test_data_sets_stand_apart_and_cells_have_their_table(tmp_path):
     folder = tmp_path / "spatia" / "ca1" / "blocks" / "tiny" / "seed0"
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({
-        "method": "spatia", "config": {"seed": 0}, "metrics": {"cond_pcc_own_area": 0.4, "impute_pcc_mean": 0.3}, "split": None, "seconds": 1.0,
-        "baselines": {"ridge": {"cond_pcc_own_area": 0.3}, "knn": {"impute_pcc_mean": 0.2}}, "peak_rss_mb": 9, "device": "cpu",
+        "method": "spatia", "config": {"seed": 0}, "metrics": {"cond_pcc_own_area": 0.4, "impute_pcc_mean": 0.3, "fd_floor": 1.25}, "seconds": 1.0,
+        "split": {"name": "blocks", "leaks_position": False, "detail": ""},
+        "baselines": {"ridge": {"cond_pcc_own_area": 0.3}, "knn": {"impute_pcc_mean": 0.2}, "retrieval": {"fd_retrieval": 1.5}},
+        "peak_rss_mb": 9, "device": "cpu",
         "versions": {"torch": "2"}, "git_commit": "abc"}))
     text = report.markdown(report.read_runs(tmp_path))
     assert ".922" not in text and ".928" not in text.split("README")[0]    # published scores stand beside DLPFC slices only
-    assert "### single cells - ca1" in text and "### Split `random` - leaks position - dlpfc" in text
+    assert row(text, "retrieval").split(" | ")[4] == "1.500" and row(text, "real_against_real").split(" | ")[4] == "1.250"
+    assert "### single cells, split `blocks` - ca1" in text and "### Split `random` - leaks position - dlpfc" in text
     assert row(text, "ridge").split(" | ")[1:3] == ["0.300", "-"] and row(text, "spatia tiny").split(" | ")[1] == "0.400"
     report.draw(report.read_runs(tmp_path))
