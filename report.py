@@ -13,6 +13,7 @@ import io
 import json
 import re
 import statistics
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,8 @@ def gene_rows(records):
             continue
         split = r["split"]["name"]
         title = f"genes from H&E, split `{split}`" + (" - leaks the patient" if r.get("leaks_patient") else " - patients held out")
-        for baseline, values in r["baselines"].items():
+        control = r.get("config", {}).get("permute_pairs") or r.get("config", {}).get("shuffle_pairs")     # its baselines saw the wrong pairs too
+        for baseline, values in ({} if control else r["baselines"]).items():
             key = (title, r["data"], r["part"], baseline, json.dumps(values, sort_keys=True))
             if key not in seen:
                 seen.add(key)
@@ -374,9 +376,9 @@ def draw(records):
             if one:
                 tables.append(((f"{title.replace('`', '')}, {data}", label, floor), one))
     columns = min(len(tables), 3)
-    tallest = max(len(rows) for _, rows in tables)
-    figure, axes = plt.subplots(-(-len(tables) // columns), columns, squeeze=False,
-                                figsize=(5.6 * columns, (1.2 + 0.26 * tallest) * -(-len(tables) // columns)))
+    heights = [0.9 + 0.24 * max(len(rows) for _, rows in tables[i:i + columns]) for i in range(0, len(tables), columns)]
+    figure, axes = plt.subplots(len(heights), columns, squeeze=False, figsize=(5.6 * columns, sum(heights) + 0.5), height_ratios=heights,
+                                layout="constrained")
     colour = {s: plt.get_cmap("tab10")(i % 10) for i, s in enumerate(sorted({s for _, rows in tables for row in rows.values() for s in row}))}
     legend = {}
     for axis in axes.flat[len(tables):]:
@@ -392,10 +394,9 @@ def draw(records):
             axis.axvline(statistics.median(floor), ls="--", color="0.5", lw=1)
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel=label, xlim=(-0.1, 1.02))
         axis.tick_params(axis="y", labelsize=7)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(textwrap.fill(title, 44), fontsize=9)
         axis.grid(axis="x", color="0.92")
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.legend([legend[s] for s in sorted(legend)], sorted(legend), loc="lower center", ncols=8, fontsize=8, frameon=False)
+    figure.legend([legend[s] for s in sorted(legend)], sorted(legend), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
     return figure
 
 

@@ -114,6 +114,12 @@ def test_genes_from_histology(tmp_path):
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     assert "| stformer mini | 0.400 | 0.400 | 0.500 |" in text and "| stformer mini | 0.200 (0.100-0.300) | 0.200 | 0.500 (0.500-0.500) |" in text
     assert rows["| ridge_raw"].endswith("| 1 |  |"), "the same baseline in every run counts once"
+    folder = folder.parent.with_name("section-mini-permute_pairs-True") / "seed0"
+    folder.mkdir(parents=True)
+    record |= {"config": {"seed": 0, "permute_pairs": True}, "baselines": {"ridge_raw": {"pcc_mean": -0.15}}}
+    (folder / "run.json").write_text(json.dumps(record))
+    text = report.markdown(report.read_runs(tmp_path))
+    assert "-0.15" not in text and "mini-permute_pairs-True" in text, "baselines of a control stay out of the table"
     report.draw(report.read_runs(tmp_path))
 
 
