@@ -10,6 +10,7 @@ With h2h off or local a layer costs O(S (P + k) D): nothing is S x S. Every run 
     python stformer.py --data datasets/her2st --fold 0                                # a HEST-benchmark task, one of its splits
     python stformer.py --data datasets/her2st --split section --slice C2              # the other sections of its patient train: leaks the patient
     python stformer.py --data my_patches --predict runs/.../model.pt
+    torchrun --standalone --nproc_per_node=2 stformer.py --data datasets/her2st       # folds and members shared out, the same numbers
 """
 import copy
 import hashlib
@@ -653,8 +654,37 @@ def smooth(curve, reach=2):
     return np.convolve(curve, kernel, "same") / np.convolve(np.ones_like(curve), kernel, "same") if len(curve) >= len(kernel) else np.asarray(curve)
 
 
+def processes():
+    """Rank of this process and number of processes under torchrun; 0 and 1 without it."""
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
+
+
+def say(text):
+    """Print, in the first process only."""
+    if processes()[0] == 0:
+        print(text, flush=True)
+
+
+def exchange(done, first, make, epochs, device):
+    """Give done[first:] of `train` to all processes, each from the one that trained it: histories of `epochs` pairs and, with `make`, weights.
+
+    Jobs seed themselves, so two processes end with the numbers of one, bit for bit.
+    """
+    world = processes()[1]
+    for number in range(first, len(done) if world > 1 else first):
+        history = torch.zeros(epochs, 2, dtype=torch.float64, device=device)
+        weights = {k: w.clone() for k, w in make().to(device).state_dict().items()} if make is not None else {}
+        if done[number] is not None:
+            history, weights = history.copy_(torch.tensor(done[number]["history"], dtype=torch.float64)), done[number]["weights"]
+        for tensor in (history, *weights.values()):
+            torch.distributed.broadcast(tensor, number % world)
+        done[number] = {"weights": weights, "history": [tuple(h) for h in history.tolist()]}
+
+
 def train(make, samples, scaler, config, device, member=None, bag=False, latest=None):
-    """Cross-validation inside the training slides chooses the number of epochs; then `members` models are trained on all of them.
+    """Cross-validation inside the training slides chooses the number of epochs; then `members` models are trained on all of them. Under torchrun
+    the folds, and then the members, are shared out to the processes.
 
     Returns models, histories of the folds and the members, the best mean validation score (nan without folds). latest: path of latest.pt or None.
     """
@@ -664,12 +694,16 @@ def train(make, samples, scaler, config, device, member=None, bag=False, latest=
         if saved["config"] != resumable(config):
             raise DataError(f"{latest} was written with other flags: use the same flags, or leave --resume away")
     done, jobs, epochs, best = list(saved["done"]), inner_folds(samples, config.folds), config.epochs, float("nan")
-    n_folds = len(jobs)
+    n_folds, (rank, world) = len(jobs), processes()
     for number, (fit, val) in enumerate(jobs + [(samples, [])] * config.members):
         if number == n_folds and n_folds:
+            exchange(done, 0, None, epochs, device)
             curve = smooth(np.mean([[score for _, score in h["history"]] for h in done[:n_folds]], axis=0))       # (epochs,)
             epochs, best = int(curve.argmax()) + 1, float(curve.max())
         if number < len(done):
+            continue
+        if number % world != rank:
+            done.append(None)                                           # another process trains it
             continue
 
         def save(state):
@@ -678,6 +712,7 @@ def train(make, samples, scaler, config, device, member=None, bag=False, latest=
         model, history = train_one(make, fit, val, scaler, config, device, epochs, number, member, bag,
                                    saved["going"] if number == len(saved["done"]) else None, save if latest is not None else None)
         done.append({"weights": model.state_dict() if number >= n_folds else {}, "history": history})
+    exchange(done, n_folds, make, epochs, device)
     models = [make().to(device) for _ in done[n_folds:]]
     for model, job in zip(models, done[n_folds:]):
         model.load_state_dict(job["weights"])
@@ -926,7 +961,7 @@ def load(config, train_names, test_names):
     for s in samples.values():
         low, absent = int((~s.scored).sum()), int((~s.measured).sum())
         if low or absent:
-            print(f"{s.name}: {low} of {len(s.x)} spots have fewer than {config.min_counts} counts and are not scored; "
+            say(f"{s.name}: {low} of {len(s.x)} spots have fewer than {config.min_counts} counts and are not scored; "
                   f"{absent} genes are not on its panel")
     return samples, genes
 
@@ -944,7 +979,9 @@ def main(argv=None):
     sets, member = [], None
     if config.gene_sets:
         sets, member = read_gmt(config.gene_sets, genes, np.random.default_rng(config.seed) if config.shuffle_sets else None)
-    print(f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; {len(genes)} genes, "
+    if record.world > 1 and (config.save_every or config.resume):
+        raise DataError("several processes write no checkpoints: leave --save_every and --resume away, or start one process")
+    say(f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; {len(genes)} genes, "
           f"{raw[test_names[0]].x.shape[1]} features, "
           + (f"{len(sets)} gene sets with a target gene" if sets else f"{config.pathways} tokens without gene sets"))
     if config.permute_pairs:
@@ -956,7 +993,7 @@ def main(argv=None):
     rates = true_rates(config.data, test, genes)
     others = {name: score(test, p, rates) for name, p in predictions.items()}
     for name, s in others.items():
-        print(line(name, s), flush=True)
+        say(line(name, s))
 
     def make():
         model = build(config, fit[0].x.shape[1], len(genes), len(sets) or config.pathways)
@@ -975,7 +1012,7 @@ def main(argv=None):
     found |= {f"gain_over_{name}": found["pcc_mean"] - others[name]["pcc_mean"] for name in others}
     if member is not None and not bag:
         found["pathway_pcc"] = pathway_agreement(test, pairs, member)
-    print(line("stformer", found) + f"  gain over ridge {found['gain_over_ridge_raw']:+.3f} (raw), {found['gain_over_ridge_pca256']:+.3f} (PCA 256)")
+    say(line("stformer", found) + f"  gain over ridge {found['gain_over_ridge_raw']:+.3f} (raw), {found['gain_over_ridge_pca256']:+.3f} (PCA 256)")
     arrays = arrays_of(test, genes_found, pairs, genes, sets)
     draw(record, test, genes_found, pairs, genes, sets, histories, bag)
     record.finish(found, others, arrays, sum(w.numel() for w in models[0].parameters()), split,

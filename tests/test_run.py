@@ -162,6 +162,26 @@ def test_makefile(tmp_path):
         assert status == 2 and f'{name} is "my folder"' in out
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_launch_stands_before_every_run(tmp_path):
+    """LAUNCH="srun ..." or "torchrun ..." as the README gives it: every training run goes through it, reports and downloads do not."""
+    for path in ("datasets/dlpfc/151673.h5ad", "datasets/ca1/cells.h5", "datasets/her2st/splits/test_0.csv", "datasets/her2st/splits/train_0.csv"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    ran = set()
+    for target in ("reproduce-dlpfc", "reproduce-hest", "reproduce-ca1"):
+        status, out = make(tmp_path, target, "LAUNCH=srun --gres=gpu:1", "SLICES=151673", "HEST=datasets/her2st", "SECTIONS=C2")
+        assert status == 0, out
+        for line in out.splitlines():
+            script = next((w for w in line.split() if w.endswith(".py")), None)
+            if script in ("report.py", "download.py", "data.py"):
+                assert not line.startswith("srun")
+            elif script:
+                assert line.startswith("srun --gres=gpu:1 python3 "), line
+                ran.add(script)
+    assert ran == {"gat_fusion.py", "multist.py", "stformer.py", "cmrcnet.py", "spatia.py"}
+
+
 def test_runs_from_another_folder(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "gat_fusion.py"), "--data", "none"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
