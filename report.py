@@ -259,8 +259,9 @@ def footer(records):
     """What the numbers are and where they come from."""
     first = records[0]
     commits = sorted({r["git_commit"][:9] for r in records})
+    devices = sorted({" on ".join(filter(None, (r["device"], r.get("processor")))) for r in records})
     return (f"Median (min-max) over folds and seeds; {len(records)} runs, commit {', '.join(commits)}, torch {first['versions']['torch']}, "
-            f"{', '.join(sorted({r['device'] for r in records}))}; run time median {statistics.median(r['seconds'] for r in records):.0f} s, "
+            f"{', '.join(devices)}; run time median {statistics.median(r['seconds'] for r in records):.0f} s, "
             f"peak memory {max(r['peak_rss_mb'] for r in records)} MB.")
 
 

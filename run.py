@@ -168,8 +168,8 @@ class Run:
             "method": self.method, "config": dataclasses.asdict(self.config), "metrics": _plain(metrics), "baselines": _plain(baselines),
             "split": None if split is None else {"name": split.name, "leaks_position": split.leaks_position, "detail": split.detail},
             "n_params": n_params, "seconds": round(time.perf_counter() - self.start, 2),
-            "peak_rss_mb": round(peak_rss_mb()), "device": device_name(self.device), "versions": versions(), "git_commit": git_commit(),
-            "processes": self.world, "data_checksum": checksum, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), **_plain(more)}
+            "peak_rss_mb": round(peak_rss_mb()), "device": device_name(self.device), "processor": processor(), "versions": versions(),
+            "git_commit": git_commit(), "processes": self.world, "data_checksum": checksum, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), **_plain(more)}
         if self.world > 1:
             torch.distributed.barrier()                                 # no process leaves the group while another still needs it
             torch.distributed.destroy_process_group()
@@ -231,6 +231,15 @@ def versions():
     """Versions of everything that can change a number."""
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
             "scikit-learn": sklearn.__version__, "h5py": h5py.__version__}
+
+
+def processor():
+    """Name of the CPU, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
 
 
 def git_commit():

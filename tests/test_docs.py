@@ -98,7 +98,8 @@ def reader(tmp_path_factory):
     (root / "datasets" / "hallmark").mkdir()
     names = slides[0].genes
     (root / "datasets/hallmark/h.all.symbols.gmt").write_text("".join(f"SET{k}\thttp://none\t" + "\t".join(names[k::6]) + "\n" for k in range(6)))
-    simulate.simulate_cells(root / "cells.h5", n_cells=300, n_genes=48, n_sections=3, size=16)
+    for cells in (root / "cells.h5", root / "datasets" / "ca1" / "cells.h5"):
+        simulate.simulate_cells(cells, n_cells=300, n_genes=48, n_sections=3, size=16)
     return root
 
 

@@ -54,7 +54,7 @@ def test_record(tmp_path, capsys):
     record = json.loads(path.read_text())
     assert record["metrics"] == {"ari": 0.5, "nan": None} and record["baselines"] == {"majority": {"ari": 0}} and record["epochs"] == 4
     assert record["split"] == {"name": "random", "leaks_position": True, "detail": "why"} and record["config"]["rate"] == 0.5
-    assert record["n_params"] == 7 and record["data_checksum"] == "abc" and record["versions"]["torch"] == torch.__version__
+    assert record["n_params"] == 7 and record["data_checksum"] == "abc" and record["versions"]["torch"] == torch.__version__ and record["processor"]
     assert sorted(p.name for p in path.parent.iterdir()) == ["arrays.npz", "model.pt", "run.json"]
 
 
