@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tokenize
 import zipfile
 import zlib
 from collections import OrderedDict
@@ -297,7 +298,7 @@ def _read_label_image(path) -> np.ndarray:
         _require(image.dtype.kind in "iu" and image.nnz > 0 and image.data.min() >= 0, path, "holds no label image", "give nucleus numbers from 1 on")
         _require(np.iinfo(np.int32).max > image.data.max(), path, "has nucleus numbers above 2^31", "number the nuclei from 1 on")
         return image.astype(np.int32).toarray()
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, SyntaxError, tokenize.TokenError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} cannot be read as a sparse label image ({error}): it is truncated or of another kind, download it again") from error

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -569,7 +570,7 @@ def read_embedding(path, slide):
             if not isinstance(values, np.ndarray):                       # an .npz by content, whatever its name
                 values, names = values["embedding"], values["barcodes"].astype(str)
             finite = bool(np.isfinite(values).all())
-    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, SyntaxError, tokenize.TokenError) as error:
         raise DataError(f"{path} holds no embedding ({error}): give .npy (N, D), or .npz with `embedding` (N, D) and `barcodes` (N,)") from error
     if values.ndim != 2 or not finite:
         raise DataError(f"{path} has shape {values.shape} or NaN values: an embedding is a finite (N, D) array")

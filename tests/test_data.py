@@ -563,6 +563,14 @@ def test_read_embedding(tmp_path, rng):
         np.testing.assert_array_equal(data.read_embedding(tmp_path / name, slide), x.astype(np.float32))
 
 
+def test_read_embedding_refuses_a_broken_header(tmp_path):
+    """The header of .npy is Python text: half of it is no number, no end, or no sentence."""
+    for i, header in enumerate((b"{'descr': '<f4', 'fortran_order': False, 'shape': (3", b"{'descr': '<f4',\n 'a' b: (", b"  x = = 1")):
+        (tmp_path / f"{i}.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        with pytest.raises(DataError, match="holds no embedding"):
+            data.read_embedding(tmp_path / f"{i}.npy", toy_slide())
+
+
 def test_read_embedding_by_slice_name(tmp_path, rng):
     for name in ("one", "two"):
         slide, x = toy_slide(sample=name), rng.random((30, 2))
