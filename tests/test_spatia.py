@@ -468,6 +468,31 @@ def test_generated_pictures_do_not_depend_on_what_is_generated_beside_them(train
     assert a.shape == (2, len(rows), 2, 16, 16) and np.abs(a[0, :16].astype(int) - b[0]).max() <= 1 and not np.array_equal(a[0], a[1])
 
 
+def test_guidance_acts_early_only(trained, tmp_path, monkeypatch):
+    """Velocities are (1 + w) v(Y) - w v(nothing) up to t = GUIDED, v(Y) after it."""
+    config, field, cell, generator, _ = trained
+    conditions, rows, seen = sp.Conditions(field, cell), field.rows["test"][:8], []
+    monkeypatch.setattr(sp, "sample", lambda path, velocity, x, steps: seen.append([velocity(x, x.new_full((len(x),), t)) for t in (0.3, 0.9)]) or x)
+    for w in (0.0, 1.0, 3.0):
+        sp.generate(sp.Session(dataclasses.replace(config, guidance=w), Record(tmp_path), SMALL), field, conditions, generator, rows, 1)
+    plain, one, three = seen
+    assert all(torch.equal(v[1], plain[1]) for v in (one, three)) and not torch.allclose(one[0], plain[0])
+    torch.testing.assert_close(three[0] - plain[0], 3 * (one[0] - plain[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_decoder_channels_count_by_inverse_variance(trained, tmp_path, monkeypatch):
+    config, field, cell, generator, _ = trained
+    x = field.images(field.rows["train"])
+    var = x.var((0, 2, 3))
+    torch.testing.assert_close(field.weight.flatten() * var, (field.weight.flatten() * var).mean().expand(2))
+    losses, conditions = [], sp.Conditions(field, cell)
+    monkeypatch.setattr(sp, "optimise", lambda session, number, model, groups, loss_of, ema=0: loss_of(torch.Generator().manual_seed(0), 16).item())
+    for weight in ((2.0, 0.0), (0.0, 2.0), (1.0, 1.0)):
+        monkeypatch.setattr(field, "weight", torch.tensor(weight)[:, None, None])
+        losses.append(sp.stage_c(sp.Session(config, Record(tmp_path), SMALL), field, conditions, generator))
+    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4) and losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
 def test_two_processes_sum_to_one(cells, tmp_path):
     """torchrun with two processes: the losses of A and C are those of one process."""
     script = tmp_path / "go.py"
