@@ -240,10 +240,10 @@ class GraphAttention(nn.Module):
 
     def forward(self, h, graph):
         """h (N, dim_in) -> (N, dim_out), alpha (N, heads, k+1)."""
-        h = self.project(h).view(len(h), self.heads, -1)                # (N, heads, d)
-        to, of = (h * self.u).sum(-1), (h * self.v).sum(-1)             # (N, heads) each
-        index = graph.own.index                                         # (N, k+1)
-        e = to.index_select(0, index.flatten()).view(*index.shape, self.heads).transpose(1, 2)        # (N, heads, k+1)
+        h = self.project(h)                                             # (N, heads d)
+        to, of = (h @ torch.block_diag(*w[:, :, None]) for w in (self.u, self.v))    # (N, heads) each: head by head the products u . W h and v . W h
+        h, rows = h.view(len(h), self.heads, -1), graph.own.bags(self.heads)[0]      # (N, heads, d); (N heads, k+1)
+        e = to.flatten().index_select(0, rows.flatten()).view(len(h), self.heads, -1)    # (N, heads, k+1)
         alpha = softmax_over_table(F.leaky_relu(e + of[:, :, None], 0.2), graph.own.empty)
         out = weighted_neighbour_sum(h, F.dropout(alpha, self.dropout, self.training), graph.own)
         return out.flatten(1) + self.bias, alpha                        # (N, dim_out)
