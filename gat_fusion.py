@@ -205,18 +205,27 @@ class WeightedNeighbourSum(torch.autograd.Function):
         values, weights = ctx.saved_tensors
         n, heads, d = values.shape
         _, chosen_by, start, place = ctx.table.bags(heads)
-        grad, d_values, d_weights = grad.contiguous(), None, None
+        grad, d_values = grad.contiguous(), None
         if ctx.needs_input_grad[0]:
             d_values = F.embedding_bag(chosen_by, grad.view(n * heads, d), start, mode="sum",
                                        per_sample_weights=weights.flatten().index_select(0, place)).view(heads, n, d).transpose(0, 1)
-        if ctx.needs_input_grad[1]:
-            d_weights, flat = torch.empty_like(weights), values.flatten(1)
-            step = n if grad.is_cuda else max(1, 2**18 // (weights.shape[2] * heads * d))   # on a CPU: a piece of 1 MB stays in cache, twice as fast
-            for i in range(0, n, step):
-                index = ctx.table.index[i:i + step]
-                near = flat.index_select(0, index.flatten()).view(*index.shape, heads, d)            # (n', k, heads, d)
-                d_weights[i:i + step] = (near * grad[i:i + step, None]).sum(-1).transpose(1, 2)      # (n', heads, k)
-        return d_values, d_weights, None
+        return d_values, products_over_table(grad, values, ctx.table) if ctx.needs_input_grad[1] else None, None
+
+
+def products_over_table(a, b, table):
+    """<a[i, h], b[index[i, j], h]>: a, b (N, heads, d) contiguous -> (N, heads, k).
+
+    On a CPU these are the entries of a (N heads, N heads) product that the table asks for: nothing is gathered, four times as fast.
+    """
+    n, heads, d = a.shape
+    if a.is_cuda or a.dtype not in (torch.float32, torch.float64):
+        return (b[table.index] * a[:, None]).sum(-1).transpose(1, 2)    # (N, k, heads, d) -> (N, heads, k)
+    rows = table.bags(heads)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)                    # torch calls its CSR tensors a beta version, once a process
+        wanted = torch.sparse_csr_tensor(torch.arange(len(rows) + 1) * rows.shape[1], rows.flatten(), a.new_zeros(rows.numel()),
+                                         (n * heads, n * heads), check_invariants=False)
+    return torch.sparse.sampled_addmm(wanted, a.view(n * heads, d), b.reshape(n * heads, d).T, beta=0.0).values().view(n, heads, -1)
 
 
 weighted_neighbour_sum = WeightedNeighbourSum.apply
