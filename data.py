@@ -251,6 +251,42 @@ def knn_table(xy, k, query=None, name=""):
     return near[~is_self].reshape(len(xy), k)                            # (N, k)
 
 
+def median_tiles(xy, size):
+    """Rows of xy (N, 2) in compact tiles of at most `size` spots: halve at the median of the longer side until small enough, O(N log^2 N)."""
+    todo, tiles = [np.arange(len(xy))], []
+    while todo:
+        rows = todo.pop()
+        if len(rows) <= size:
+            tiles.append(rows)
+            continue
+        axis = int(np.argmax(np.ptp(xy[rows], axis=0)))
+        rows = rows[np.argsort(xy[rows, axis], kind="stable")]
+        todo += [rows[:len(rows) // 2], rows[len(rows) // 2:]]
+    return tiles
+
+
+def with_halo(table, rows, hops, place):
+    """The spots that `hops` steps of a graph reach from a tile, and their neighbour table, so that the tile's own spots see what they see in the whole.
+
+    table (N, k); rows (m,) of the tile; place (N,) int64, all -1, lent as a scratch pad and given back so. Returns rows (n,), the tile's own first,
+    and the table (n, k) of places among them. A spot of the outermost ring points at itself where its neighbour is not at hand: it keeps its number
+    of neighbours, and what is computed there reaches no spot of the tile.
+    """
+    found, edge = [rows], rows
+    place[rows] = 0
+    for _ in range(hops):
+        near = np.unique(table[edge])
+        edge = near[(near >= 0) & (place[near] < 0)]
+        place[edge] = 0
+        found.append(edge)
+    found = np.concatenate(found)                                        # (n,)
+    place[found] = np.arange(len(found))
+    near = table[found]                                                  # (n, k)
+    here = np.where(place[near] < 0, np.arange(len(found))[:, None], place[near])
+    place[found] = -1
+    return found, np.where(near < 0, -1, here)
+
+
 def lattice_table(grid, radius=1):
     """Lattice neighbours within `radius` rings from (N, 2) array row/column: (N, K) int64, -1 where the lattice site is empty.
 

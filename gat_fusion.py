@@ -15,7 +15,6 @@ because on randomly held-out spots they are as good as the published networks; s
 """
 import copy
 import hashlib
-import pickle
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -51,6 +50,7 @@ IMAGE_MODES = {"img_expr", "multimodal"}
 EMBEDDING_MODES = {"embedding_only", "embedding"}
 GENE_FREE = {"majority", "coords_knn", "coords_rbf"}
 BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr")
+MOST_FOR_PCA = 20_000                                                   # with --tile: training spots that the baselines' components are fitted on
 SMOOTHED = 36                                                           # neighbours that smoothed_lr averages over
 
 
@@ -113,6 +113,8 @@ class Config(run.Config):
     "most epochs (one optimiser step each)"
     patience: int = 20
     "stop after so many epochs without a better validation ARI"
+    tile: int = 0
+    "train and predict on compact tiles of at most so many spots, with all spots that these see through the graph; 0: the whole slide at once"
     min_shared: float = 0.5
     "with --predict: the least share of the checkpoint's genes that the new slide must have"
     predict: str = ""
@@ -122,8 +124,9 @@ class Config(run.Config):
 def check(config):
     """Raise DataError, naming the flag, for a value that no run can use."""
     rules = dict.fromkeys(("n_blocks", "k", "n_top_genes", "dim", "hidden", "heads", "layers", "epochs", "patience"), run.AT_LEAST_ONE)
-    rules |= {"split_seed": run.SEED, "buffer": run.AT_LEAST_ZERO, "weight_decay": run.AT_LEAST_ZERO, "crop_um": run.POSITIVE, "lr": run.POSITIVE,
-              "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"), "min_shared": (lambda v: 0 <= v <= 1, "from 0 to 1")}
+    rules |= dict.fromkeys(("tile", "buffer", "weight_decay"), run.AT_LEAST_ZERO) | dict.fromkeys(("crop_um", "lr"), run.POSITIVE)
+    rules |= {"split_seed": run.SEED, "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+              "min_shared": (lambda v: 0 <= v <= 1, "from 0 to 1")}
     run.check_flags(config, rules)
     if config.dim % config.heads:
         raise DataError(f"--heads is {config.heads}: it must divide --dim {config.dim}")
@@ -228,7 +231,9 @@ def products_over_table(a, b, table):
     return torch.sparse.sampled_addmm(wanted, a.view(n * heads, d), b.reshape(n * heads, d).T, beta=0.0).values().view(n, heads, -1)
 
 
-weighted_neighbour_sum = WeightedNeighbourSum.apply
+def weighted_neighbour_sum(values, weights, table):
+    """The same with autocast, which leaves the weights float32 and the values not: the sum is made in the type of the weights."""
+    return WeightedNeighbourSum.apply(values.to(weights.dtype), weights, table)
 
 
 class GraphAttention(nn.Module):
@@ -518,14 +523,22 @@ class Task:
         """(N, G) z-scores, or the frozen vectors (N, D) of the embedding modes."""
         if self.config.mode in EMBEDDING_MODES:
             return np.concatenate([data.read_embedding(self.config.embedding, s) for s in self.slides])
-        return np.concatenate([inputs(self.config, self.expression, s, self.library) for s in self.slides])
+        return self.z
+
+    @cached_property
+    def z(self):
+        """z-scores of all spots: (N, G) float32, or with --tile the same behind `ZScores`."""
+        parts = [ZScores(self.config, self.expression, s, self.library) for s in self.slides]
+        return ZScores.joined(parts) if self.config.tile else np.concatenate([p[:] for p in parts])
 
     @cached_property
     def pcs(self):
         """(N, 50) principal components of the z-scores, fitted on training rows, for the linear baselines."""
-        rows, x = self.split.train, np.concatenate([inputs(self.config, self.expression, s, self.library) for s in self.slides]) \
-            if self.config.mode in EMBEDDING_MODES else self.x
-        return PCA(min(50, rows.sum() - 1, x.shape[1]), svd_solver="randomized", random_state=0).fit(x[rows]).transform(x)
+        rows = np.flatnonzero(self.split.train)
+        fit = rows[::len(rows) // MOST_FOR_PCA + 1] if self.config.tile else rows
+        pca = PCA(min(50, len(fit) - 1, self.z.shape[1]), svd_solver="randomized", random_state=0).fit(self.z[fit])
+        step = self.config.tile or len(self.labels)
+        return np.concatenate([pca.transform(self.z[i:i + step]) for i in range(0, len(self.labels), step)])
 
     @cached_property
     def image(self):
@@ -543,10 +556,32 @@ def agreed_library(config, slides):
     return "given" if config.library == "given" and all(s.library_size is not None for s in slides) else "own"
 
 
-def inputs(config, expression, slide, library):
-    """(N, G) float32 z-scores of one slide in the gene order of `expression`; library `given` or `own`, as agreed for the run."""
-    own = config.scale == "slice" or (config.scale == "auto" and config.split in ("slice", "donor"))
-    return expression.transform(slide.counts, slide.genes, slide.library_size if library == "given" else None, own_scale=own)
+class ZScores:
+    """z-scores (N, G) in the gene order of `expression`, kept sparse: indexing makes float32 rows. library `given` or `own`, as agreed for the run."""
+
+    def __init__(self, config, expression, slide, library):
+        own = config.scale == "slice" or (config.scale == "auto" and config.split in ("slice", "donor"))
+        self.x, present = expression.log1p(slide.counts, slide.genes, slide.library_size if library == "given" else None)    # (N, G) CSR
+        self.shape, scaler = self.x.shape, data.Standardise(expression.clip).fit(self.x) if own else expression.scaler
+        self.start, self.scalers, self.absent = [0], [scaler], [~present]
+
+    @classmethod
+    def joined(cls, parts):
+        """One of several slides, stacked."""
+        out = copy.copy(parts[0])
+        out.x = sp.vstack([p.x for p in parts]).tocsr() if len(parts) > 1 else out.x
+        out.shape, out.start = out.x.shape, np.cumsum([0] + [p.shape[0] for p in parts])[:-1].tolist()
+        out.scalers, out.absent = [p.scalers[0] for p in parts], [p.absent[0] for p in parts]
+        return out
+
+    def __getitem__(self, rows):
+        rows = np.arange(self.shape[0])[rows]
+        z, slide = np.empty((len(rows), self.shape[1]), np.float32), np.searchsorted(self.start, rows, side="right") - 1
+        for i, (scaler, absent) in enumerate(zip(self.scalers, self.absent)):
+            if (here := slide == i).any():
+                z[here] = scaler.transform(self.x[rows[here]])
+                z[np.ix_(here, absent)] = 0                             # a gene that the slide lacks is at the mean
+        return z                                                        # (len(rows), G)
 
 
 def image_features(config, slide):
@@ -559,11 +594,15 @@ def rings(k):
     return int(np.ceil((np.sqrt(12 * k + 9) - 3) / 6 - 1e-9))
 
 
+def hops(config):
+    """Steps of the graph that a prediction looks at: one a graph layer, and one more for the cross-attention, whose layers all read the same S."""
+    steps = {"expr_only": 0, "embedding_only": 0, "img_expr": 0, "gat_only": config.layers, "gcn_only": config.layers, "concat": config.layers}
+    return (steps | dict.fromkeys(BASELINES, 0)).get(config.mode, config.layers + (config.fusion == "cross"))
+
+
 def receptive_field(config, pitch_um=100.0):
     """Lattice pitches that a prediction can look across, at least 1: hops x rings of the k-neighbourhood, or half the image crop if that is more."""
-    hops = {"expr_only": 0, "embedding_only": 0, "img_expr": 0, "gat_only": config.layers, "gcn_only": config.layers, "concat": config.layers}
-    hops |= dict.fromkeys(BASELINES, 0)
-    graph = rings(config.k) * hops.get(config.mode, config.layers + (config.fusion == "cross"))
+    graph = rings(config.k) * hops(config)
     if config.mode == "smoothed_lr":
         graph = rings(SMOOTHED)
     crop = int(np.ceil(config.crop_um / pitch_um / 2 - 1e-3)) if config.mode in IMAGE_MODES else 0
@@ -591,45 +630,94 @@ def build(config, dim_in, n_classes, dim_image):
     return GatFusion(config.mode, dim_in, n_classes, config.fusion, dim_image, config.dim, config.hidden, config.heads, config.layers, config.dropout)
 
 
+class Tile:
+    """Some spots of a run and all that they look at: rows (n,), the tile's own `n_own` first, their graph, x (n, dim_in) and image (n, D) on the device.
+
+    What a model says about the tile's own spots is what it says about them in the whole, up to rounding (a test holds it to 1e-5).
+    """
+
+    def __init__(self, rows, n_own, table, x, image, device, whole=False):
+        self.rows, self.n_own, self.graph, self.device = rows, n_own, Neighbours(table, device), device
+        self.sources, self.at, self.kept = (x, image), slice(None) if whole else rows, None
+        if whole:
+            self.kept = self.inputs()
+
+    def inputs(self):
+        """x, graph, image for the model; those of one tile among many are made dense each time anew."""
+        if self.kept:
+            return self.kept
+        x, image = (None if v is None else torch.as_tensor(v[self.at], device=self.device) for v in self.sources)
+        return x, self.graph, image
+
+
+def tiles(x, image, table, places, config, device):
+    """Yield the `Tile`s of a run: one of all spots, or with --tile compact ones with a halo. places: the coordinates (n, 2) of each slide, stacked as x."""
+    n = len(table)
+    if not config.tile or config.tile >= n:
+        yield Tile(np.arange(n), n, table, x, image, device, whole=True)
+        return
+    start, pad = 0, np.full(n, -1)
+    for xy in places:
+        for own in data.median_tiles(xy, config.tile):
+            rows, near = data.with_halo(table, own + start, hops(config), pad)
+            yield Tile(rows, len(own), near, x, image, device)
+        start += len(xy)
+
+
 def train(task, device):
-    """Full-graph training with early stopping on validation ARI. Returns the best model (eval mode), prob (N, C), extras, history."""
+    """Training with early stopping on validation ARI, a step a tile. Returns the best model (eval mode), prob (N, C), extras, history."""
     c = task.config
-    x, labels = torch.as_tensor(task.x, device=device), torch.as_tensor(task.labels, device=device)
-    image = None if task.image is None else torch.as_tensor(task.image, device=device)
-    graph = Neighbours(task.table(c.k), device)
-    fit, val = torch.as_tensor(task.split.train, device=device), task.split.val
-    model = build(c, x.shape[1], task.n_classes, 0 if image is None else image.shape[1]).to(device)
+    image, table = task.image, task.table(c.k)
+    parts = list(tiles(task.x, image, table, [s.xy for s in task.slides], c, device))
+    labels, fit = (torch.as_tensor(v, device=device) for v in (task.labels, task.split.train))
+    chosen = [fit[t.rows] & (torch.arange(len(t.rows), device=device) < t.n_own) for t in parts]
+    val = task.split.val
+    model = build(c, task.x.shape[1], task.n_classes, 0 if image is None else image.shape[1]).to(device)
+    run.compiled(model, c)
     loss_of = nn.CrossEntropyLoss(class_weights(task.labels[task.split.train], task.n_classes).to(device))
     optimiser = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, mode="max", factor=0.5, patience=10)
     best, state, since, history = -np.inf, None, 0, []
     for epoch in run.progress(range(c.epochs), "epochs"):
         model.train()
-        loss = loss_of(model(x, graph, image)[0][fit], labels[fit])
-        if not torch.isfinite(loss):
-            raise DataError(f"the cross-entropy is {loss.item()} at epoch {epoch}: lower --lr, or check the inputs for extreme values")
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        prob = predict(model, x, graph, image)[0]
+        losses = []
+        for i in torch.randperm(len(parts)).tolist() if len(parts) > 1 else [0]:
+            if chosen[i].any():
+                with run.autocast(c, device):
+                    loss = loss_of(model(*parts[i].inputs())[0][chosen[i]], labels[parts[i].rows][chosen[i]])
+                losses.append(loss.item())
+                if not np.isfinite(losses[-1]):
+                    raise DataError(f"the cross-entropy is {losses[-1]} at epoch {epoch}: lower --lr, or check the inputs for extreme values")
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        prob = predict(model, parts, len(labels), c)[0]
         score = metrics.clustering(task.labels[val], prob[val].argmax(1))["ari"]
         schedule.step(score)
-        history.append((loss.item(), score))
+        history.append((np.mean(losses), score))
         since += 1
         if score > best:
             best, state, since = score, copy.deepcopy(model.state_dict()), 0
         if since >= c.patience:
             break
     model.load_state_dict(state)
-    return model, *predict(model, x, graph, image), np.array(history)
+    return model, *predict(model, parts, len(labels), c), np.array(history)
 
 
 @torch.no_grad()
-def predict(model, x, graph, image=None):
-    """prob (N, C) float64 numpy, {"embedding", "attention"} numpy, in eval mode."""
+def predict(model, parts, n, config):
+    """prob (N, C) float64 numpy, {"embedding", "attention"} numpy of the n spots of all `Tile`s, in eval mode."""
     model.eval()
-    logits, extra = model(x, graph, image)
-    return logits.cpu().double().softmax(1).numpy(), {k: v.cpu().numpy() for k, v in extra.items() if v is not None}
+    out = {}
+    for tile in parts:
+        with run.autocast(config, tile.device):
+            logits, extra = model(*tile.inputs())
+        for name, value in {"prob": logits, **extra}.items():
+            if value is not None:
+                value = value[:tile.n_own].float().cpu()                # first to the CPU: some devices have no float64
+                value = (value.double().softmax(1) if name == "prob" else value).numpy()
+                out.setdefault(name, np.empty((n, *value.shape[1:]), value.dtype))[tile.rows[:tile.n_own]] = value
+    return out.pop("prob"), out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -775,23 +863,20 @@ def checkpoint(task, model):
 def read_checkpoint(config):
     """(what `checkpoint` saved, the flags to predict with: the checkpoint's, but for the place of things, --embedding and --encoder of this run)."""
     path = config.predict
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = data.read_checkpoint(path, "gat_fusion checkpoint", ["config", "classes", "weights", "dim_in", "expression", "image_scale"])
+    with data.checkpoint_fits(path):
         known = Config(**saved["config"])
-        lacking = {"classes", "weights", "dim_in", "expression", "image_scale"} - set(saved)
-        if lacking:
-            raise KeyError(f"no {', '.join(sorted(lacking))}")
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is not a gat_fusion checkpoint ({str(error).splitlines()[0]}): give the model.pt of a finished run") from error
     if known.mode in IMAGE_MODES and saved["image_scale"] is None:
         raise DataError(f"{path} has mode {known.mode} but no image_scale: train it again")
-    here = {name: getattr(config, name) for name in ("data", "slice", "labels", "seed", "device", "threads", "deterministic", "runs", "cache", "min_shared")}
+    here = {name: getattr(config, name) for name in ("data", "slice", "labels", "seed", "device", "threads", "deterministic", "runs", "cache", "min_shared",
+                                                   "tile", "bf16", "compile")}
     encoder = config.encoder if config.encoder != Config.encoder else known.encoder
     return saved, known, replace(known, **here, predict=path, embedding=config.embedding or known.embedding, encoder=encoder)
 
 
 def predict_inputs(config, saved, slide):
-    """x (N, dim_in), standardised image features (N, D) or None of a new slide; genes aligned by name. Raises DataError where they do not fit."""
+    """x (N, dim_in), an array or `ZScores`, and standardised image features (N, D) or None of a new slide; genes aligned by name. Raises DataError
+    where they do not fit."""
     if config.mode in EMBEDDING_MODES:
         x = data.read_embedding(config.embedding, slide)
         if x.shape[1] != saved["dim_in"]:
@@ -806,7 +891,7 @@ def predict_inputs(config, saved, slide):
         if library == "given" and slide.library_size is None:
             print(f"library size: own, {slide.sample} came without one; the checkpoint was trained on given ones")
         config.library = "own" if slide.library_size is None else library
-        x = inputs(config, expression, slide, config.library)
+        x = ZScores(config, expression, slide, config.library)
     if config.mode not in IMAGE_MODES:
         return x, None
     mean, std = (v.numpy() for v in saved["image_scale"])
@@ -827,8 +912,7 @@ def predict_slide(config, start):
     table = data.knn_table(slide.xy, config.k, name=slide.sample)
     model = build(config, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]).to(record.device)
     model.load_state_dict(saved["weights"])
-    x, image = (None if v is None else torch.as_tensor(v, device=record.device) for v in (x, image))
-    p, extra = predict(model, x, Neighbours(table, record.device), image)
+    p, extra = predict(model, tiles(x, image, table, [slide.xy], config, record.device), slide.n_spots, config)
     code = {c: i for i, c in enumerate(saved["classes"])}
     labels = np.array([code.get(c, -1) for c in slide.classes] + [-1])[slide.labels]
     absent = {c: int((slide.labels == i).sum()) for i, c in enumerate(slide.classes) if c not in code and (slide.labels == i).any()}

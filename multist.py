@@ -655,7 +655,7 @@ class Tiles:
         self.graph = self.near if m > k else torch.as_tensor(data.knn_table(xy, k), device=device)    # whom the contrast may not push away
         offset = (xy[near] - xy[:, None]) / max(data.lattice_pitch(xy), 1e-9)
         self.offset = torch.as_tensor(offset.astype(np.float32), device=device)                # (N, m, 2)
-        self.tiles = [torch.as_tensor(rows, device=device) for rows in median_tiles(xy, size)]
+        self.tiles = [torch.as_tensor(rows, device=device) for rows in data.median_tiles(xy, size)]
 
     def batches(self, spots):
         """Lists of rows, each of about `spots` spots: tiles from anywhere on the slide, in random order."""
@@ -668,20 +668,6 @@ class Tiles:
         near = self.near[rows]                                                                 # (B, m)
         hand, place = torch.unique(torch.cat([rows[:, None], near], 1), return_inverse=True)   # (T,), (B, 1 + m)
         return hand, place[:, 0], place[:, 1:], self.offset[rows]
-
-
-def median_tiles(xy, size):
-    """Rows of xy (N, 2) in compact tiles of at most `size` spots: halve at the median of the longer side until small enough, O(N log N)."""
-    todo, tiles = [np.arange(len(xy))], []
-    while todo:
-        rows = todo.pop()
-        if len(rows) <= size:
-            tiles.append(rows)
-            continue
-        axis = int(np.argmax(np.ptp(xy[rows], axis=0)))
-        rows = rows[np.argsort(xy[rows, axis], kind="stable")]
-        todo += [rows[:len(rows) // 2], rows[len(rows) // 2:]]
-    return tiles
 
 
 def neighbours_in_batch(rows, near, n):

@@ -1,10 +1,11 @@
 """What every script does around the science: flags from a dataclass, seed, device, progress, one record per run.
 
 A method declares its flags as a dataclass that extends `Config`; the string under each field is its help text. A run is complete
-when `run.json` exists: it is written last, and every file is written beside its place and renamed into it.
+when `run.json` exists: every file is written beside its place, then all are renamed into it, `run.json` last.
 """
 import argparse
 import ast
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -12,6 +13,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -46,6 +48,10 @@ class Config:
     "CPU threads; 0 leaves torch's default"
     deterministic: bool = True
     "same seed, same machine, same numbers (costs a little speed on a GPU)"
+    bf16: bool = False
+    "matrix products of the network in bfloat16 (autocast): for a GPU; most CPUs are slower with it"
+    compile: bool = False
+    "torch.compile the network: minutes before the first step; on a CPU it needs a C++ compiler"
     runs: str = "runs"
     "folder of the run records"
 
@@ -108,6 +114,20 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}): choose --device auto or cpu") from error
     return device
+
+
+def autocast(config, device):
+    """Context of a forward pass and its loss: bfloat16 products with --bf16, else nothing changes. Parameters and their gradients stay float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bf16)
+
+
+def compiled(network, config):
+    """The network itself, compiled in place with --compile (names of the weights stay). Raises DataError where a CPU has no C++ compiler."""
+    if config.compile:
+        if next(network.parameters()).device.type == "cpu" and not (shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")):
+            raise DataError("--compile needs a C++ compiler on a CPU: install g++ or clang++, or leave the flag out")
+        network.compile()
+    return network
 
 
 def join_processes(device="auto"):
@@ -175,30 +195,49 @@ class Run:
             torch.distributed.destroy_process_group()
             if self.rank:
                 return self.folder / "run.json"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name, figure in self.figures.items():
-                write_atomically(self.folder / f"{name}.png", lambda f, figure=figure: figure.savefig(f, dpi=110, bbox_inches="tight", format="png"))
-            for name, write in (files or {}).items():
-                write_atomically(self.folder / name, write)
-            write_atomically(self.folder / "arrays.npz", lambda f: np.savez_compressed(f, **arrays))
-            path = self.folder / "run.json"
-            write_atomically(path, lambda f: f.write(json.dumps(record, indent=1, allow_nan=False).encode()))
-        except OSError as error:
-            raise DataError(f"cannot write the run record to {self.folder} ({error.strerror}): choose another folder with --runs") from error
+        writers = {f"{name}.png": lambda f, figure=figure: figure.savefig(f, dpi=110, bbox_inches="tight", format="png")
+                   for name, figure in self.figures.items()}
+        writers |= files or {}
+        writers["arrays.npz"] = lambda f: np.savez_compressed(f, **arrays)
+        path = self.folder / "run.json"
+        writers[path.name] = lambda f: f.write(json.dumps(record, indent=1, allow_nan=False).encode())
+        write_together({self.folder / name: write for name, write in writers.items()})
         print(path, flush=True)
         return path
 
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary neighbour of `path` and rename it into place, so that no reader sees half a file."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    """Call write(file) on a temporary neighbour of `path` and rename it into place, so that no reader sees half a file; makes its folder."""
+    write_together({Path(path): write})
+
+
+def write_together(files):
+    """Write {path: function of an open binary file} to temporary neighbours, then rename them in order.
+
+    The last file says that the others are whole: an old one goes before the first rename, so that it never stands beside files of another run.
+    Raises DataError where the disk is full or refuses; then every old file is as it was, whole.
+    """
+    temporary = {path: Path(f"{path}.{os.getpid()}.tmp") for path in files}
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
+        for path, write in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary[path], "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())                                 # or a power cut after the rename could leave an empty file
+        if len(files) > 1:
+            path.unlink(missing_ok=True)
+        for path, part in temporary.items():
+            os.replace(part, path)
+    except (OSError, RuntimeError) as error:                            # torch.save hides a full disk in a RuntimeError
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise DataError(f"{path} cannot be written ({reason.strerror or reason}): free some space, or choose another folder with --runs") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for part in temporary.values():
+            with contextlib.suppress(OSError):                          # a read-only disk: what was raised above says so
+                part.unlink(missing_ok=True)
 
 
 def _plain(value):

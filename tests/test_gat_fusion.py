@@ -573,8 +573,54 @@ def test_probabilities_are_float64_made_on_the_cpu(graph, monkeypatch):
         return lambda self: (calls.append(name), method(self))[1]
     for name in ("cpu", "double"):
         monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
-    prob, _ = gf.predict(model, torch.randn(60, 20), graph)
+    rows = np.arange(60)
+    prob, _ = gf.predict(model, [gf.Tile(rows, 60, graph.own.index[:, 1:].numpy(), np.ones((60, 20), np.float32), None, "cpu", whole=True)], 60, gf.Config())
     assert prob.dtype == np.float64 and calls[:2] == ["cpu", "double"]
+
+
+@pytest.mark.parametrize("mode, fusion", [("full", "cross"), ("gcn_full", "cross"), ("full", "gated"), ("gcn_only", "cross"), ("concat", "cross"),
+                                          ("expr_only", "cross")])
+def test_tiles_with_a_halo_say_what_the_whole_slide_says(mode, fusion):
+    """A halo of one step less does not: the test can fail."""
+    rng = np.random.default_rng(0)
+    xy, x, c = rng.random((700, 2)), rng.normal(size=(700, 20)).astype(np.float32), gf.Config(mode=mode, fusion=fusion)
+    table = data.knn_table(xy, 6)
+    table[rng.random(table.shape) < .1] = -1                            # empty places
+    table[5] = -1                                                       # a spot alone
+    model = gf.build(c, 20, 3, 0)
+    whole, parts = (list(gf.tiles(x, None, table, [xy[:300], xy[300:]], run.dataclasses.replace(c, tile=size), "cpu")) for size in (0, 100))
+    assert len(whole) == 1 and len(parts) == 8 and sorted(np.concatenate([t.rows[:t.n_own] for t in parts])) == list(range(700))
+    (p, e), (q, f) = (gf.predict(model, t, 700, c) for t in (whole, parts))
+    assert abs(p - q).max() < 1e-5 and abs(e["embedding"] - f["embedding"]).max() < 1e-5
+    if mode != "expr_only":
+        halos = [(t.n_own, *data.with_halo(table, t.rows[:t.n_own], gf.hops(c) - 1, np.full(700, -1))) for t in parts]
+        short = [gf.Tile(rows, n_own, near, x, None, "cpu") for n_own, rows, near in halos]
+        assert abs(gf.predict(model, short, 700, c)[0] - p).max() > 1e-4
+
+
+def test_training_on_tiles(cortex, tmp_path):
+    """One tile of all spots is the whole slide, bit for bit; several learn as well, and predict alike with any tile."""
+    def run_of(*words):
+        folder = tmp_path / "-".join(map(str, words))
+        assert program("--data", cortex, "--slice", "s1", "--epochs", 15, "--dim", 16, "--hidden", 16, "--runs", folder, *words) == 0
+        path, = folder.rglob("run.json")
+        return json.loads(path.read_text()), np.load(path.with_name("arrays.npz")), path.with_name("model.pt")
+    whole, large, small = (run_of("--tile", n) for n in (0, 10**6, 150))
+    assert all(np.array_equal(whole[1][k], large[1][k]) for k in ("prob", "embedding", "attention"))
+    assert small[0]["metrics"]["ari"] > 0.5 and small[0]["baselines"]["coords_rbf"] == whole[0]["baselines"]["coords_rbf"]
+    probs = [run_of("--slice", "s2", "--predict", small[2], "--tile", n)[1]["prob"] for n in (0, 90)]
+    assert abs(probs[0] - probs[1]).max() < 1e-5
+
+
+def test_z_scores_of_several_slides_row_by_row(cortex):
+    slides = [data.load_slide(cortex, name) for name in ("s1", "s2")]
+    slides[1] = slides[1].select_genes(slides[1].genes[5:])
+    c = gf.Config(scale="slice")
+    e = data.Expression(200).fit(slides[0].counts, slides[0].genes)
+    parts = [gf.ZScores(c, e, s, "own") for s in slides]
+    want = np.concatenate([e.transform(s.counts, s.genes, own_scale=True) for s in slides])
+    rows = np.random.default_rng(0).permutation(len(want))[:50]
+    assert np.array_equal(gf.ZScores.joined(parts)[rows], want[rows]) and np.array_equal(parts[1][:], want[slides[0].n_spots:])
 
 
 def test_help_is_readable(capsys):
