@@ -670,8 +670,8 @@ def train(task, device):
     image, table = task.image, task.table(c.k)
     parts = list(tiles(task.x, image, table, [s.xy for s in task.slides], c, device))
     labels, fit = (torch.as_tensor(v, device=device) for v in (task.labels, task.split.train))
-    chosen = [fit[t.rows] & (torch.arange(len(t.rows), device=device) < t.n_own) for t in parts]
-    val = task.split.val
+    chosen, val = [fit[t.rows] & (torch.arange(len(t.rows), device=device) < t.n_own) for t in parts], task.split.val
+    batches = [(t, rows, labels[t.rows][rows]) for t, rows in zip(parts, chosen) if rows.any()]
     model = build(c, task.x.shape[1], task.n_classes, 0 if image is None else image.shape[1]).to(device)
     run.compiled(model, c)
     loss_of = nn.CrossEntropyLoss(class_weights(task.labels[task.split.train], task.n_classes).to(device))
@@ -681,16 +681,15 @@ def train(task, device):
     for epoch in run.progress(range(c.epochs), "epochs"):
         model.train()
         losses = []
-        for i in torch.randperm(len(parts)).tolist() if len(parts) > 1 else [0]:
-            if chosen[i].any():
-                with run.autocast(c, device):
-                    loss = loss_of(model(*parts[i].inputs())[0][chosen[i]], labels[parts[i].rows][chosen[i]])
-                losses.append(loss.item())
-                if not np.isfinite(losses[-1]):
-                    raise DataError(f"the cross-entropy is {losses[-1]} at epoch {epoch}: lower --lr, or check the inputs for extreme values")
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
+        for tile, rows, true in run.shuffled(batches):
+            with run.autocast(c, device):
+                loss = loss_of(model(*tile.inputs())[0][rows], true)
+            losses.append(loss.item())
+            if not np.isfinite(losses[-1]):
+                raise DataError(f"the cross-entropy is {losses[-1]} at epoch {epoch}: lower --lr, or check the inputs for extreme values")
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
         prob = predict(model, parts, len(labels), c)[0]
         score = metrics.clustering(task.labels[val], prob[val].argmax(1))["ari"]
         schedule.step(score)
@@ -864,8 +863,7 @@ def read_checkpoint(config):
     """(what `checkpoint` saved, the flags to predict with: the checkpoint's, but for the place of things, --embedding and --encoder of this run)."""
     path = config.predict
     saved = data.read_checkpoint(path, "gat_fusion checkpoint", ["config", "classes", "weights", "dim_in", "expression", "image_scale"])
-    with data.checkpoint_fits(path):
-        known = Config(**saved["config"])
+    known = data.saved_flags(path, Config, saved["config"], check)
     if known.mode in IMAGE_MODES and saved["image_scale"] is None:
         raise DataError(f"{path} has mode {known.mode} but no image_scale: train it again")
     here = {name: getattr(config, name) for name in ("data", "slice", "labels", "seed", "device", "threads", "deterministic", "runs", "cache", "min_shared",
@@ -883,7 +881,8 @@ def predict_inputs(config, saved, slide):
             raise DataError(f"{data.slice_path(config.embedding, slide)} has vectors of width {x.shape[1]}, {config.predict} was trained on "
                             f"{saved['dim_in']}: give vectors of the same model with --embedding")
     else:
-        expression, library = data.Expression.from_state(saved["expression"]), saved.get("library", config.library)
+        with data.checkpoint_fits(config.predict):
+            expression, library = data.Expression.from_state(saved["expression"]), saved.get("library", config.library)
         shared = np.isin(expression.genes, slide.genes).mean()
         if shared < config.min_shared:
             raise DataError(f"{slide.source} has {shared:.0%} of the checkpoint's {len(expression.genes)} genes, fewer than --min_shared "
@@ -894,7 +893,8 @@ def predict_inputs(config, saved, slide):
         x = ZScores(config, expression, slide, config.library)
     if config.mode not in IMAGE_MODES:
         return x, None
-    mean, std = (v.numpy() for v in saved["image_scale"])
+    with data.checkpoint_fits(config.predict):
+        mean, std = (v.numpy() for v in saved["image_scale"])
     features = image_features(config, slide)
     if features.shape[1] != len(mean):
         raise DataError(f"encoder {config.encoder} gives {slide.sample} features of width {features.shape[1]}, {config.predict} was trained on "
@@ -910,8 +910,9 @@ def predict_slide(config, start):
     record = run.Run("gat_fusion", config, slide.sample, name, start)
     x, image = predict_inputs(config, saved, slide)
     table = data.knn_table(slide.xy, config.k, name=slide.sample)
-    model = build(config, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]).to(record.device)
-    model.load_state_dict(saved["weights"])
+    with data.checkpoint_fits(config.predict):
+        model = build(config, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]).to(record.device)
+        model.load_state_dict(saved["weights"])
     p, extra = predict(model, tiles(x, image, table, [slide.xy], config, record.device), slide.n_spots, config)
     code = {c: i for i, c in enumerate(saved["classes"])}
     labels = np.array([code.get(c, -1) for c in slide.classes] + [-1])[slide.labels]

@@ -70,7 +70,9 @@ class Config(run.Config):
     branches: Literal["serial", "parallel"] = "serial"
     "GCN on the MLP's output (released code), or on X beside the MLP (paper)"
     epochs: int = 400
-    "epochs of Stage I (full slide, one step each)"
+    "epochs of Stage I (one step each, or with --tile one a tile)"
+    tile: int = 0
+    "Stages I and II on compact tiles of at most so many spots, with all spots that these see through the graph; 0: the whole slide at once"
     lr: float = 1e-2
     "Adam learning rate of Stages I and II"
     weight_decay: float = 0.0
@@ -185,18 +187,48 @@ def log_matrix(slide, config):
 
 
 class Graph:
-    """D^-1/2 (A + I) D^-1/2 of the k-nearest-neighbour graph symmetrised by union, as rows of an embedding bag, and its edges (2, E), i < j."""
+    """D^-1/2 (A + I) D^-1/2 of the k-nearest-neighbour graph symmetrised by union, as rows of an embedding bag, and its edges (2, E), i < j.
+
+    The losses are about its first `own` spots: all of them, or in a part of the slide those of the tile; edges, too, are those among them.
+    """
 
     def __init__(self, xy, k, device="cpu", name=""):
         adjacency = data.symmetric_union(data.knn_table(xy, k, name=name))                                # (N, N) sparse
         self.pieces = sp.csgraph.connected_components(adjacency, directed=False)[0]
-        edges = sp.triu(adjacency, 1).tocoo()
-        a_hat = data.normalised_adjacency(adjacency)
-        self.columns, self.starts, self.weights = (torch.as_tensor(v, device=device) for v in (
+        self.xy, self.a_hat, self.device = xy, data.normalised_adjacency(adjacency), device
+        self.fill(self.a_hat, sp.triu(adjacency, 1).tocoo(), len(xy))
+
+    def fill(self, a_hat, edges, own):
+        """Set the tensors from A_hat (n, n) CSR and the upper triangle of the edges (n, n) COO."""
+        self.columns, self.starts, self.weights = (torch.as_tensor(v, device=self.device) for v in (
             a_hat.indices.astype(np.int64), a_hat.indptr[:-1].astype(np.int64), a_hat.data))
-        self.edges = torch.as_tensor(np.stack([edges.row, edges.col]).astype(np.int64), device=device)    # (2, E)
-        self.key = (self.edges[0] * len(xy) + self.edges[1]).sort().values                     # (E,) to look edges up
-        self.n = len(xy)
+        self.edges = torch.as_tensor(np.stack([edges.row, edges.col]).astype(np.int64), device=self.device)    # (2, E)
+        self.key = (self.edges[0] * own + self.edges[1]).sort().values                         # (E,) to look edges up
+        self.own = own
+
+    def own_of(self, values):
+        """The rows of the own spots; the whole is left as it is, since a slice of it would add up gradients in another order."""
+        return values if len(values) == self.own else values[:self.own]
+
+    def parts(self, size):
+        """[(rows, Graph)]: the whole, or for each compact tile of at most `size` spots its rows of the slide, own spots first, and their graph.
+
+        The halo is three steps wide, two of the encoder and one of the decoder: a tile's own spots see what they see in the whole.
+        """
+        if not size or size >= len(self.xy):
+            return [(slice(None), self)]
+        out = []
+        for rows in data.median_tiles(self.xy, size):
+            own, seen, edge = len(rows), np.zeros(len(self.xy), bool), rows
+            for _ in range(3):
+                seen[edge] = True
+                near = np.unique(self.a_hat[edge].indices)
+                edge = near[~seen[near]]
+                rows = np.concatenate([rows, edge])                                            # (n,)
+            part, a_hat = copy.copy(self), self.a_hat[rows][:, rows].tocsr()
+            part.fill(a_hat, sp.triu(a_hat[:own, :own], 1).tocoo(), own)
+            out.append((torch.as_tensor(rows, device=self.device), part))
+        return out
 
 
 class GraphProduct(torch.autograd.Function):
@@ -260,20 +292,26 @@ class AutoEncoder(nn.Module):
     def __init__(self, dim_in, config):
         super().__init__()
         self.encoder = Encoder(dim_in, config.branches, config.dropout)
-        self.m = nn.Parameter(torch.zeros(dim_in))
+        self.m, self.config = nn.Parameter(torch.zeros(dim_in)), config
         self.drop = nn.Dropout(config.dropout)
         self.decoder = nn.Linear(32, dim_in, bias=False)
         nn.init.xavier_uniform_(self.decoder.weight)
 
+    def encode(self, x, graph):
+        """x (N, P) -> Z (N, 32)."""
+        with run.autocast(self.config, x.device):
+            return self.encoder(x, graph).to(x.dtype)
+
     def decode(self, z, graph):
         """z (N, 32) -> X_hat (N, P)."""
-        return self.decoder(graph_product(self.drop(z), graph))                                # (N, P)
+        with run.autocast(self.config, z.device):
+            return self.decoder(graph_product(self.drop(z), graph)).to(z.dtype)                # (N, P)
 
     @torch.no_grad()
     def embed(self, x, graph):
         """Z (N, 32) in evaluation mode, nothing masked."""
         self.eval()
-        return self.encoder(x, graph)
+        return self.encode(x, graph)
 
 
 def edge_logits(z, pairs):
@@ -283,9 +321,9 @@ def edge_logits(z, pairs):
 
 def negative_pairs(graph):
     """As many random pairs (2, <= E) as there are edges, without self-pairs and edges; drawn anew at every call."""
-    i, j = torch.randint(graph.n, (2, graph.edges.shape[1]), device=graph.edges.device)
+    i, j = torch.randint(graph.own, (2, graph.edges.shape[1]), device=graph.edges.device)
     low, high = torch.minimum(i, j), torch.maximum(i, j)
-    key = low * graph.n + high
+    key = low * graph.own + high
     at = torch.searchsorted(graph.key, key).clamp(max=len(graph.key) - 1)
     free = (low != high) & (graph.key[at] != key)
     return torch.stack([low[free], high[free]])
@@ -375,14 +413,14 @@ class Adversary:
         return fisher_mmd(self.critic(z), self.critic(z_fake)) if self.kind == "fisher" else (z.mean(0) - z_fake.mean(0)).square().mean()
 
     def encode(self, model, x, graph):
-        """Latents of fresh fakes, (N, 32)."""
+        """Latents of fresh fakes, (own, 32)."""
         with frozen_statistics(model):
-            return model.encoder(self.generator(len(x)), graph)
+            return graph.own_of(model.encoder(self.generator(len(x)), graph))
 
     def step(self, model, x, graph):
         """One step of the critic and one of the generator; the encoder stands still."""
         with torch.no_grad(), frozen_statistics(model):
-            z, z_fake = model.encoder(x, graph), self.encode(model, x, graph)
+            z, z_fake = graph.own_of(model.encoder(x, graph)), self.encode(model, x, graph)
         if self.kind == "fisher":
             self.c_step.zero_grad()
             (-self.distance(z, z_fake)).backward()
@@ -421,32 +459,45 @@ def decayed(module, weight_decay):
 
 def train_stage1(x, graph, config, log):
     """Stage I: lambda_x MSE + lambda_g L_graph + lambda_mask L_mask + lambda_gan L_gan. x (N, P) -> AutoEncoder, its optimiser, Adversary or None."""
-    model = AutoEncoder(x.shape[1], config).to(x.device)
+    model, parts = AutoEncoder(x.shape[1], config).to(x.device), graph.parts(config.tile)
+    run.compiled(model.encoder, config)
     step = torch.optim.Adam(decayed(model, config.weight_decay), lr=config.lr)
     adversary = None if config.gan == "off" else Adversary(config.gan, x.shape[1], x.device)
     terms = Terms("Stage I", log)
     for epoch in run.progress(range(config.epochs), "Stage I"):
         model.train()
-        if adversary and epoch % 5 == 0:
-            adversary.step(model, x, graph)
-        loss = terms.total(stage1_terms(model, adversary if epoch >= 10 else None, x, graph, config), epoch, model.parameters(),
-                           epoch % 50 == 10 or epoch == config.epochs - 1)
-        step.zero_grad()
-        loss.backward()
-        step.step()
+        for i, (rows, near) in enumerate(run.shuffled(parts)):
+            if adversary and epoch % 5 == 0:
+                adversary.step(model, x[rows], near)
+            loss = terms.total(stage1_terms(model, adversary if epoch >= 10 else None, x[rows], near, config), epoch, model.parameters(),
+                               i == 0 and (epoch % 50 == 10 or epoch == config.epochs - 1))
+            step.zero_grad()
+            loss.backward()
+            step.step()
     return model, step, adversary
 
 
 def stage1_terms(model, adversary, x, graph, config):
     """{name: weighted scalar} of one masked forward pass."""
     masked, rows = mask_rows(x, model.m, config.mask_rate, config.mask_mode)
-    z = model.encoder(masked, graph)                                                           # (N, 32)
-    x_hat = model.decode(z, graph)                                                             # (N, P)
+    z = model.encode(masked, graph)                                                            # (N, 32)
+    x_hat = graph.own_of(model.decode(z, graph))                                               # (own, P)
+    x, z, rows = graph.own_of(x), graph.own_of(z), rows[rows < graph.own]
     terms = {"expression": config.lambda_x * F.mse_loss(x_hat, x), "graph": config.lambda_g * edge_loss(z, graph),
              **({"mask": config.lambda_mask * masked_consistency(x_hat, x, rows)} if len(rows) else {})}
     if adversary:
-        terms["gan"] = config.lambda_gan * adversary.distance(z, adversary.encode(model, x, graph))
+        terms["gan"] = config.lambda_gan * adversary.distance(z, adversary.encode(model, masked, graph))
     return terms
+
+
+def embed(model, x, parts):
+    """Z (N, 32) in evaluation mode, nothing masked, part by part of the slide."""
+    if len(parts) == 1:
+        return model.embed(x, parts[0][1])
+    z = x.new_empty(len(x), 32)
+    for rows, near in parts:
+        z[rows[:near.own]] = model.embed(x[rows], near)[:near.own]
+    return z
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,9 +522,22 @@ def dec_kl(p, q):
     return (p * (p.clamp_min(1e-12).log() - q.clamp_min(1e-12).log())).sum(1).mean()
 
 
+def stage2_terms(model, adversary, x, graph, target, centres, config):
+    """{name: weighted scalar} of one forward pass; target (own, K), centres (K, 32)."""
+    z = model.encode(x, graph)                                                                 # (N, 32)
+    own = graph.own_of(z)
+    terms = {"dec": config.lambda_dec * dec_kl(target, dec_q(own, centres)),
+             "expression": config.lambda_x * F.mse_loss(graph.own_of(model.decode(z, graph)), graph.own_of(x)),
+             "graph": config.lambda_g * edge_loss(own, graph)}
+    if adversary:
+        terms["gan"] = config.lambda_gan * adversary.distance(own, adversary.encode(model, x, graph))
+    return terms
+
+
 def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
     """Stage II, with Stage I's optimiser: DEC + expression + graph + GAN terms. Returns centres (K, 32), the final target (N, K), epochs run."""
-    z = model.embed(x, graph)
+    parts = graph.parts(config.tile)
+    z = embed(model, x, parts)
     kmeans = KMeans(n_domains, n_init=20, random_state=config.seed).fit(z.cpu().numpy())
     centres = nn.Parameter(torch.as_tensor(kmeans.cluster_centers_, dtype=x.dtype, device=x.device))     # (K, 32)
     step.add_param_group({"params": [centres], "weight_decay": 0.0})
@@ -481,26 +545,23 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
     for epoch in run.progress(range(config.dec_epochs), "Stage II"):
         if epoch % config.dec_update == 0:
             with torch.no_grad():
-                q = dec_q(model.embed(x, graph), centres)
+                q = dec_q(embed(model, x, parts), centres)
                 target, new = dec_p(q), q.argmax(1).cpu().numpy()
             if epoch and (new != labels).mean() < config.dec_tol:
                 break
             labels = new
         model.train()
-        if adversary and epoch % 5 == 0:
-            adversary.step(model, x, graph)
-        z = model.encoder(x, graph)
-        parts = {"dec": config.lambda_dec * dec_kl(target, dec_q(z, centres)), "expression": config.lambda_x * F.mse_loss(model.decode(z, graph), x),
-                 "graph": config.lambda_g * edge_loss(z, graph)}
-        if adversary:
-            parts["gan"] = config.lambda_gan * adversary.distance(z, adversary.encode(model, x, graph))
-        loss = terms.total(parts, epoch, [*model.encoder.parameters(), centres], epoch % 50 == 0 or epoch == config.dec_epochs - 1)
-        step.zero_grad()
-        loss.backward()
-        step.step()
+        for i, (rows, near) in enumerate(run.shuffled(parts)):
+            if adversary and epoch % 5 == 0:
+                adversary.step(model, x[rows], near)
+            loss = terms.total(stage2_terms(model, adversary, x[rows], near, near.own_of(target[rows]), centres, config), epoch,
+                               [*model.encoder.parameters(), centres], i == 0 and (epoch % 50 == 0 or epoch == config.dec_epochs - 1))
+            step.zero_grad()
+            loss.backward()
+            step.step()
         done = epoch + 1
     with torch.no_grad():
-        target = dec_p(dec_q(model.embed(x, graph), centres))
+        target = dec_p(dec_q(embed(model, x, parts), centres))
     return centres.detach(), target, done
 
 
@@ -613,7 +674,7 @@ class Fusion(nn.Module):
     def __init__(self, dim_z, dim_image, config):
         super().__init__()
         wide = config.fused_dim
-        self.alpha = config.alpha
+        self.alpha, self.config = config.alpha, config
         self.image = nn.Sequential(nn.Linear(dim_image, 512), nn.LayerNorm(512), nn.Dropout(0.1))        # Eq. 9: V
         self.gene_in, self.image_in = nn.Linear(dim_z, wide), nn.Linear(512, wide)
         self.gene_reads_image, self.image_reads_gene = (CrossAttention(wide, config.heads) for _ in range(2))
@@ -625,9 +686,11 @@ class Fusion(nn.Module):
 
         Returns H (B, H), h_gene (B, H), h_image (B, H), attention (B, m, heads) of the last gene-reads-image layer or None.
         """
-        g, i = self.gene_in(z), self.image_in(self.image(v))                                   # (T, H) each
-        h_gene, attention = self.gene_reads_image(g[own], i, near, offset)
-        h_image, _ = self.image_reads_gene(i[own], g, near, offset)
+        with run.autocast(self.config, z.device):
+            g, i = self.gene_in(z), self.image_in(self.image(v))                               # (T, H) each
+            h_gene, attention = self.gene_reads_image(g[own], i, near, offset)
+            h_image, _ = self.image_reads_gene(i[own], g, near, offset)
+        h_gene, h_image = h_gene.to(z.dtype), h_image.to(z.dtype)
         return self.alpha * h_gene + (1 - self.alpha) * h_image, h_gene, h_image, attention
 
 
@@ -703,7 +766,7 @@ def train_stage3(z, v, xy, target, centres, config, log):
     z (N, 32), v (N, D) -> H (N, H), alpha Z + (1 - alpha) P H (N, 32), attention entropy (N,) as a share of log m (nan where the weights are not
     kept), number of parameters.
     """
-    model = Fusion(z.shape[1], v.shape[1], config).to(z.device)
+    model = run.compiled(Fusion(z.shape[1], v.shape[1], config).to(z.device), config)
     tiles = Tiles(xy, config.m, z.device, k=config.k)
     step = torch.optim.AdamW(model.parameters(), lr=config.fusion_lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step, max(1, config.fusion_epochs))
@@ -959,7 +1022,7 @@ def check(config):
     one, zero, share, positive = run.AT_LEAST_ONE, run.AT_LEAST_ZERO, (lambda v: 0 <= v <= 1, "from 0 to 1"), run.POSITIVE
     two = (lambda v: v >= 2, "2 or more")
     run.check_flags(config, {
-        "n_top_genes": two, "n_pcs": two, "k": one, "mask_rate": share, "epochs": one, "lr": positive, "weight_decay": zero,
+        "n_top_genes": two, "n_pcs": two, "k": one, "tile": zero, "mask_rate": share, "epochs": one, "lr": positive, "weight_decay": zero,
         "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"), "dec_epochs": zero, "dec_update": one, "m": one, "alpha": share, "smooth": share,
         "crop_um": positive, "fused_dim": (lambda v: v >= 1 and v % max(config.heads, 1) == 0, "a positive multiple of --heads"), "heads": one,
         "fusion_epochs": one, "fusion_lr": positive, "fusion_mask": share, "batch": two, "tau": positive, "n_init": one, "diffusion_steps": zero,
@@ -1093,7 +1156,8 @@ def train(slide, config, use_image, record, lap):
     lap("read")
     model, step, adversary = train_stage1(x, graph, config, log)
     lap("stage1")
-    k, chosen = number_of_domains(slide, model.embed(x, graph).cpu().numpy(), config)
+    parts = graph.parts(config.tile)
+    k, chosen = number_of_domains(slide, embed(model, x, parts).cpu().numpy(), config)
     others = {name: scored(slide, found) for name, found in baselines(x_np, slide, k, config).items()}
     for name, scores in others.items():
         print(line(name, scores))
@@ -1101,7 +1165,7 @@ def train(slide, config, use_image, record, lap):
     facts, centres, target = {"k_chosen_by": chosen, "graph_pieces": graph.pieces, "losses": log}, None, None
     if config.dec:
         centres, target, facts["dec_epochs"] = train_stage2(model, step, adversary, x, graph, k, config, log)
-    z = model.embed(x, graph)
+    z = embed(model, x, parts)
     arrays, facts["n_params"] = {"z": z.cpu().numpy()}, sum(p.numel() for p in model.parameters())
     embeddings = {"gene": arrays["z"]}
     lap("stage2")

@@ -130,6 +130,11 @@ def compiled(network, config):
     return network
 
 
+def shuffled(items):
+    """The items in random order; one alone costs no random number, so a whole slide trains as if there were no tiles."""
+    return [items[i] for i in torch.randperm(len(items)).tolist()] if len(items) > 1 else items
+
+
 def join_processes(device="auto"):
     """Join the group that `torchrun` announces in the environment -> (rank, number of processes, device of this one); (0, 1, device) without one.
 

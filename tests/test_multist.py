@@ -54,7 +54,7 @@ def record_of(folder, runs, *flags):
 
 def dense(graph):
     """A_hat as (N, N)."""
-    out = torch.zeros(graph.n, graph.n)
+    out = torch.zeros(graph.own, graph.own)
     ends = torch.cat([graph.starts[1:], torch.tensor([len(graph.columns)])])
     for i, (a, b) in enumerate(zip(graph.starts, ends)):
         out[i, graph.columns[a:b]] = graph.weights[a:b]
@@ -64,7 +64,7 @@ def dense(graph):
 def test_graph_product_is_the_dense_product_in_both_directions(toy):
     _, x, graph, _, _ = toy
     a_hat = dense(graph)
-    assert torch.equal(a_hat, a_hat.T) and a_hat.count_nonzero() == 2 * graph.edges.shape[1] + graph.n
+    assert torch.equal(a_hat, a_hat.T) and a_hat.count_nonzero() == 2 * graph.edges.shape[1] + graph.own
     values = torch.linalg.eigvalsh(a_hat)
     assert values.max() <= 1 + 1e-5 and values.min() >= -1 - 1e-5
     h = x.clone().requires_grad_()
@@ -104,9 +104,57 @@ def test_negatives_are_never_edges_and_change(toy):
     _, _, graph, _, _ = toy
     edges = {tuple(e) for e in graph.edges.T.tolist()}
     first, second = M.negative_pairs(graph), M.negative_pairs(graph)
-    assert not edges & {tuple(e) for e in first.T.tolist()} and (first[0] < first[1]).all() and first.max() > 0.9 * graph.n
+    assert not edges & {tuple(e) for e in first.T.tolist()} and (first[0] < first[1]).all() and first.max() > 0.9 * graph.own
     assert 0.8 * len(edges) < first.shape[1] <= len(edges)
     assert first.shape != second.shape or not torch.equal(first, second)
+
+
+def test_tiles_with_a_halo_see_what_the_whole_slide_sees():
+    """Own spots of every tile: the latent and the decoded expression, to 1e-5; edges only among them. Without a halo it fails."""
+    rng = np.random.default_rng(0)
+    xy, x, config = rng.random((500, 2)), torch.randn(500, 20), M.Config()
+    graph, model = M.Graph(xy, 6), M.AutoEncoder(20, config).eval()
+    z = model.encode(x, graph)
+    x_hat, parts = model.decode(z, graph), graph.parts(70)
+    assert len(parts) == 8 and sorted(torch.cat([rows[:near.own] for rows, near in parts]).tolist()) == list(range(500))
+    for rows, near in parts:
+        own, got = rows[:near.own], model.encode(x[rows], near)
+        assert (got[:near.own] - z[own]).abs().max() < 1e-5 and (model.decode(got, near)[:near.own] - x_hat[own]).abs().max() < 1e-5
+        assert near.edges.max() < near.own and torch.isin(rows[near.edges][0] * 500 + rows[near.edges][1],
+                                                          torch.cat([graph.key, graph.edges[1] * 500 + graph.edges[0]])).all()
+        assert (model.encode(x[own], M.Graph(xy[own.numpy()], 6)) - z[own]).abs().max() > 1e-3
+    assert torch.equal(M.embed(model, x, graph.parts(0)), model.embed(x, graph))
+    assert (M.embed(model, x, parts) - model.embed(x, graph)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("gan", ["off", "fisher"])
+def test_training_on_tiles_lowers_the_losses(gan):
+    xy, config = np.random.default_rng(0).random((400, 2)), M.Config(epochs=12, dec_epochs=4, tile=110, gan=gan)
+    x, graph, log = torch.as_tensor(np.sin(9 * xy @ np.random.default_rng(1).normal(size=(2, 20)))).float(), M.Graph(xy, 6), []
+    torch.manual_seed(0)
+    model, step, adversary = M.train_stage1(x, graph, config, log)
+    _, target, _ = M.train_stage2(model, step, adversary, x, graph, 3, config, log)
+    value = {(r["stage"], r["epoch"], r["term"]): r["value"] for r in log}
+    assert value["Stage I", 11, "expression"] < 0.9 * 10 * x.square().mean() and target.shape == (400, 3)
+    whole = M.train_stage1(x, graph, M.Config(epochs=3, tile=400), [])[0].m          # one tile of all spots is the whole slide
+    assert whole.shape == (20,)
+
+
+def test_bfloat16_stays_near_float32(toy):
+    """Loss terms of Stages I and III with --bf16 within 2 % of those without; every parameter keeps a float32 gradient."""
+    xy, x, graph, _, _ = toy
+    found = []
+    for bf16 in (False, True):
+        config = M.Config(bf16=bf16, dropout=0.0, fusion_mask=0.0)
+        torch.manual_seed(0)
+        model, fusion, v = M.AutoEncoder(20, config), M.Fusion(32, 9, config).eval(), torch.randn(len(x), 9)
+        terms = M.stage1_terms(model, None, x, graph, config)
+        tiles = M.Tiles(xy, config.m, "cpu")
+        more = M.stage3_terms(fusion, torch.randn(len(x), 32), v, tiles, torch.arange(len(x)), None, None, config)
+        sum([*terms.values(), *more.values()]).backward()
+        assert all(p.grad.dtype == torch.float32 for p in [*model.parameters(), *fusion.parameters()] if p.grad is not None)
+        found.append(torch.stack([*terms.values(), *more.values()]))
+    assert torch.allclose(*found, rtol=0.02, atol=1e-3) and not torch.equal(*found)
 
 
 def test_edge_loss_and_masked_consistency_are_the_formulas(toy):
