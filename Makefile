@@ -21,14 +21,14 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale bench gpu-check clean
+.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale profile bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 .venv/.stamp: requirements.txt
-	test -x .venv/bin/python || python3 -m venv .venv
+	test -x .venv/bin/pip || python3 -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt
 	touch $@
 
@@ -178,7 +178,7 @@ ablations-hest:  ## controls of stformer on SECTIONS="C2 C3": bottleneck, no dis
 	$(MAKE) --no-print-directory reproduce-hest CONTROLS=1
 
 honest: $(stamp)  ## a slice whose genes are noise: what random spots and held-out blocks make of it; runs/honest/report.html, and chart.png where reproduce-dlpfc ran
-	test -d $(RUNS)/honest/noise || $(PY) simulate.py cortex $(RUNS)/honest/noise --n_slices 1 --n_spots 3600 --noise_genes
+	test -d $(RUNS)/honest/noise/sim1 || $(PY) simulate.py cortex $(RUNS)/honest/noise --n_slices 1 --n_spots 3600 --noise_genes
 	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/honest/noise RUNS=$(RUNS)/honest SLICES=sim1 MODELS=gcn_only HELD_OUT_MODELS=gcn_only SPLITS="random blocks" FOLDS=0 MULTIST=
 	$(if $(wildcard $(RUNS)/gat_fusion),$(PY) tests/figure_honest.py --runs $(RUNS) --noise $(RUNS)/honest --slices random:151673 blocks:151673 slice:151674 --out $(RUNS)/honest/chart.png)
 
@@ -196,9 +196,11 @@ reproduce: reproduce-dlpfc reproduce-her2st reproduce-ca1 report  ## everything,
 floors:  ## coordinates-only scores, no gene: make floors DATA=<folder of slices, labels are enough>
 	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0 MULTIST=
 
-scale: $(stamp)  ## multist and stformer up to 100,000 simulated spots: time and memory, runs/scale/scale_*.png
-	$(PY) tests/scale_multist.py $(RUNS)/scale
-	$(PY) tests/scale_stformer.py $(RUNS)/scale
+scale: $(stamp)  ## time and memory up to a million simulated spots, and a Visium HD slide of 600,000 bins (hours; PART=gat_fusion: one of it)
+	$(PY) tests/scale.py $(or $(PART),all) --out $(RUNS)/scale
+
+profile: $(stamp)  ## what the steps of the five training loops spend their time on
+	$(PY) tests/profile_loops.py
 
 bench: $(if $(stamp),.venv/.stamp-dev)  ## ratios beside torch_geometric, scanpy and scikit-learn: runs/bench/bench.md (QUICK=--quick: only sees that it runs)
 	$(PY) bench.py all --out $(RUNS)/bench $(QUICK)
