@@ -9,11 +9,7 @@ are read by row. `data` passes the public names on and adds `cell_split`. The la
 from __future__ import annotations
 
 import csv
-import json
 import os
-import tokenize
-import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +23,21 @@ import scipy.sparse as sp
 from PIL import Image, ImageDraw
 from scipy.spatial import cKDTree
 
-from readers import DataError, _check_unique, _count_matrix, _count_problem, _decode, _open_h5, read_10x_h5
+from readers import (
+    NPZ_ERRORS,
+    DataError,
+    _check_size,
+    _check_unique,
+    _count_matrix,
+    _count_problem,
+    _decode,
+    _names,
+    check_xy,
+    open_h5,
+    read_10x_h5,
+    read_array,
+    read_json,
+)
 
 FORMAT, VERSION, KIND = "plainst-cells", 1, "a cell file"
 BLOCK = 64                                                     # crops a chunk of the file, and a step of the converters
@@ -42,7 +52,7 @@ class CropStack:
 
     def __init__(self, path, name: str = "crops", rows: np.ndarray | None = None):
         self.path, self.name = str(path), name
-        with _open_h5(path, KIND) as handle:
+        with open_h5(path, KIND) as handle:
             shape, self.dtype = handle[name].shape, handle[name].dtype
         self.rows = np.arange(shape[0]) if rows is None else np.asarray(rows, dtype=np.int64)
         self.shape = (len(self.rows), *shape[1:])
@@ -55,7 +65,7 @@ class CropStack:
         wanted = self.rows[item]
         rows, inverse = np.unique(wanted, return_inverse=True)
         out = np.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
-        with _open_h5(self.path, KIND) as handle:
+        with open_h5(self.path, KIND) as handle:
             stack = handle[self.name]
             step = stack.chunks[0] if stack.chunks else BLOCK  # a chunk is unpacked as a whole: one read for all its rows
             for start in np.unique(rows // step) * step:
@@ -123,7 +133,7 @@ def _check_table(path, counts, genes, ids, xy, section, sections, labels, classe
     _require(n > 0 and g > 0, path, f"holds {n} cells and {g} genes")
     _check_unique(ids, path)
     _require(len(np.unique(genes)) == g, path, "holds a gene twice", "make gene names unique")
-    _require(xy.dtype.kind in "iuf" and bool(np.isfinite(xy).all()), path, "has positions that are no finite numbers")
+    check_xy(xy, n, path)
     _require(section.dtype.kind in "iu" and 0 <= section.min() and section.max() < len(sections), path,
              f"has section numbers outside 0 .. {len(sections) - 1}", "give every cell one of the named sections")
     _require(labels.dtype.kind in "iu" and -1 <= labels.min() and labels.max() < len(classes), path,
@@ -136,6 +146,9 @@ def _check_table(path, counts, genes, ids, xy, section, sections, labels, classe
 def _check_pictures(path, handle: h5py.File, n: int, n_channels: int) -> None:
     """Raise DataError unless crops are (N, C, S, S) uint8 and masks, if any, (N, S, S) bool."""
     crops = handle["crops"]
+    for stack in ("crops", "masks"):
+        if stack in handle:
+            _check_size(handle[stack])
     _require(isinstance(crops, h5py.Dataset) and crops.ndim == 4 and crops.shape[2] == crops.shape[3] and crops.dtype == np.uint8, path,
              f"holds crops of unequal size or another kind ({getattr(crops, 'shape', 'a group')}, {getattr(crops, 'dtype', 'no dataset')})",
              "crops must be one (N, C, S, S) uint8 array with a fixed field of view")
@@ -153,23 +166,26 @@ def load_cells(path) -> Cells:
     Raises DataError (one sentence with the path) for a file that is missing, truncated or of another kind, for counts that are not raw integers,
     cells without counts, crops of unequal size, and arrays that do not fit each other (label ids beyond the classes, sections without a name).
     """
-    with _open_h5(path, KIND) as handle:
+    with open_h5(path, KIND) as handle:
         _require(str(handle.attrs.get("format")) == FORMAT and handle.attrs.get("version") == VERSION, path,
                  f"is not a cell file of version {VERSION}", "write it with data.py ca1, data.py xenium or simulate.py cells")
         group = handle["counts"]
-        values = group["data"][()]
+        values = read_array(group["data"], "iuf")
         problem = _count_problem(values)
         _require(problem is None, path, f"holds {problem} in its counts", "give raw counts")
-        counts = _count_matrix(values, group["indices"][()], group["indptr"][()], group.attrs["shape"])  # (N, G)
+        shape = tuple(np.asarray(group.attrs["shape"]).tolist())
+        _require(shape == (len(handle["ids"]), len(handle["genes"])), path, f"says {shape} for {len(handle['ids'])} cells x {len(handle['genes'])} genes")
+        counts = _count_matrix(values, read_array(group["indices"], "iu"), read_array(group["indptr"], "iu"), shape)  # (N, G)
         n = counts.shape[0]
-        names = {name: _decode(handle[name]).astype(str) for name in ("genes", "ids", "sections", "channels")}
-        xy, section = handle["xy"][()], handle["section"][()]
-        labels = handle["labels"][()] if "labels" in handle else np.full(n, -1)
-        classes = _decode(handle["classes"]).astype(str).tolist() if "classes" in handle else []
+        names = {name: _names(handle[name]) for name in ("genes", "ids", "sections", "channels")}
+        xy, section = read_array(handle["xy"], "iuf"), read_array(handle["section"], "iu")
+        labels = read_array(handle["labels"], "iu") if "labels" in handle else np.full(n, -1)
+        classes = _names(handle["classes"]).tolist() if "classes" in handle else []
         _check_table(path, counts, names["genes"], names["ids"], xy, section, names["sections"], labels, classes)
         _check_pictures(path, handle, n, len(names["channels"]))
         um_per_px, px_per_crop_px = (float(handle.attrs[name]) for name in ("um_per_px", "px_per_crop_px"))
-        _require(not um_per_px <= 0 and px_per_crop_px > 0, path, f"gives {um_per_px} um per px and {px_per_crop_px} px per crop px")
+        _require(not um_per_px <= 0 and not np.isinf(um_per_px) and 0 < px_per_crop_px < np.inf, path,
+                 f"gives {um_per_px} um per px and {px_per_crop_px} px per crop px")
         truth = {name: _decode(item) for name, item in handle["truth"].items()} if "truth" in handle else {}
         masks = "masks" in handle
     return Cells(counts, names["genes"], names["ids"], xy.astype(np.float64), section.astype(np.int64), names["sections"].tolist(), CropStack(path),
@@ -273,7 +289,7 @@ def _read_spots(path) -> tuple[np.ndarray, np.ndarray]:
     """CSV with columns Gene, x, y (any order) -> gene names (R,), positions (R, 2) px."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as handle:
-            rows = csv.reader(handle)
+            rows = csv.reader(handle, strict=True)
             header = next(rows, [])
             _require({"Gene", "x", "y"} <= set(header), path, f"has columns {', '.join(header) or '(none)'}", "it needs Gene, x and y")
             gene, x, y = (header.index(name) for name in ("Gene", "x", "y"))
@@ -295,10 +311,13 @@ def _read_label_image(path) -> np.ndarray:
         raise DataError(f"{path} does not exist: check the path or download it")
     try:
         image = sp.load_npz(path)
+        if hasattr(image, "check_format"):
+            image.check_format()                               # toarray would write beyond its memory where a column is out of range
         _require(image.dtype.kind in "iu" and image.nnz > 0 and image.data.min() >= 0, path, "holds no label image", "give nucleus numbers from 1 on")
         _require(np.iinfo(np.int32).max > image.data.max(), path, "has nucleus numbers above 2^31", "number the nuclei from 1 on")
+        _require(np.prod(image.shape, dtype=float) < 1e8 + 1e3 * image.nnz, path, f"declares {image.shape} px for {image.nnz} of nuclei")
         return image.astype(np.int32).toarray()
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, SyntaxError, tokenize.TokenError) as error:
+    except NPZ_ERRORS as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} cannot be read as a sparse label image ({error}): it is truncated or of another kind, download it again") from error
@@ -434,10 +453,10 @@ def _xenium_cells(bundle: Path, pyarrow):
     """counts (N, G), genes, ids, centres (N, 2) px, um per px; joined by cell id, all cells."""
     path = bundle / "experiment.xenium"
     try:
-        um_per_px = float(json.loads(path.read_text(encoding="utf-8"))["pixel_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        um_per_px = float(read_json(path)["pixel_size"])
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{path} gives no pixel_size ({error}): give a Xenium output folder") from error
-    _require(um_per_px > 0, path, f"gives a pixel_size of {um_per_px}", "copy it from the bundle again")
+    _require(0 < um_per_px < np.inf, path, f"gives a pixel_size of {um_per_px}", "copy it from the bundle again")
     counts, genes, ids = read_10x_h5(bundle / "cell_feature_matrix.h5")
     (names, which), x, y = _read_parquet(bundle / "cells.parquet", pyarrow, "cell_id", "x_centroid", "y_centroid")
     row = dict(zip(names[which].tolist(), range(len(which))))

@@ -15,8 +15,6 @@ same slides; see docs/cmrcnet.md.
 import copy
 import hashlib
 import io
-import json
-import pickle
 import re
 import time
 from dataclasses import dataclass
@@ -137,8 +135,6 @@ class Config(run.Config):
     is one slide), a random fifth of the spots (released), or no choice"""
     folds: int = 5
     "folds of --val groups, at most"
-    amp: bool = True
-    "bfloat16 on CUDA; the loss is float32"
     save_every: int = 0
     "epochs between checkpoints (latest.pt in the run's folder); 0: none"
     resume: bool = False
@@ -336,11 +332,14 @@ def read_tensors(path):
                 return load_file(path)
             except SafetensorError as error:
                 raise ValueError(error) from error
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: v for k, v in found.get("state_dict", found).items() if torch.is_tensor(v)}
+        found = data.read_checkpoint(path, "checkpoint of tensors", remedy="give a timm or transformers ViT-B/32 file")
+        found = found["state_dict"] if isinstance(found.get("state_dict"), dict) else found
+        return {k: v for k, v in found.items() if torch.is_tensor(v)}
     except ImportError as error:
         raise DataError(f"{path} needs the package safetensors: install the extra [pretrained], or give a .pt file") from error
-    except (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0]}): give a timm or transformers ViT-B/32 file") from error
 
 
@@ -635,7 +634,7 @@ class Pairs:
         self.slide = np.repeat(np.arange(len(samples)), [len(r) for r in rows])                          # (N,)
         self.row, self.x = np.concatenate(rows), [s.x for s in samples]
         self.s = torch.cat([s.s[r] for s, r in zip(samples, rows)])     # (N, I)
-        self.frozen = torch.cat([s.frozen[r] for s, r in zip(samples, rows)])
+        self.features = torch.cat([s.x[r] for s, r in zip(samples, rows)]) if samples[0].x.ndim == 2 else None      # pictures are not copied
         y = np.concatenate([s.y[r] for s, r in zip(samples, rows)])     # (N, G)
         there = np.stack([s.measured for s in samples])[self.slide]
         mean = (y * there).sum(0, dtype=np.float64) / np.maximum(there.sum(0), 1)
@@ -646,6 +645,8 @@ class Pairs:
 
     def image(self, rows):
         """Rows of the image input, (n, F) or (n, px, px, 3)."""
+        if self.features is not None:
+            return self.features[rows]
         return torch.stack([self.x[i][j] for i, j in zip(self.slide[rows], self.row[rows])])
 
 
@@ -664,10 +665,6 @@ def turned(image, rows):
     return image
 
 
-def autocast(config, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda")
-
-
 @torch.no_grad()
 def embed(model, config, x=None, s=None, batch=1024):
     """z (S, d) of images x, or h (S, d) of expression s; float32, on the model's device; eval mode."""
@@ -675,7 +672,7 @@ def embed(model, config, x=None, s=None, batch=1024):
     device = next(model.parameters()).device
     out = []
     for part in (s if x is None else x).split(batch):
-        with autocast(config, device):
+        with run.autocast(config, device):
             out.append((model.gene_head(part.to(device)) if x is None else model.image(part.to(device))[1]).float())
     return torch.cat(out)
 
@@ -715,16 +712,17 @@ def epoch_of(net, model, optimiser, pairs, config, record, generator):
         image = pairs.image(mine).to(record.device)
         if model.vit is not None and config.augment:
             image = turned(image, model.rows)
-        with autocast(config, record.device):
+        with run.autocast(config, record.device):
             out = net(image, pairs.s[mine].to(record.device))
         loss, pair, error = loss_of(out, config, record.rank, record.world)
-        if not torch.isfinite(loss):
-            raise DataError(f"the loss is {loss.item()}: lower --lr, or check the inputs for extreme values")
         optimiser.zero_grad()
         (loss * record.world).backward()                                # DDP averages the gradients; the sum is wanted, see `gather`
         optimiser.step()
         total += torch.stack([loss.detach(), pair, error])
-    return (total / len(steps)).tolist()
+    found = (total / len(steps)).tolist()                               # the only place where the host waits for the device
+    if not np.isfinite(found[0]):
+        raise DataError(f"the loss is {found[0]}: lower --lr, or check the inputs for extreme values")
+    return found
 
 
 def train_one(make, pairs, val, config, record, epochs, number, n_targets, saved=None, save=None):
@@ -733,7 +731,7 @@ def train_one(make, pairs, val, config, record, epochs, number, n_targets, saved
     Returns the model and its history [(loss, mean l, reconstruction error, validation score or nan)].
     """
     torch.manual_seed(1_000_003 * config.seed + number)
-    model = make().to(record.device)
+    model = run.compiled(make().to(record.device), config)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True)
     history = []
     if saved is not None:
@@ -804,12 +802,11 @@ def train(make, samples, config, record, n_targets, latest=None):
 
         def save(state):
             if record.rank == 0:
-                latest.parent.mkdir(parents=True, exist_ok=True)
                 run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "done": done, "going": state}, f))
         model, history = train_one(make, Pairs(fit), val, config, record, epochs, number, n_targets,
                                    saved["going"] if number == len(saved["done"]) else None, save if latest is not None else None)
         done.append(history)
-    warn_when_guessing(done[-1], min(config.batch, len(Pairs(samples))))
+    warn_when_guessing(done[-1], min(config.batch, sum(int(s.scored.sum()) for s in samples)))
     return model, done, best
 
 
@@ -828,13 +825,7 @@ def resumable(config):
 
 def load_checkpoint(path):
     """A file of ours. Raises DataError for anything else, an interrupted one included."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["config"]["seed"]
-        return saved
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is not a whole cmrcnet checkpoint ({str(error).splitlines()[0]}): give a file that a run of cmrcnet.py "
-                        "wrote, or train again without --resume") from error
+    return data.read_checkpoint(path, "whole cmrcnet checkpoint", ["config"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -868,14 +859,15 @@ def write_atlas(file, keys, values, genes, pairs, config, inputs, mark):
 
 def read_atlas(path, saved, known):
     """keys tensor (M, d), values (M, G) CSR, genes. Raises DataError for a damaged atlas, or one of other genes, another encoder or model."""
-    try:
-        with h5py.File(path, "r") as f:
-            keys = torch.from_numpy(f["keys"][:])
-            genes, inputs = (f[n][:].astype(str).tolist() for n in ("genes", "inputs"))
-            values = sp.csr_matrix(tuple(f[n][:] for n in ("data", "indices", "indptr")), shape=(len(keys), len(genes)))
-            encoder, mark = str(f.attrs["encoder"]), str(f.attrs["fingerprint"])
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"{path} is not a whole cmrcnet atlas ({str(error).splitlines()[0]}): give the atlas.h5 that lies beside model.pt") from error
+    with data.open_h5(path, "a whole cmrcnet atlas, the atlas.h5 that lies beside model.pt") as f:
+        keys = torch.from_numpy(data.read_array(f["keys"], "f"))
+        genes, inputs = (data.read_array(f[n], "S").astype(str).tolist() for n in ("genes", "inputs"))
+        values = sp.csr_matrix(tuple(data.read_array(f[n], kinds) for n, kinds in (("data", "f"), ("indices", "i"), ("indptr", "i"))),
+                               shape=(len(keys), len(genes)))
+        values.check_format()                                           # a column out of range would be read from beyond the memory
+        if keys.ndim != 2 or not (torch.isfinite(keys).all() and np.isfinite(values.data).all()) or values.indptr[-1] != len(values.data):
+            raise ValueError("keys or values are not finite or of another shape")
+        encoder, mark = str(f.attrs["encoder"]), str(f.attrs["fingerprint"])
     for what, there, here in ((f"another encoder ({encoder})", encoder, encoder_name(known)),
                               (f"other genes ({len(inputs)})", inputs, saved["inputs"]), ("another model", mark, saved["fingerprint"])):
         if there != here:
@@ -934,10 +926,9 @@ def simulated_rates(root, samples, genes):
     """[noise-free log1p of counts per 10,000 (S, G)] of a task that simulate.py wrote (truth.npz beside it), None for any other."""
     if not (Path(root) / "truth.npz").is_file():
         return None
-    with np.load(Path(root) / "truth.npz", allow_pickle=False) as truth:
-        column = [truth["genes"].tolist().index(g) for g in genes]
-        mean = [np.exp(truth["base"] + truth[f"z_{s.name}"] @ truth["weights"]) for s in samples]
-        return [np.log1p(m / m.sum(1, keepdims=True) * 1e4)[:, column] for m in mean]
+    there, base, weights, *programs = data.read_npz(Path(root) / "truth.npz", "genes", "base", "weights", *(f"z_{s.name}" for s in samples))
+    column = [there.tolist().index(g) for g in genes]
+    return [np.log1p(m / m.sum(1, keepdims=True) * 1e4)[:, column] for m in (np.exp(base + z @ weights) for z in programs)]
 
 
 def score(samples, predictions, genes, n_targets, lists, rates=None):
@@ -1176,10 +1167,7 @@ def arrays_of(samples, genes, predicted, neighbours):
 
 def wanted_genes(spec, own, there):
     """Names to read out of an atlas with the genes `there`: task = `own`, all, or a JSON list. Raises DataError for a gene that is not there."""
-    try:
-        genes = {"task": own, "all": there}[spec] if spec in ("task", "all") else [str(g) for g in json.loads(Path(spec).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"--genes {spec} is not task, all or a JSON list of names ({error}): correct it") from error
+    genes = {"task": own, "all": there}[spec] if spec in ("task", "all") else data.read_gene_list(spec)
     absent = [g for g in genes if g not in set(there)]
     if absent or not genes:
         raise DataError(f"the atlas lacks {len(absent)} of the {len(genes)} genes asked for ({', '.join(absent[:3])} ...): take them off the list")
@@ -1189,12 +1177,10 @@ def wanted_genes(spec, own, there):
 def predict_folder(config, start):
     """Read expression for slides without counts out of the atlas; one folder of results for all of them."""
     saved = load_checkpoint(config.predict)
-    try:
-        known = Config(**saved["config"])
+    known = data.saved_flags(config.predict, Config, saved["config"], check)
+    with data.checkpoint_fits(config.predict):
         scaler, genes, inputs, weights = (saved[k] for k in ("scaler", "genes", "inputs", "weights"))
         dim_in = len(scaler["frozen_mean"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{config.predict} is not the model.pt of a finished run ({error}): give that file") from error
     given = config.encoder if config.encoder != Config.encoder else known.encoder
     for name in ("data", "slice", "cache", "device", "k", "weighting", "index", "lists", "probe"):
         setattr(known, name, getattr(config, name))
@@ -1214,9 +1200,10 @@ def predict_folder(config, start):
             raise DataError(f"slide {s.name} has {s.frozen.shape[1]} features ({known.encoder}), the checkpoint {config.predict} was trained on "
                             f"{dim_in}: make the features with the encoder of the training run")
         s.x = None if known.backbone == "features" else pixels(s.slide, VITS[known.backbone][0])
-    samples = [Scaler(scaler).apply(s, known) for s in samples]
-    model = CMRC(samples[0].x.shape[1] if known.backbone == "features" else known.backbone, len(inputs), known)
-    model.load_state_dict(weights)
+    with data.checkpoint_fits(config.predict):
+        samples = [Scaler(scaler).apply(s, known) for s in samples]
+        model = CMRC(samples[0].x.shape[1] if known.backbone == "features" else known.backbone, len(inputs), known)
+        model.load_state_dict(weights)
     model.to(record.device)
     predicted, neighbours, recall = retrieve(model, known, keys.to(record.device), values, samples)
     draw(record, known, Task([], samples, genes, len(genes), inputs, {}, None, None), predicted, [])

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
-import tokenize
+import pickle
+import re
+import typing
 import warnings
 import zipfile
-import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from sklearn.model_selection import train_test_split
 
 from cells import Cells, CropStack, from_ca1, from_xenium, load_cells, write_cells  # noqa: F401 - as the readers below
 from readers import (  # noqa: F401 - the readers are part of this module's interface
+    JSON_ERRORS,
+    NPZ_ERRORS,
     DataError,
     Patches,
     Slide,
@@ -41,7 +44,12 @@ from readers import (  # noqa: F401 - the readers are part of this module's inte
     load_patch_folder,
     load_slide,
     load_visium,
+    open_h5,
     read_10x_h5,
+    read_array,
+    read_gene_list,
+    read_json,
+    read_npz,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,10 +224,14 @@ class Expression:
 
     @classmethod
     def from_state(cls, state):
-        """Inverse of `state`."""
+        """Inverse of `state`. Raises KeyError, TypeError or ValueError where the parts do not fit each other."""
         out = cls(*(state[k] for k in ("n_top_genes", "flavor", "min_spots", "target_sum", "clip")))
         out.genes, out.scaler = np.array(state["genes"]), Standardise(state["clip"])
-        out.scaler.mean, out.scaler.std = np.array(state["mean"]), np.array(state["std"])
+        out.scaler.mean, out.scaler.std = np.array(state["mean"], float), np.array(state["std"], float)
+        if not all(isinstance(gene, str) for gene in state["genes"]):
+            raise ValueError("a gene is no name")
+        if not out.genes.shape == out.scaler.mean.shape == out.scaler.std.shape or not (np.isfinite(out.scaler.mean).all() and (out.scaler.std > 0).all()):
+            raise ValueError("its genes, means and deviations do not fit each other")
         return out
 
 
@@ -530,7 +542,7 @@ def hest_partition(root, by="folds", fold=0, patient="", sample=""):
     if by == "patient":
         test_names = [n for n in names if of[n] == patient]
         train_names = [n for n in names if n not in test_names]
-        part, detail = patient, f"patient {patient} held out"
+        part, detail = re.sub(r"[^\w.+-]|^\.+", "_", patient), f"patient {patient} held out"    # names a folder; the patient's name may hold a /
     elif by == "section":
         test_names = [n for n in names if n == sample]
         train_names = [n for n in names if n not in test_names and of[n] == of.get(sample)]
@@ -563,10 +575,7 @@ def target_genes(spec, slides, root, min_counts=100):
                 total[g] = total.get(g, 0.0) + v
         genes = [str(g) for g in sorted(total, key=lambda g: -total[g])[:int(spec)]]
     else:
-        try:
-            genes = [str(g) for g in json.loads(Path(spec).read_text(encoding="utf-8"))]
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"--genes {spec} is not task, a number or a JSON list of names ({error}): correct it") from error
+        genes = read_gene_list(spec)
     seen = set()
     for s in slides:
         seen.update(s.genes[np.asarray(s.counts.sum(0)).ravel() > 0])
@@ -605,15 +614,19 @@ def read_embedding(path, slide):
             values = np.load(file, allow_pickle=False)
             if not isinstance(values, np.ndarray):                       # an .npz by content, whatever its name
                 values, names = values["embedding"], values["barcodes"].astype(str)
+            if values.dtype.kind not in "iuf":
+                raise ValueError(f"it is {values.dtype}")
+            with np.errstate(over="ignore"):                             # beyond float32 is infinite, and refused below
+                values = values.astype(np.float32)
             finite = bool(np.isfinite(values).all())
-    except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, SyntaxError, tokenize.TokenError) as error:
+    except NPZ_ERRORS as error:
         raise DataError(f"{path} holds no embedding ({error}): give .npy (N, D), or .npz with `embedding` (N, D) and `barcodes` (N,)") from error
     if values.ndim != 2 or not finite:
         raise DataError(f"{path} has shape {values.shape} or NaN values: an embedding is a finite (N, D) array")
     if names is None:
         if len(values) != slide.n_spots:
             raise DataError(f"{path} has {len(values)} rows, slide {slide.sample} {slide.n_spots} spots: save an .npz with `barcodes` to join by name")
-        return values.astype(np.float32)
+        return values
     if names.shape != (len(values),):
         raise DataError(f"{path} has {len(values)} vectors but barcodes of shape {names.shape}: save one barcode per row")
     row = {b: i for i, b in enumerate(names)}
@@ -623,7 +636,54 @@ def read_embedding(path, slide):
     missing = [b for b in slide.barcodes if b not in row]
     if missing:
         raise DataError(f"{path} lacks {len(missing)} of the {slide.n_spots} barcodes of slide {slide.sample} ({missing[0]} ...): embed all spots")
-    return values[[row[b] for b in slide.barcodes]].astype(np.float32)
+    return values[[row[b] for b in slide.barcodes]]
+
+
+# What torch.load can raise on a broken file: its zip reader, its unpickler and whatever rebuilds a tensor.
+TORCH_ERRORS = (*NPZ_ERRORS, pickle.UnpicklingError, AssertionError, ImportError)
+
+
+def read_checkpoint(path, what, needs=(), remedy="give the file of a finished run, or train again"):
+    """{name: value} that torch.save wrote, on the CPU; tensors and plain values only. Raises DataError: damaged, no `what`, or without the keys `needs`.
+
+    torch does not compare the checksums of the file, so that a flipped bit would be a wrong weight: they are compared here.
+    """
+    import torch
+    try:
+        if zipfile.is_zipfile(path):                                     # what other programs wrote may be of the old form without checksums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum differs")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        lacking = [name for name in needs if name not in saved]
+        if not isinstance(saved, dict) or lacking:
+            raise ValueError(f"it lacks {', '.join(lacking) or 'names'}")
+    except TORCH_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is not a {what} ({reason}): {remedy}") from error
+    return saved
+
+
+@contextmanager
+def checkpoint_fits(path):
+    """What the parts of a checkpoint that do not fit each other raise becomes a DataError about `path`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is not the model.pt of a finished run ({reason}): give that file, of this version of the program") from error
+
+
+def saved_flags(path, cls, values, check):
+    """The flags that a checkpoint holds, as the dataclass `cls`: of the types and among the choices of its fields, and passed by `check`. Raises DataError."""
+    with checkpoint_fits(path):
+        known = cls(**values)
+        for name, kind in typing.get_type_hints(cls).items():
+            value, choices = getattr(known, name), typing.get_args(kind)
+            if value not in choices if choices else not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(f"its flag {name} is {value}")
+        check(known)
+    return known
 
 
 def slice_path(path, slide):
@@ -693,7 +753,7 @@ def pretrained_encoder(name, device="cpu"):
         found = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
         written = Path(found) if found else written
     if written.is_file():
-        told = json.loads(written.read_text())
+        told = read_json(written)
         mean, std = told.get("image_mean", mean), told.get("image_std", std)
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
 
@@ -754,6 +814,8 @@ def _save_features(path, embedding, barcodes):
             np.savez(file, embedding=embedding, barcodes=barcodes)
         os.replace(temporary, path)
     except OSError as error:
+        with suppress(OSError):                                          # on a full disk, half of it
+            temporary.unlink()
         warnings.warn(f"image features are not cached: {path.parent} cannot be written ({error.strerror}); name a folder with --cache", stacklevel=3)
 
 

@@ -19,6 +19,7 @@ import http.client
 import json
 import os
 import random
+import re
 import sys
 import time
 import urllib.error
@@ -121,9 +122,10 @@ def _open(url, headers, part, timeout):
 def _stream(url, part, size, timeout):
     """One attempt: bring `part` to its full length or raise _Retry."""
     try:
-        have, note = part.stat().st_size, json.loads(Path(f"{part}.json").read_text())
-        have = have if note["url"] == url and note["validator"] and have <= note["total"] else 0
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        have, note = part.stat().st_size, json.loads(Path(f"{part}.json").read_text("utf-8"))
+        whole = isinstance(note["total"], int) and isinstance(note["validator"], str) and note["validator"].isascii() and note["validator"].isprintable()
+        have = have if whole and note["url"] == url and note["validator"] and have <= note["total"] else 0
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         have = 0
     if have and have == note["total"]:  # killed between the last byte and the rename
         return
@@ -211,10 +213,13 @@ class Folder:
     def manifest(self):
         path = self.root / "manifest.json"
         try:
-            return {name: {key: record[key] for key in ("url", "size", "sha256", "date")} for name, record in json.loads(path.read_text()).items()}
+            told = {name: {key: record[key] for key in ("url", "size", "sha256", "date")} for name, record in json.loads(path.read_text("utf-8")).items()}
+            if not all(isinstance(r["size"], int) and isinstance(r["sha256"], str) and len(r["sha256"]) == 64 for r in told.values()):
+                raise ValueError
+            return told
         except FileNotFoundError:
             return {}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise DataError(f"{path}: not a readable manifest; delete it to download its files afresh") from None
 
     def current(self, item):
@@ -298,6 +303,9 @@ def get(args):
     """What the parsed command line asks for."""
     if args.mirror and not (urlsplit(args.mirror).scheme in ("http", "https") and urlsplit(args.mirror).netloc):
         raise DataError(f"--mirror {args.mirror}: give a full address such as https://mirror.example.org")
+    for name in getattr(args, "task", None) or getattr(args, "ids", None) or []:
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise DataError(f"{name!r} is no name of a task or sample: give names like IDC or TENX95")
     if args.dataset == "hest":
         return get_hub(args.out, "MahmoodLab/hest-bench", [f"{task}/*" for task in args.task], args.mirror)
     if args.dataset == "hest1k":

@@ -420,7 +420,7 @@ def coords_rbf(task):
     """
     train, onehot = task.split.train, np.eye(task.n_classes)[task.labels[task.split.train]]    # (n, C)
     pitch = data.lattice_pitch(task.place[task.slide_of == 0])
-    seen, everyone = cKDTree(task.place[train]), cKDTree(task.place)
+    seen, pieces = cKDTree(task.place[train]), np.array_split(task.place, len(task.place) // 50_000 + 1)
 
     def predict(bandwidth, ridge):
         def kernel(a, b):
@@ -429,7 +429,7 @@ def coords_rbf(task):
             return d
         square = kernel(seen, seen) + ridge * sp.identity(len(onehot))
         weights = np.stack([cg(square, y, rtol=1e-6, maxiter=300)[0] for y in onehot.T], 1)    # (n, C)
-        score = np.clip(kernel(everyone, seen) @ weights, 1e-6, None)   # (N, C)
+        score = np.clip(np.concatenate([kernel(cKDTree(piece), seen) @ weights for piece in pieces]), 1e-6, None)    # (N, C)
         return score / score.sum(1, keepdims=True)
 
     return best_on_validation(task, (predict(b * pitch, r) for b in (2.0, 3.0) for r in (0.1, 0.3)))
@@ -816,7 +816,9 @@ def main(argv=None):
     if config.mode not in GENE_FREE:
         lacking = [s.sample for s in slides if s.library_size is None]
         print(f"library size: {task.library}" + (f" for all slides, {', '.join(lacking)} came without" if lacking and config.library == "given" else ""))
+    record.lap("read")
     prob, others = baselines(task, distance)
+    record.lap("baselines")
     arrays = {"barcodes": slides[0].barcodes, "xy": slides[0].xy, "labels": task.labels[here], "test": test[here], "classes": np.array(task.classes)}
     files, n_params, history = {}, 0, None
     if config.mode in BASELINES:
@@ -826,6 +828,7 @@ def main(argv=None):
         n_params = sum(w.numel() for w in model.parameters())
         arrays |= {name: value[here] for name, value in extra.items()} | {"neighbours": task.table(config.k)[here]}
         files["model.pt"] = lambda f: torch.save(checkpoint(task, model), f)
+        record.lap("training")
     found = score(task, p, distance)
     if history is not None and task.split.val.any():
         found["val_ari"] = history[:, 1].max()                          # for choices between flags: never the test score
@@ -864,6 +867,9 @@ def read_checkpoint(config):
     path = config.predict
     saved = data.read_checkpoint(path, "gat_fusion checkpoint", ["config", "classes", "weights", "dim_in", "expression", "image_scale"])
     known = data.saved_flags(path, Config, saved["config"], check)
+    with data.checkpoint_fits(path):
+        if not all(isinstance(name, str) for name in saved["classes"]):
+            raise ValueError("a class has no name")
     if known.mode in IMAGE_MODES and saved["image_scale"] is None:
         raise DataError(f"{path} has mode {known.mode} but no image_scale: train it again")
     here = {name: getattr(config, name) for name in ("data", "slice", "labels", "seed", "device", "threads", "deterministic", "runs", "cache", "min_shared",
@@ -910,10 +916,12 @@ def predict_slide(config, start):
     record = run.Run("gat_fusion", config, slide.sample, name, start)
     x, image = predict_inputs(config, saved, slide)
     table = data.knn_table(slide.xy, config.k, name=slide.sample)
+    record.lap("read")
     with data.checkpoint_fits(config.predict):
         model = build(config, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]).to(record.device)
         model.load_state_dict(saved["weights"])
     p, extra = predict(model, tiles(x, image, table, [slide.xy], config, record.device), slide.n_spots, config)
+    record.lap("prediction")
     code = {c: i for i, c in enumerate(saved["classes"])}
     labels = np.array([code.get(c, -1) for c in slide.classes] + [-1])[slide.labels]
     absent = {c: int((slide.labels == i).sum()) for i, c in enumerate(slide.classes) if c not in code and (slide.labels == i).any()}

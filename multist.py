@@ -967,8 +967,8 @@ PAIRS = [("APOE", "LRP1"), ("BDNF", "NTRK2"), ("CCK", "CCKBR"), ("CNTN1", "NRCAM
 def read_pairs(path):
     """[(ligand, receptor)] from a two-column CSV, a header line `ligand,receptor` allowed. Raises DataError for another shape."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file, strict=True) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a ligand-receptor CSV ({error}): give two columns ligand,receptor") from error
     if any(len(row) < 2 for row in rows):
@@ -1147,35 +1147,35 @@ def line(name, found):
     return f"{name:24s}" + "  ".join(f"{k} {found[k]:.3f}" for k in ("ari", "ami", "completeness", "homogeneity", "pas") if k in found)
 
 
-def train(slide, config, use_image, record, lap):
+def train(slide, config, use_image, record):
     """Stages I to III and the baselines: (arrays with z, h_fusion ..., what is clustered by name, baseline scores, facts for the record)."""
     x_np, log = preprocess(slide, config), []
     x, graph = torch.as_tensor(x_np, device=record.device), Graph(slide.xy, config.k, record.device, f"slide {slide.sample}")
     if graph.pieces > 1:
         print(f"the {config.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} pieces: Stage I passes nothing between them")
-    lap("read")
+    record.lap("read")
     model, step, adversary = train_stage1(x, graph, config, log)
-    lap("stage1")
+    record.lap("stage1")
     parts = graph.parts(config.tile)
     k, chosen = number_of_domains(slide, embed(model, x, parts).cpu().numpy(), config)
     others = {name: scored(slide, found) for name, found in baselines(x_np, slide, k, config).items()}
     for name, scores in others.items():
         print(line(name, scores))
-    lap("baselines")
+    record.lap("baselines")
     facts, centres, target = {"k_chosen_by": chosen, "graph_pieces": graph.pieces, "losses": log}, None, None
     if config.dec:
         centres, target, facts["dec_epochs"] = train_stage2(model, step, adversary, x, graph, k, config, log)
     z = embed(model, x, parts)
     arrays, facts["n_params"] = {"z": z.cpu().numpy()}, sum(p.numel() for p in model.parameters())
     embeddings = {"gene": arrays["z"]}
-    lap("stage2")
+    record.lap("stage2")
     if use_image:
         embeddings["fused"], arrays["h_fusion"], arrays["image"], arrays["attention_entropy"], more = fused_embedding(
             slide, z, target, centres, config, record.device, log)
         arrays["fused"], facts["n_params"] = embeddings["fused"], facts["n_params"] + more
         if np.ptp(arrays["image"], axis=0).any():                                             # an image that is the same everywhere has no domains
             embeddings["image"] = arrays["image"]
-        lap("stage3")
+        record.lap("stage3")
     return arrays, embeddings, others, k, facts
 
 
@@ -1206,24 +1206,21 @@ def main(argv=None):
     rank, pairs = layer_order(slide, config), read_pairs(config.lr_pairs) if config.lr_pairs else PAIRS    # complain before the work starts
     if config.n_domains != "bic":
         number_of_domains(slide, None, config)
-    record, laps = run.Run("multist", config, slide.sample, variant(config), start), {}
-
-    def lap(name):
-        laps[name] = round(time.perf_counter() - start - sum(laps.values()), 2)
-    arrays, embeddings, others, k, facts = train(slide, config, use_image, record, lap)
+    record = run.Run("multist", config, slide.sample, variant(config), start)
+    arrays, embeddings, others, k, facts = train(slide, config, use_image, record)
     final = "fused" if use_image else "gene"
     more, scores = domains_of(embeddings, slide, k, final, config)
     arrays |= more
-    lap("clustering")
+    record.lap("clustering")
     arrays |= {"domains": arrays[f"labels_{final}"], "labels": slide.labels, "classes": np.array(slide.classes, dtype=str), "barcodes": slide.barcodes,
                "xy": slide.xy}
     more, found, text = downstream(slide, embeddings[final], arrays["domains"], rank, pairs, config)
     arrays |= more
-    lap("downstream")
+    record.lap("downstream")
     if config.figures:
         draw(record, slide, arrays, facts["losses"], final)
     record.finish(scores | found | {"k": k}, others, arrays, facts.pop("n_params"), checksum=data.file_checksum(*used_files(config, slide, use_image)),
-                  output=f"{final} + diffusion", laps=laps, **facts, **text)
+                  output=f"{final} + diffusion", **facts, **text)
     return 0
 
 

@@ -9,9 +9,14 @@ import copy
 import csv
 import functools
 import hashlib
+import io
 import json
 import os
+import struct
+import tokenize
 import warnings
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -21,11 +26,19 @@ from pathlib import Path
 import h5py
 import numpy as np
 import scipy.sparse as sp
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 
 class DataError(ValueError):
-    """Input that cannot be used; the message is one sentence that names the file and the remedy."""
+    """Input that cannot be used; the message is one sentence that names the file and the remedy.
+
+    It may quote a damaged file: what cannot be printed, line breaks and terminal codes too, is written as an escape, and the middle of a long
+    message is left out.
+    """
+
+    def __init__(self, message: str = ""):
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
+        super().__init__(text if len(text) <= 1200 else f"{text[:800]} ... {text[-300:]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- slide
@@ -117,8 +130,12 @@ Slide.image = property(_get_image, _set_image, doc="(H, W, 3) uint8 or None, rea
 
 def _as_uint8(image: np.ndarray) -> np.ndarray:
     """(H, W), (H, W, 3) or (H, W, 4), uint8 or float in [0, 1] -> (H, W, 3) uint8."""
+    if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (3, 4):
+        raise DataError(f"an image of shape {image.shape} cannot be used: give (H, W), (H, W, 3) or (H, W, 4)")
     if image.dtype != np.uint8:
-        image = np.clip(np.rint(np.asarray(image, dtype=np.float32) * 255), 0, 255).astype(np.uint8)
+        if image.dtype.kind != "f" or not (image.size and 0 <= image.min() and image.max() <= 1):
+            raise DataError(f"an image of {image.dtype} with values outside 0 .. 1 cannot be used: give uint8, or floats from 0 to 1")
+        image = np.rint(np.asarray(image, dtype=np.float32) * 255).astype(np.uint8)
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image[..., :3]
 
 
@@ -136,31 +153,133 @@ def file_checksum(*paths) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- checks and HDF5
+# What reading a broken file can raise, beside OSError: h5py and libhdf5; numpy, its header parser, zipfile and zlib; the json module.
+H5_ERRORS = (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError, OverflowError, MemoryError)
+NPZ_ERRORS = (*H5_ERRORS, zipfile.BadZipFile, zlib.error, EOFError, SyntaxError, tokenize.TokenError, struct.error)
+JSON_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+class _CheckedFile(io.FileIO):
+    """What h5py reads from. libhdf5 walks the objects of a string heap by their declared sizes and never ends at a size of 0, inside C where no time
+    limit reaches it; such a heap is blanked, so that libhdf5 refuses it, and `broken` says so."""
+
+    broken = False
+
+    def readinto(self, buffer) -> int:
+        view, start, n = memoryview(buffer).cast("B"), self.tell(), 0
+        while n < len(view) and (more := super().readinto(view[n:])):    # one read of the system ends at 2 GB
+            n += more
+        view[n:] = bytes(len(view) - n)                                  # h5py does not look at the number: beyond the end are zeros
+        if view[:5] == b"GCOL\1" and not self._heap_ends(start, int.from_bytes(view[8:16], "little")):
+            self.broken, view[:4] = True, bytes(4)
+        return len(view)
+
+    def _heap_ends(self, start: int, size: int) -> bool:
+        """Whether the objects of the heap (HDF5 File Format Specification, III.E: 16 bytes of head, then 16 of head and the content of each) fill it."""
+        self.seek(start)
+        heap = self.read(min(size, os.fstat(self.fileno()).st_size))
+        at = 16
+        while at + 16 <= len(heap):
+            index, length = struct.unpack_from("<H6xQ", heap, at)
+            step = 16 + (length + 7) // 8 * 8 if index else length       # object 0 is the free space, its head included
+            if step < 16:
+                return False
+            at += step
+        return at <= size
+
+
 @contextmanager
-def _open_h5(path, what: str):
-    """h5py.File for reading; whatever h5py raises while the file is in use becomes a DataError about `path`."""
+def open_h5(path, what: str):
+    """h5py.File for reading; whatever goes wrong while the file is in use becomes a DataError about `path`, which is no whole `what`."""
     if not Path(path).is_file():
         raise DataError(f"{path} does not exist: check the path or download it")
     try:
-        with h5py.File(path, "r") as handle:
+        with _CheckedFile(path) as checked, h5py.File(checked, "r") as handle:
+            if handle.id.get_create_plist().get_sizes() != (8, 8):
+                raise ValueError("its sizes are not of 8 bytes")
             yield handle
+            if checked.broken:
+                raise ValueError("a string heap is broken")
     except DataError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except H5_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} cannot be read as {what} ({reason}): it is truncated or of another kind, download or export it again") from error
 
 
+def _check_size(node) -> None:
+    """Raise ValueError unless `node` is a dataset that lies in this file and whose size its bytes on disk can explain (zlib packs 1 : 1030)."""
+    if not isinstance(node, h5py.Dataset):
+        raise ValueError(f"{node.name} is no array")
+    if node.is_virtual or node.external:
+        raise ValueError(f"{node.name} lies in another file")
+    n_bytes, stored = (node.size or 0) * node.dtype.itemsize, node.id.get_storage_size()
+    if n_bytes > 1 << 26 and n_bytes > 2000 * stored:
+        raise ValueError(f"{node.name} declares {n_bytes} bytes and stores {stored}")
+
+
+def read_array(node, kinds: str, shape: tuple | None = None) -> np.ndarray:
+    """Dataset -> array of one of the numpy kinds, and of `shape` where that is given. Raises ValueError."""
+    _check_size(node)
+    if node.dtype.kind not in kinds or shape is not None and node.shape != shape:
+        raise ValueError(f"{node.name} is {node.dtype} of shape {node.shape}" + (f" instead of {shape}" if shape is not None else ""))
+    return node[()]
+
+
 def _decode(values) -> np.ndarray:
-    """HDF5 dataset, or a field read from a compound one, -> numpy array, with str for any kind of string."""
-    values = np.asarray(values[()] if isinstance(values, h5py.Dataset) else values)
+    """HDF5 dataset, or a field read from a compound one, -> numpy array, with str for any kind of string. Raises ValueError for other objects."""
+    if isinstance(values, (h5py.Dataset, h5py.Group)):
+        _check_size(values)
+        values = values[()]
+    values = np.asarray(values)
     if values.dtype.kind == "O":
-        values = np.array([v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values.ravel().tolist()], dtype=str).reshape(values.shape)
+        if not all(isinstance(v, (bytes, str)) for v in values.flat):
+            raise ValueError("objects where strings should be")
+        values = np.array([v.decode("utf-8") if isinstance(v, bytes) else v for v in values.ravel().tolist()], dtype=str).reshape(values.shape)
+    if values.dtype.kind not in "SUbiuf":
+        raise ValueError(f"{values.dtype} where strings or numbers should be")
     return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
+
+
+def _names(node, n: int | None = None) -> np.ndarray:
+    """HDF5 dataset -> (n,) str. Raises ValueError."""
+    values = _decode(node)
+    if values.dtype.kind != "U" or values.ndim != 1 or n not in (None, len(values)):
+        raise ValueError(f"{node.name} is {values.dtype} of shape {values.shape} instead of {'a list of' if n is None else n} names")
+    return values
+
+
+def read_npz(path, *names: str) -> list[np.ndarray]:
+    """The arrays `names` of an .npz file. Raises DataError: unreadable, damaged, pickled or lacking one."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = [arrays[name] for name in names]
+    except NPZ_ERRORS as error:
+        raise DataError(f"{path} is not a whole .npz file with {', '.join(names)} ({error or type(error).__name__}): make it again") from error
+    return found
+
+
+def read_json(path):
+    """What a JSON file holds. Raises DataError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except JSON_ERRORS as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}): write or copy it again") from error
+
+
+def read_gene_list(path) -> list[str]:
+    """JSON list of distinct names, or an object that holds it as `genes`, -> names. Raises DataError."""
+    genes = read_json(path)
+    genes = genes.get("genes") if isinstance(genes, dict) else genes
+    if not isinstance(genes, list) or not all(isinstance(gene, str) for gene in genes) or len(set(genes)) < len(genes):
+        raise DataError(f"{path} is not a JSON list of distinct gene names: correct it or download it again")
+    return genes
 
 
 def _count_problem(values: np.ndarray) -> str | None:
     """What keeps `values` from being raw counts: 'NaN', 'negative values', 'non-integer values', or None."""
+    if values.dtype.kind not in "iuf":
+        return f"{values.dtype}"
     if values.size and values.dtype.kind == "f" and not np.isfinite(values).all():
         return "NaN or infinite values"
     if values.size and values.min() < 0:
@@ -171,12 +290,21 @@ def _count_problem(values: np.ndarray) -> str | None:
 
 
 def _count_matrix(data, indices, indptr, shape) -> sp.csr_matrix:
-    """CSR int32 in canonical form: sorted, no duplicates, no stored zeros (a gene filter may count stored entries)."""
+    """CSR int32 in canonical form: sorted, no duplicates, no stored zeros (a gene filter may count stored entries). Raises ValueError."""
+    if {indices.dtype.kind, indptr.dtype.kind} - set("iu") or indptr.shape != (int(shape[0]) + 1,) or indptr[-1] != len(data):
+        raise ValueError(f"{len(indptr)} row pointers and {len(indices)} columns do not make a {shape[0]} x {shape[1]} matrix of {len(data)} values")
     matrix = sp.csr_matrix((data.astype(np.int32), indices, indptr), shape=tuple(int(n) for n in shape))
     matrix.check_format(full_check=True)
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
     return matrix
+
+
+def check_xy(xy: np.ndarray, n: int, path) -> np.ndarray:
+    """Positions as (n, 2) float64. Raises DataError unless they are finite numbers that can be pixels."""
+    if xy.dtype.kind not in "iuf" or xy.shape != (n, 2) or not (np.abs(np.asarray(xy, dtype=np.float64)) < 1e9).all():
+        raise DataError(f"{path} has coordinates of {xy.dtype}, shape {xy.shape}, for {n} spots, or not finite: it needs one finite x, y in px per spot")
+    return xy.astype(np.float64)
 
 
 def _check_unique(barcodes: np.ndarray, path) -> None:
@@ -207,28 +335,28 @@ def read_10x_h5(path, counts: bool = True) -> tuple[sp.csr_matrix | None, np.nda
     The file stores features x barcodes as CSC, which is barcodes x features as CSR. Only 'Gene Expression' features are kept. With counts=False
     the matrix is not read: None, no genes, barcodes. Raises DataError (unreadable, NaN, negative or non-integer counts, repeated barcodes).
     """
-    with _open_h5(path, "a 10x HDF5 matrix") as handle:
+    with open_h5(path, "a 10x HDF5 matrix") as handle:
         groups = [handle["matrix"]] if "matrix" in handle else [g for g in handle.values() if isinstance(g, h5py.Group) and "gene_names" in g]
         if len(groups) != 1:
             raise DataError(f"{path} holds {len(groups)} 10x matrices: give a filtered_feature_bc_matrix.h5 of one genome")
         group = groups[0]
-        barcodes = _decode(group["barcodes"])
+        barcodes = _names(group["barcodes"])
         _check_unique(barcodes, path)
         if not counts:
             return None, np.array([], dtype=str), barcodes
-        data = group["data"][()]
+        genes = _names(group["features/name" if "features" in group else "gene_names"])
+        n_genes, n_spots = read_array(group["shape"], "iu", (2,)).tolist()
+        if len(barcodes) != n_spots or len(genes) != n_genes:
+            raise DataError(f"{path} has a {n_genes} x {n_spots} matrix but {len(genes)} genes and {len(barcodes)} barcodes: download it again")
+        data = read_array(group["data"], "iuf")
         problem = _count_problem(data)
         if problem:
             raise DataError(f"{path} holds {problem} in its counts: give the raw matrix that Space Ranger wrote")
-        n_genes, n_spots = group["shape"][()]
-        matrix = _count_matrix(data, group["indices"][()], group["indptr"][()], (n_spots, n_genes))  # (N, G)
-        if "features" in group:
-            genes = _decode(group["features/name"])
-            keep = np.flatnonzero(_decode(group["features/feature_type"]) == "Gene Expression")
-        else:
-            genes, keep = _decode(group["gene_names"]), np.arange(n_genes)
-        if len(barcodes) != n_spots or len(genes) != n_genes:
-            raise DataError(f"{path} has a {n_genes} x {n_spots} matrix but {len(genes)} genes and {len(barcodes)} barcodes: download it again")
+        matrix = _count_matrix(data, read_array(group["indices"], "iu"), read_array(group["indptr"], "iu"), (n_spots, n_genes))  # (N, G)
+        kinds = _names(group["features/feature_type"], n_genes) if "features" in group else np.full(n_genes, "Gene Expression")
+        keep = np.flatnonzero(kinds == "Gene Expression")
+    if not len(keep):
+        raise DataError(f"{path} holds no feature of type Gene Expression: give a gene expression matrix")
     if len(keep) < len(genes):
         matrix, genes = matrix[:, keep], genes[keep]
     return matrix, _unique_genes(genes, path), barcodes
@@ -249,17 +377,25 @@ def _encode_labels(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     return np.array([code.get(name, -1) for name in names], dtype=np.int64), classes
 
 
+def _warn_if_cut(path) -> None:
+    with open(path, "rb") as handle:
+        handle.seek(-min(1, os.path.getsize(path)), os.SEEK_END)
+        if handle.read() not in b"\r\n":
+            warnings.warn(f"{path} does not end with a line break: if it was cut there, its last row is wrong", stacklevel=4)
+
+
 def _read_table(path) -> tuple[list[str], list[list[str]]]:
     """First row and all rows after it, of a tab- or comma-separated file."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as handle:
             delimiter = "\t" if "\t" in handle.readline() else ","
             handle.seek(0)
-            rows = [row for row in csv.reader(handle, delimiter=delimiter) if row]
+            rows = [row for row in csv.reader(handle, delimiter=delimiter, strict=True) if row]  # strict: an open quote would swallow the rest
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a text table ({error}): give a CSV or TSV file") from error
     if not rows:
         raise DataError(f"{path} is empty: give a table with a row per barcode")
+    _warn_if_cut(path)
     return rows[0], rows[1:]
 
 
@@ -269,8 +405,13 @@ def _metadata(path) -> tuple[dict[str, dict[str, str]], str | None]:
     label = next((name for name in ("layer_guess", "layer_guess_reordered") if name in header), None)
     table = {}
     for row in rows:
-        record = dict(zip(header, row[len(row) - len(header):] if len(row) > len(header) else row))
-        table[record.get("barcode", row[0])] = record
+        if len(row) != len(rows[0]) or not 0 <= len(row) - len(header) <= 1:
+            raise DataError(f"{path} has a row of {len(row)} fields ({row[0]} ...) under {len(header)} column names: it is damaged, copy it again")
+        record = dict(zip(header, row[len(row) - len(header):]))
+        barcode = record.get("barcode", row[0])
+        if barcode in table:
+            raise DataError(f"{path} holds barcode {barcode} twice: give one row per barcode")
+        table[barcode] = record
     return table, label
 
 
@@ -281,12 +422,18 @@ def _label_table(path, sample: str) -> dict[str, str]:
         table, label = _metadata(path)
         return {barcode: record[label] for barcode, record in table.items()}
     rows = [header, *rows]
-    width = max(len(row) for row in rows)
-    if width == 3 and any(row[1] == sample for row in rows if len(row) == 3):
-        return {row[0]: row[2] for row in rows if len(row) == 3 and row[1] == sample}
-    if width != 2:
+    width = len(header)
+    ragged = next((row for row in rows if len(row) != width), None)
+    if ragged:
+        raise DataError(f"{path} has rows of {width} and of {len(ragged)} fields ({ragged[0]} ...): it is damaged, or a label with a comma needs quotes")
+    if width == 3 and any(row[1] == sample for row in rows):
+        rows = [(row[0], row[2]) for row in rows if row[1] == sample]
+    elif width != 2:
         raise DataError(f"{path} has {width} columns and no rows for {sample}: give two columns, barcode and label")
-    return {row[0]: row[1] for row in rows if len(row) == 2}
+    if len(dict(rows)) < len(rows):
+        name, n = Counter(row[0] for row in rows).most_common(1)[0]
+        raise DataError(f"{path} holds barcode {name} {n} times: give one row per barcode")
+    return dict(rows)
 
 
 def _join_labels(table: dict[str, str], barcodes: np.ndarray, path) -> tuple[np.ndarray, list[str]]:
@@ -294,6 +441,14 @@ def _join_labels(table: dict[str, str], barcodes: np.ndarray, path) -> tuple[np.
         raise DataError(f"{path} shares no barcode with the slide (it has {next(iter(table), 'none')}, the slide {barcodes[0]}): "
                         "give the label file of this slide")
     return _encode_labels([table.get(barcode, "") for barcode in barcodes.tolist()])
+
+
+def _library(totals, path) -> np.ndarray | None:
+    """Total counts (N,) float64, None where one is missing (NaN). Raises DataError where one is negative or infinite."""
+    totals = np.asarray(totals, dtype=np.float64)
+    if (totals < 0).any() or np.isinf(totals).any():
+        raise DataError(f"{path} has a sum_umi that is negative or infinite: correct it or take the column out")
+    return None if np.isnan(totals).any() else totals
 
 
 def _folder_labels(folder: Path, sample: str, labels, barcodes: np.ndarray):
@@ -305,8 +460,10 @@ def _folder_labels(folder: Path, sample: str, labels, barcodes: np.ndarray):
     records = [table.get(barcode, {}) for barcode in barcodes.tolist()]
     patient = next((record["subject"] for record in records if record.get("subject")), "")
     try:
-        library_size = np.array([float(record["sum_umi"]) for record in records])
-    except (KeyError, ValueError):
+        library_size = _library([float(record["sum_umi"]) for record in records], metadata)
+    except (KeyError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         library_size = None  # no such column, or a spot without a row
     layer_map = next((path for path in (base / "barcode_level_layer_map.tsv" for base in (folder, folder.parent)) if path.is_file()), None)
     if labels is not None:
@@ -352,31 +509,40 @@ def _read_positions(path: Path) -> dict[str, np.ndarray]:
                 header = handle.readline().strip().split(",")
             if header == [""]:
                 raise ValueError("it is empty")
+            _warn_if_cut(path)
             named = "in_tissue" in header
             kinds = [("barcode", "O")] + [(name, "f8") for name in _POSITIONS[1:]]
             columns = np.loadtxt(path, delimiter=",", dtype=kinds, skiprows=int(named), ndmin=1, encoding="utf-8", comments=None,
                                  usecols=[header.index(name) for name in _POSITIONS] if named else range(6))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not a positions table ({error}): it needs the columns {', '.join(_POSITIONS)}") from error
     columns = {name: np.asarray(columns[name]) for name in _POSITIONS}
     columns["barcode"] = columns["barcode"].astype(str)
     _check_unique(columns["barcode"], path)
+    numbers = np.stack([np.asarray(columns[name], dtype=np.float64) for name in _POSITIONS[1:]], axis=1)  # (R, 5)
+    if not (np.abs(numbers) < 1e9).all() or (numbers[:, :3] != np.rint(numbers[:, :3])).any():
+        raise DataError(f"{path} holds a position that is no finite number or an array row or column that is not whole: copy it again")
     return columns
+
+
+_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, OverflowError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def _read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+    except _IMAGE_ERRORS as error:
         raise DataError(f"{path} cannot be read as an image ({error}): it is truncated, copy it again or delete it") from error
 
 
 def _check_fit(xy: np.ndarray, scale: float, height: int, width: int, path) -> None:
     """More than 5 % of the spots outside the image means that scale factor and image are not of one slide."""
+    if not 0 < scale < float("inf"):
+        raise DataError(f"{path} has an image with the scale factor {scale:g}: it must be positive")
     at = xy * scale  # (N, 2) image px
     outside = ((at < 0) | (at >= [width, height])).any(axis=1).mean() if len(at) else 0.0
     if outside > 0.05:
@@ -389,22 +555,24 @@ def _folder_image(folder: Path, xy: np.ndarray) -> tuple[Callable[[], np.ndarray
     path, scales = _find(folder, "scalefactors_json.json"), {}
     if path is not None:
         try:
-            scales = {key: float(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items() if not isinstance(value, (str, list))}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+            scales = {key: float(value) for key, value in read_json(path).items() if not isinstance(value, (str, list))}
+        except JSON_ERRORS as error:
             raise DataError(f"{path} is not a JSON object of scale factors ({error}): copy it again from the Space Ranger output") from error
+        if not all(0 < scales.get(key, 1) < float("inf") for key in ("tissue_hires_scalef", "tissue_lowres_scalef", "microns_per_pixel")):
+            raise DataError(f"{path} holds a scale factor that is not positive: copy it again from the Space Ranger output")
     for size in ("hires", "lowres"):
         picture = _find(folder, f"tissue_{size}_image.png", f"tissue_{size}_image.jpg")
         if picture is None:
             continue
         key = f"tissue_{size}_scalef"
-        if not scales.get(key, 0) > 0:
+        if key not in scales:
             path = path or folder / "spatial" / "scalefactors_json.json"
             raise DataError(f"{path} has no {key} for {picture.name}: copy scalefactors_json.json from the Space Ranger output")
         try:
-            with Image.open(picture) as image:
+            with Image.open(picture, formats=("PNG", "JPEG")) as image:
                 width, height = image.size
                 image.verify()  # reads the chunks, not the pixels: a truncated file is found now and not after training
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        except _IMAGE_ERRORS as error:
             raise DataError(f"{picture} cannot be read as an image ({error}): it is truncated, copy it again or delete it") from error
         _check_fit(xy, scales[key], height, width, picture)
         return functools.partial(_read_image, picture), scales[key], scales, str(picture)
@@ -470,7 +638,7 @@ def load_visium(folder, counts: bool = True, labels=None) -> Slide:
         raise DataError(f"{positions_path} marks no spot of the matrix as in tissue: take both files from the same Space Ranger run")
     if len(keep) < len(rows):
         rows, barcodes, matrix = rows[keep], barcodes[keep], None if matrix is None else matrix[keep]
-    xy = np.stack([positions["pxl_col_in_fullres"][rows], positions["pxl_row_in_fullres"][rows]], axis=1).astype(np.float64)  # (N, 2) x, y
+    xy = check_xy(np.stack([positions["pxl_col_in_fullres"][rows], positions["pxl_row_in_fullres"][rows]], axis=1), len(rows), positions_path)  # x, y
     grid = np.stack([positions["array_row"][rows], positions["array_col"][rows]], axis=1).astype(np.int64)  # (N, 2)
     codes, classes, patient, library_size, tables = _folder_labels(folder, sample, labels, barcodes)
     image, scale, scales, image_file = _folder_image(folder, xy)
@@ -492,16 +660,18 @@ def _column(handle: h5py.File, frame, name: str) -> np.ndarray:
     """One data frame column: strings as str ('' = missing), numbers as numbers (NaN = missing); every AnnData encoding of categoricals."""
     node = frame[name]
     if isinstance(node, h5py.Group) and "mask" in node:  # nullable-integer, -boolean, -string-array
-        values, mask = _decode(node["values"]), node["mask"][()].astype(bool)
-        return np.where(mask, "" if values.dtype.kind == "U" else np.nan, values)
+        values = _decode(node["values"])
+        return np.where(read_array(node["mask"], "b", values.shape), "" if values.dtype.kind == "U" else np.nan, values)
     if isinstance(node, h5py.Group):
-        codes, categories = node["codes"][()], _decode(node["categories"])
+        codes, categories = read_array(node["codes"], "iu"), _decode(node["categories"])
     elif isinstance(node, h5py.Dataset) and "categories" in node.attrs:  # AnnData 0.7: reference to obs/__categories/<name>
-        codes, categories = node[()], _decode(handle[node.attrs["categories"]])
+        codes, categories = read_array(node, "iu"), _decode(handle[node.attrs["categories"]])
     elif f"uns/{name}_categories" in handle:  # AnnData < 0.7
         codes, categories = np.asarray(node[()] if isinstance(node, h5py.Dataset) else node), _decode(handle[f"uns/{name}_categories"])
     else:
         return _decode(node)
+    if codes.size and codes.min() < -1:
+        raise ValueError(f"{name} has a category below -1")
     if (codes < 0).any():  # -1 = missing: the appended last category
         categories = np.append(categories, np.nan if categories.dtype.kind == "f" else "")
     return categories[codes]
@@ -510,12 +680,18 @@ def _column(handle: h5py.File, frame, name: str) -> np.ndarray:
 def _index(handle: h5py.File, frame) -> np.ndarray:
     names = _fields(frame)
     name = _decode(frame.attrs["_index"]).item() if "_index" in frame.attrs else next((n for n in ("_index", "index") if n in names), names[0])
-    return _column(handle, frame, name).astype(str)
+    values = _column(handle, frame, name)
+    if values.ndim != 1 or values.dtype.kind not in "Uiu":
+        raise ValueError(f"its index {name} is {values.dtype} of shape {values.shape}")
+    return values.astype(str)
 
 
 def _read_matrix(node, shape: tuple[int, int]) -> tuple[sp.csr_matrix | None, str | None]:
     """CSR, CSC or dense X -> (counts (N, G) int32 CSR, None), or (None, what keeps it from being counts). Dense X is read in blocks of rows."""
     if isinstance(node, h5py.Dataset):
+        if node.shape != shape or not shape[0]:
+            raise ValueError(f"{node.name} is {node.shape} for {shape[0]} spots x {shape[1]} genes")
+        _check_size(node)
         blocks = []
         for start in range(0, shape[0], 4096):
             block = node[start:start + 4096]
@@ -524,15 +700,19 @@ def _read_matrix(node, shape: tuple[int, int]) -> tuple[sp.csr_matrix | None, st
                 return None, problem
             blocks.append(sp.csr_matrix(block.astype(np.int32)))
         return sp.vstack(blocks, format="csr"), None
-    data = node["data"][()]
+    data = read_array(node["data"], "biufc")
     problem = _count_problem(data)
     if problem:
         return None, problem
     kind = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "csr"))
     kind = kind.decode() if isinstance(kind, bytes) else str(kind)
+    stated = node.attrs.get("shape", node.attrs.get("h5sparse_shape", shape))
+    if kind[:3] not in ("csr", "csc") or tuple(stated) != shape:
+        raise ValueError(f"{node.name} is {kind} of shape {tuple(stated)} for {shape[0]} spots x {shape[1]} genes")
+    indices, indptr = read_array(node["indices"], "iu"), read_array(node["indptr"], "iu")
     if kind.startswith("csc"):
-        return _count_matrix(data, node["indices"][()], node["indptr"][()], shape[::-1]).T.tocsr(), None
-    return _count_matrix(data, node["indices"][()], node["indptr"][()], shape), None
+        return _count_matrix(data, indices, indptr, shape[::-1]).T.tocsr(), None
+    return _count_matrix(data, indices, indptr, shape), None
 
 
 def _h5ad_counts(handle: h5py.File, layer: str | None, n_spots: int, path) -> tuple[sp.csr_matrix, np.ndarray]:
@@ -556,7 +736,7 @@ def _h5ad_counts(handle: h5py.File, layer: str | None, n_spots: int, path) -> tu
 
 
 def _h5ad_image(path, key: str) -> np.ndarray:
-    with _open_h5(path, "an h5ad file") as handle:
+    with open_h5(path, "an h5ad file") as handle:
         return _as_uint8(handle[key][()])
 
 
@@ -570,6 +750,7 @@ def _h5ad_picture(handle: h5py.File, path: Path, xy: np.ndarray) -> tuple[Callab
         if key not in handle:
             raise DataError(f"{path} has an image {size} but no {key}: export both or remove the image")
         scale, picture = float(handle[key][()]), images[size]
+        _check_size(picture)
         _check_fit(xy, scale, *picture.shape[:2], path)
         return functools.partial(_h5ad_image, path, picture.name), scale
     return None, None
@@ -579,7 +760,8 @@ def _h5ad_xy(handle: h5py.File, obs, path) -> np.ndarray:
     names = _fields(obs)
     obsm = handle.get("obsm")
     if obsm is not None and "spatial" in _fields(obsm) and not isinstance(obsm["spatial"], h5py.Group):
-        return np.asarray(obsm["spatial"][()] if isinstance(obsm, h5py.Group) else obsm["spatial"], dtype=np.float64)[:, :2]
+        xy = read_array(obsm["spatial"], "iuf") if isinstance(obsm, h5py.Group) else np.asarray(obsm["spatial"])
+        return xy[:, :2] if xy.ndim == 2 and xy.shape[1] <= 3 else xy    # a third number is a height
     if {"pxl_col_in_fullres", "pxl_row_in_fullres"} <= set(names):
         return np.stack([_column(handle, obs, f"pxl_{axis}_in_fullres").astype(np.float64) for axis in ("col", "row")], axis=1)
     raise DataError(f"{path} has no coordinates: it needs obsm['spatial'] or obs columns pxl_col_in_fullres and pxl_row_in_fullres")
@@ -592,29 +774,37 @@ def load_h5ad(path, label_key: str | None = None, layer: str | None = None, coun
     else the first known one (sce.layer_guess, layer_guess, label, ...); NaN and 'undetermined' are -1. Raises DataError.
     """
     path = Path(path).resolve()
-    with _open_h5(path, "an h5ad file") as handle:
+    with open_h5(path, "an h5ad file") as handle:
         obs = handle["obs"]
         names, barcodes = _fields(obs), _index(handle, obs)
         _check_unique(barcodes, path)
         matrix, genes = _h5ad_counts(handle, layer, len(barcodes), path) if counts else (None, np.array([], dtype=str))
-        xy = _h5ad_xy(handle, obs, path)
-        if xy.shape != (len(barcodes), 2) or not np.isfinite(xy).all():
-            raise DataError(f"{path} has coordinates of shape {xy.shape} or not finite: it needs one finite x, y per spot in obsm['spatial']")
+        if not len(barcodes):
+            raise DataError(f"{path} holds no spot: give a file with spots")
+
+        def column(name):                                                # a shorter one would be repeated silently
+            values = _column(handle, obs, name)
+            if values.shape != barcodes.shape:
+                raise ValueError(f"obs column {name} has shape {values.shape} for {len(barcodes)} spots")
+            return values
+        xy = check_xy(_h5ad_xy(handle, obs, path), len(barcodes), path)
         grid = None
         if {"array_row", "array_col"} <= set(names):
-            grid = np.stack([_column(handle, obs, name).astype(np.float64) for name in ("array_row", "array_col")], axis=1)
-            grid = grid.astype(np.int64) if np.isfinite(grid).all() else None
+            grid = np.stack([column(name).astype(np.float64) for name in ("array_row", "array_col")], axis=1)
+            grid = grid.astype(np.int64) if (np.abs(grid) < 1e9).all() and (grid == np.rint(grid)).all() else None
         if label_key is not None and label_key not in names:
             raise DataError(f"{path} has no obs column {label_key}: choose one of {', '.join(names)}")
         label_key = label_key or next((key for key in _LABEL_KEYS if key in names), None)
-        labels, classes = _encode_labels(_column(handle, obs, label_key).tolist()) if label_key else (None, [])
-        tissue = _column(handle, obs, "in_tissue").astype(np.float64) > 0 if "in_tissue" in names else np.ones(len(barcodes), dtype=bool)
+        labels, classes = _encode_labels(column(label_key).tolist()) if label_key else (None, [])
+        tissue = column("in_tissue").astype(np.float64) > 0 if "in_tissue" in names else np.ones(len(barcodes), dtype=bool)
         umi = next((key for key in ("sum_umi", "sce.sum_umi") if key in names), None)
-        library_size = _column(handle, obs, umi).astype(np.float64) if umi else None
+        library_size = _library(column(umi), path) if umi else None
         patient = _decode(handle["uns/patient"]).item() if isinstance(handle.get("uns/patient"), h5py.Dataset) else None
         donor = next((key for key in ("patient", "subject", "donor", "sce.subject") if key in names), None)
-        patient = patient or (_column(handle, obs, donor).astype(str)[0] if donor and len(barcodes) else "")
+        patient = patient or (column(donor).astype(str)[0] if donor and len(barcodes) else "")
         um_per_px = float(handle["uns/um_per_px"][()]) if "uns/um_per_px" in handle else _lattice_um_per_px(grid, xy)
+        if um_per_px is not None and not 0 < um_per_px < float("inf"):
+            raise DataError(f"{path} has a uns/um_per_px of {um_per_px}: it must be positive")
         image, scale = _h5ad_picture(handle, path, xy)
     slide = Slide(matrix, genes, barcodes, xy, grid, labels, classes, image, scale, None, um_per_px, path.stem, str(patient), str(path), library_size,
                   image_file="" if image is None else str(path))
@@ -630,9 +820,10 @@ class Patches:
 
     def __init__(self, path, rows: np.ndarray | None = None):
         self.path = str(path)
-        with _open_h5(path, "HEST patches") as handle:
+        with open_h5(path, "HEST patches") as handle:
             shape = handle["img"].shape
-            if len(shape) != 4 or handle["img"].dtype != np.uint8:
+            _check_size(handle["img"])
+            if len(shape) != 4 or shape[3] != 3 or handle["img"].dtype != np.uint8:
                 raise DataError(f"{path} holds img of shape {shape}, {handle['img'].dtype}: it must be (N, h, w, 3) uint8")
         self.rows = np.arange(shape[0]) if rows is None else np.asarray(rows, dtype=np.int64)
         self.shape = (len(self.rows), *shape[1:])
@@ -649,7 +840,7 @@ class Patches:
         rows, inverse = np.unique(wanted, return_inverse=True)
         starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # h5py reads a run of rows much faster than a list of them
         out = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)
-        with _open_h5(self.path, "HEST patches") as handle:
+        with open_h5(self.path, "HEST patches") as handle:
             for start, stop in zip(starts, [*starts[1:], len(rows)]):
                 handle["img"].read_direct(out, np.s_[rows[start]:rows[stop - 1] + 1], np.s_[start:stop])
         return out[0] if np.ndim(wanted) == 0 else out[inverse.reshape(-1)]  # (n, h, w, 3)
@@ -676,19 +867,27 @@ def hest_split(root, fold: int) -> tuple[list[str], list[str]]:
             folds = sorted(found.stem.split("_")[1] for found in path.parent.glob(f"{side}_*.csv"))
             raise DataError(f"{path} does not exist: choose one of the folds {', '.join(folds) or '(none here)'}")
         header, rows = _read_table(path)
-        column = header.index("sample_id") if "sample_id" in header else 0
-        sides.append([row[column] for row in rows])
-    return sides[0], sides[1]
+        if "sample_id" not in header or any(len(row) != len(header) for row in rows):
+            raise DataError(f"{path} has no column sample_id or a row of another length: download it again")
+        sides.append([row[header.index("sample_id")] for row in rows])
+    train, test = sides
+    if len({*train, *test}) < len(train) + len(test):
+        raise DataError(f"{path} and its train file name a sample twice: a sample stands once, on one side")
+    return train, test
 
 
 def hest_genes(root) -> list[str]:
     """The target genes of a HEST-benchmark task: var_50genes.json."""
-    path = Path(root) / "var_50genes.json"
-    try:
-        genes = json.loads(path.read_text(encoding="utf-8"))
-        return [str(gene) for gene in (genes["genes"] if isinstance(genes, dict) else genes)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a JSON list of genes ({error}): download it again") from error
+    return read_gene_list(Path(root) / "var_50genes.json")
+
+
+def _patch_names(handle: h5py.File, path) -> np.ndarray:
+    """(N,) barcodes of a patch file. Raises DataError unless there is one per patch and none stands twice."""
+    found = _decode(handle["barcode" if "barcode" in handle else "barcodes"]).reshape(-1)  # (N, 1) -> (N,)
+    if len(found) != len(handle["img"]) or found.dtype.kind != "U":
+        raise DataError(f"{path} has {len(handle['img'])} patches but {len(found)} barcodes of {found.dtype}: download it again")
+    _check_unique(found, path)
+    return found
 
 
 def load_hest(root, sample: str, patches: bool = True, label_key: str | None = None, counts: bool = True) -> Slide:
@@ -702,20 +901,25 @@ def load_hest(root, sample: str, patches: bool = True, label_key: str | None = N
     slide = load_h5ad(folder / f"{sample}.h5ad", label_key, counts=counts)
     for path in sorted(folder.parent.glob("HEST*.csv")) + sorted(folder.parent.glob("metadata.csv")):
         header, rows = _read_table(path)
-        record = next((r for r in (dict(zip(header, row)) for row in rows) if r.get("id") == sample), {})
+        if "id" not in header or any(len(row) != len(header) for row in rows):
+            raise DataError(f"{path} has no column id or a row of another length: download it again")
+        records = [record for record in (dict(zip(header, row)) for row in rows) if record["id"] == sample]
+        if len(records) > 1:
+            raise DataError(f"{path} holds {sample} {len(records)} times: keep one row")
+        record = records[0] if records else {}
         slide.patient = record.get("patient") or slide.patient
         try:
-            slide.um_per_px = float(record.get("pixel_size_um_estimated") or slide.um_per_px or "nan")
+            pixel = float(record.get("pixel_size_um_estimated") or "nan")
         except ValueError as error:
             raise DataError(f"{path} has a pixel_size_um_estimated of {sample} that is not a number: correct it") from error
+        if pixel <= 0 or pixel == float("inf"):
+            raise DataError(f"{path} has a pixel_size_um_estimated of {sample} that is not positive: correct it")
+        slide.um_per_px = slide.um_per_px if np.isnan(pixel) else pixel
     if not patches:
         return slide
     path = folder.parent / "patches" / f"{sample}.h5"
-    with _open_h5(path, "HEST patches") as handle:
-        found = _decode(handle["barcode" if "barcode" in handle else "barcodes"]).reshape(-1).astype(str)  # (N, 1) -> (N,)
-        if len(found) != len(handle["img"]):
-            raise DataError(f"{path} has {len(handle['img'])} patches but {len(found)} barcodes: download it again")
-    _check_unique(found, path)
+    with open_h5(path, "HEST patches") as handle:
+        found = _patch_names(handle, path)
     row = {barcode: i for i, barcode in enumerate(found.tolist())}
     rows = np.array([row.get(barcode, -1) for barcode in slide.barcodes.tolist()], dtype=np.int64)
     if not (rows >= 0).any():
@@ -738,17 +942,15 @@ def load_patch_folder(root, sample: str = "", patches: bool = True) -> list[Slid
         raise DataError(f"{root} holds neither adata/, st/, *.h5 patches nor *.npz features{' of ' + sample if sample else ''}: check the path")
     out = []
     for path in paths:
-        try:
-            if path.suffix == ".h5":
-                with h5py.File(path, "r") as handle:
-                    barcodes = handle["barcode" if "barcode" in handle else "barcodes"][:].reshape(-1).astype(str)
-                    xy = handle["coords"][:].astype(np.float64)
-            else:
-                with np.load(path, allow_pickle=False) as handle:
-                    barcodes, xy = handle["barcodes"].astype(str), handle["coords"].astype(np.float64)
-        except (OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path} lacks barcodes or coords ({error}): patches need img, coords, barcode; features embedding, coords, "
-                            "barcodes") from error
+        if path.suffix == ".h5":
+            with open_h5(path, "HEST patches") as handle:
+                barcodes, xy = _patch_names(handle, path), read_array(handle["coords"], "iuf")
+        else:
+            barcodes, xy = read_npz(path, "barcodes", "coords")
+            if barcodes.ndim != 1 or barcodes.dtype.kind != "U":
+                raise DataError(f"{path} has barcodes of {barcodes.dtype}, shape {barcodes.shape}: save a list of strings")
+            _check_unique(barcodes, path)
+        xy = check_xy(xy, len(barcodes), path)
         stack = Patches(path) if path.suffix == ".h5" else None
         out.append(Slide(None, np.array([]), barcodes, xy, patches=stack, sample=path.stem, source=str(path)))
     return out
@@ -780,6 +982,8 @@ def load_slide(root, sample: str | None = None, counts: bool = True, labels=None
     `labels`: a label file as in `load_visium`, or the name of an obs column of an h5ad. Raises DataError, with the names to choose from.
     """
     root = Path(root).resolve()
+    if sample is not None and Path(sample).name != sample:
+        raise DataError(f"{sample!r} is no name of a slice in {root}: give a name without folders")
     if sample is None and root.is_dir() and not _is_visium(root):
         names = list_slices(root)
         if len(names) != 1:

@@ -25,7 +25,7 @@ from scipy.optimize import linear_sum_assignment
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from data import DataError  # noqa: E402
+from data import JSON_ERRORS, NPZ_ERRORS, DataError  # noqa: E402
 from run import cli, write_atomically  # noqa: E402
 
 # README of the released system (gcn_only: its RESULTS.md): mean +- std over 12 slices, all genes, one seed, random split. Shown for context.
@@ -78,7 +78,7 @@ def read_runs(folder):
             continue
         try:
             record = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except JSON_ERRORS as error:
             raise DataError(f"{path} is not a run record ({error}): delete it and run again") from error
         parts = path.absolute().parts[-6:-2]                            # <method>/<data>/<slice>/<variant>/seed<k>/run.json, wherever `folder` begins
         if len(parts) < 4 or not isinstance(record, dict) or "method" not in record:
@@ -325,11 +325,14 @@ def layer_maps(records):
         path = r["path"].parent / "arrays.npz"
         if "ari" not in r["metrics"] or not path.is_file():
             continue
-        with np.load(path, allow_pickle=False) as arrays:
-            found = next((arrays[k] for k in ("pred", "domains") if k in arrays), None)
-            if found is None or "labels" not in arrays or not (arrays["labels"] >= 0).any():
-                continue
-            xy, labels = arrays["xy"], arrays["labels"]
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found = next((arrays[k] for k in ("pred", "domains") if k in arrays), None)
+                if found is None or "labels" not in arrays or not (arrays["labels"] >= 0).any():
+                    continue
+                xy, labels = arrays["xy"], arrays["labels"]
+        except NPZ_ERRORS as error:
+            raise DataError(f"{path} cannot be read ({error}): delete its folder and run again") from error
         name, title = f"{r['data']} {r['part']}", f"{r['method']}\n{r['variant']}"
         maps = out.setdefault(name, {"annotation": ((-1,), xy, labels)})
         if title not in maps:

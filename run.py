@@ -177,7 +177,11 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.rank, self.world, self.device = join_processes(config.device)
-        self.figures = {}
+        self.figures, self.laps = {}, {}
+
+    def lap(self, name):
+        """Note under `name` the seconds since the lap before (the first: since the start); they stand in the record."""
+        self.laps[name] = round(time.perf_counter() - self.start - sum(self.laps.values()), 2)
 
     def figure(self, name, figure):
         """Keep a matplotlib figure, saved as <name>.png when the run finishes."""
@@ -192,7 +196,7 @@ class Run:
         record = {
             "method": self.method, "config": dataclasses.asdict(self.config), "metrics": _plain(metrics), "baselines": _plain(baselines),
             "split": None if split is None else {"name": split.name, "leaks_position": split.leaks_position, "detail": split.detail},
-            "n_params": n_params, "seconds": round(time.perf_counter() - self.start, 2),
+            "n_params": n_params, "seconds": round(time.perf_counter() - self.start, 2), "laps": self.laps,
             "peak_rss_mb": round(peak_rss_mb()), "device": device_name(self.device), "processor": processor(), "versions": versions(),
             "git_commit": git_commit(), "processes": self.world, "data_checksum": checksum, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), **_plain(more)}
         if self.world > 1:

@@ -12,7 +12,6 @@ it has to beat (ridge, kNN, neighbours, PCA, nearest-cell retrieval) on the same
     torchrun --standalone --nproc_per_node=2 spatia.py --data cells.h5 --preset base
 """
 import copy
-import pickle
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +29,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import distributed, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import metrics
@@ -676,7 +676,6 @@ class Session:
 
     def save(self):
         if self.rank == 0:
-            self.latest.parent.mkdir(parents=True, exist_ok=True)
             run.write_atomically(self.latest, lambda f: torch.save(self.state, f))
 
     def mine(self, batch):
@@ -702,13 +701,7 @@ def resumable(config):
 
 def load_checkpoint(path):
     """latest.pt of an interrupted run. Raises DataError for anything else."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["config"]["seed"], saved["done"], saved["going"]
-        return saved
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is not a spatia checkpoint ({str(error).splitlines()[0]}): "
-                        "leave --resume away, or run with --save_every first") from error
+    return data.read_checkpoint(path, "spatia checkpoint", ["config", "done", "going"], "leave --resume away, or run with --save_every first")
 
 
 def learning_rate(step, steps):
@@ -738,23 +731,27 @@ def optimise(session, number, model, groups, loss_of, ema=0.0):
         history = list(going["history"])
         if ema:
             average.load_state_dict(going["average"])
-    parameters = [p for g in optimiser.param_groups for p in g["params"]]
+    parameters, recent = [p for g in optimiser.param_groups for p in g["params"]], []
     model.train()
     for step in run.progress(range(len(history), steps), f"stage {name}"):
         for group, peak in zip(optimiser.param_groups, peaks):
             group["lr"] = peak * learning_rate(step, steps)
         generator = torch.Generator().manual_seed((config.seed * 3 + number) * 10_000_019 + step)
-        loss = loss_of(generator, batch)
+        with run.autocast(config, session.device):
+            loss = loss_of(generator, batch)
         optimiser.zero_grad(set_to_none=False)
         loss.backward()
-        history.append(sum_gradients(session, parameters, loss))
-        if not np.isfinite(history[-1]):
-            raise DataError(f"the loss of stage {name} is {history[-1]} at step {step}: check the counts for extreme values")
+        recent.append(sum_gradients(session, parameters, loss))
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         if ema:
             follow(average, model, min(ema, (1 + step) / (10 + step)))
-        if config.save_every and (step + 1) % config.save_every == 0:
+        save = config.save_every and (step + 1) % config.save_every == 0
+        if save or len(recent) == 50 or step + 1 == steps:              # to read a loss is to wait for the device
+            history, recent = history + torch.stack(recent).tolist(), []
+            if not np.isfinite(history).all():
+                raise DataError(f"the loss of stage {name} is not finite at step {np.isfinite(history).argmin()}: check the counts for extreme values")
+        if save:
             session.state["going"] = {"stage": name, "model": model.state_dict(), "optimiser": optimiser.state_dict(), "history": history,
                                       "average": average.state_dict() if ema else None}
             session.save()
@@ -766,23 +763,22 @@ def optimise(session, number, model, groups, loss_of, ema=0.0):
 
 
 def sum_gradients(session, parameters, loss):
-    """Sum loss and gradients over the processes, in one message; returns the loss of the whole batch."""
+    """Sum loss and gradients over the processes, in one message; returns the loss of the whole batch, a tensor."""
     if session.world == 1:
-        return loss.item()
+        return loss.detach()
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     flat = torch.cat([p.grad.flatten() for p in parameters] + [loss.detach().view(1)])
     distributed.all_reduce(flat)
     for p, total in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
         p.grad.copy_(total.view_as(p))
-    return flat[-1].item()
+    return flat[-1]
 
 
 @torch.no_grad()
 def follow(average, model, keep):
     """average <- keep average + (1 - keep) model."""
-    for a, m in zip(average.parameters(), model.parameters()):
-        a.lerp_(m, 1 - keep)
+    get_ema_multi_avg_fn(keep)(list(average.parameters()), list(model.parameters()), None)        # all in one call
 
 
 def pick(rows, batch, generator):
@@ -795,12 +791,10 @@ def pick(rows, batch, generator):
 
 def turned(x, which):
     """Each image of x (B, C, S, S) in one of its eight orientations, which (B,) in 0..7: orientation carries no information."""
-    for k in range(8):
-        at = which == k
-        if at.any():
-            y = torch.rot90(x[at], k % 4, (2, 3))
-            x[at] = y.flip(3) if k > 3 else y
-    return x
+    at = torch.arange(x[0, 0].numel()).view(x.shape[2:])
+    turns = [torch.rot90(at, k) for k in range(4)]
+    place = torch.stack([*turns, *(t.flip(1) for t in turns)])[which.cpu()].to(x.device)          # (B, S, S) pixel that comes here
+    return x.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, x.shape[1], -1)).view(x.shape)
 
 
 def stage_a(session, field, model):
@@ -813,9 +807,8 @@ def stage_a(session, field, model):
         hidden, u = torch.rand(batch, n_genes, generator=g) < 0.3, torch.rand(batch, generator=g)
         keep = torch.rand(batch, n_patches, generator=g).argsort(1)[:, :n_patches // 2]
         rows, hidden, u, keep, which = (a[mine] for a in (rows, hidden, u, keep, torch.randint(8, (batch,), generator=g)))
+        image, (z, depth), (target, _) = turned(field.images(rows), which), field.expression(rows, hidden), field.expression(rows)
         hidden, u, keep = (a.to(session.device) for a in (hidden, u, keep))
-        image = turned(field.images(rows), which)
-        (z, depth), (target, _) = field.expression(rows, hidden), field.expression(rows)
         has_img, has_gene = u >= 0.15, u < 0.85                         # one of the two is left out 15 % of the time each
         x_img, x_gene = model.image(image, keep if config.mae else None), model.gene(z, depth, hidden)
         fused, img, gene = model.fuse(x_img, x_gene, has_img, has_gene), model.fuse(x_img), model.fuse(None, x_gene)
@@ -835,11 +828,13 @@ def embed(model, field, rows, hidden=None, modality=None, chunk=512):
     out = {m: [] for m in (MODALITIES if modality is None else (modality,))}
     for start in range(0, len(rows), chunk):
         part = rows[start:start + chunk]
-        mask = None if hidden is None else hidden[start:start + chunk].to(field.device)
+        mask = None if hidden is None else hidden[start:start + chunk]
         x_img = model.image(field.images(part)) if set(out) & {"img", "fused"} else None
-        x_gene = model.gene(*field.expression(part, mask), mask) if set(out) & {"gene", "fused"} else None
+        x_gene = None
+        if set(out) & {"gene", "fused"}:
+            x_gene = model.gene(*field.expression(part, mask), None if mask is None else mask.to(field.device))
         for m in out:
-            out[m].append(model.fuse(x_img if m != "gene" else None, x_gene if m != "img" else None)[0])
+            out[m].append(model.fuse(x_img if m != "gene" else None, x_gene if m != "img" else None)[0].float())
     return {m: torch.cat(v) for m, v in out.items()}
 
 
@@ -866,12 +861,12 @@ def stage_b(session, field, cell, model):
         hidden, kind = torch.rand(batch, n_genes, generator=g) < 0.2, torch.randint(4, (batch,), generator=g)
         context = (torch.rand(batch, generator=g) >= 0.2) | (kind == 0)
         modality = torch.where(kind == 0, torch.randint(3, (batch,), generator=g), kind - 1)
-        hidden, kind, context, modality = (a.to(session.device) for a in (hidden, kind, context, modality))
-        z = torch.where(kind[:, None] == 0, model.absent, cached[0][rows.to(session.device)])      # (B, d)
+        z = torch.where((kind == 0)[:, None].to(session.device), model.absent, cached[0][rows.to(session.device)])          # (B, d)
         for k, name in ((2, "gene"), (3, "fused")):
-            at = (kind == k).nonzero()[:, 0]
+            at = (kind == k).nonzero()[:, 0]                            # still on the CPU: nobody waits for a size
             if len(at):
-                z = z.index_copy(0, at, embed(cell, field, rows[at.cpu()], hidden[at], name)[name])
+                z = z.index_copy(0, at.to(session.device), embed(cell, field, rows[at], hidden[at], name)[name])
+        hidden, kind, context, modality = (a.to(session.device) for a in (hidden, kind, context, modality))
         near = flat[modality[:, None] * n + field.niche[rows].to(session.device)]
         tissue = field.tissue[rows].to(session.device)
         far = flat_squares[modality[:, None] * m + tissue.clamp(min=0)]
@@ -948,7 +943,8 @@ def generate(session, field, conditions, model, rows, draws, chunk=256):
         def velocity(x, t, y=y, null=null):
             v = model(x, t, y, rho)
             return v if w == 0 or model.kind == "none" or t[0] > GUIDED else (1 + w) * v - w * model(x, t, null, rho)
-        x = sample(config.path, velocity, x, config.ode_steps)
+        with run.autocast(config, session.device):
+            x = sample(config.path, velocity, x, config.ode_steps)
         out[d, s:s + chunk] = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
     if session.world > 1:
         shared = out.to(session.device)
@@ -1267,16 +1263,19 @@ def train(session, field, clock):
     models, losses, conditions = {}, {}, None
     cell = CellModel(field.shape, n_genes, size, config.fusion)
     cell.gene.start(table(field, "train")[:, :-1])
-    models["cell"], losses["A"] = stage_a(session, field, cell.to(device))
+    for part in (cell.to(device).image, cell.gene):
+        run.compiled(part, config)
+    models["cell"], losses["A"] = stage_a(session, field, cell)
     clock.lap("stage_a")
     torch.manual_seed(config.seed + 1)                                  # an ablation of one stage leaves the start of the next alone
-    models["context"], losses["B"] = stage_b(session, field, models["cell"], ContextModel(n_genes, size, config.niche, config.tissue).to(device))
+    context = run.compiled(ContextModel(n_genes, size, config.niche, config.tissue).to(device), config)
+    models["context"], losses["B"] = stage_b(session, field, models["cell"], context)
     clock.lap("stage_b")
     if config.generate:
         torch.manual_seed(config.seed + 2)
         generator = Generator(field.shape, n_genes, size, models["cell"].gene, config.condition, config.niche, config.tissue, config.path)
         conditions = Conditions(field, models["cell"])
-        models["generator"], losses["C"] = stage_c(session, field, conditions, generator.to(device))
+        models["generator"], losses["C"] = stage_c(session, field, conditions, run.compiled(generator.to(device), config))
         clock.lap("stage_c")
     return models, losses, conditions
 

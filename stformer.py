@@ -14,9 +14,8 @@ With h2h off or local a layer costs O(S (P + k) D): nothing is S x S. Every run 
 """
 import copy
 import hashlib
-import pickle
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -149,6 +148,7 @@ class Sample:
     scored: torch.Tensor = None                                         # (S,) bool, spots with enough counts
     measured: torch.Tensor = None                                       # (G,) bool, genes on this slide's panel
     slide: data.Slide = None
+    batch: dict = None                                                  # `collate` of it alone, on the device: made once for all epochs
 
 
 def neighbourhood(slide, rings):
@@ -240,6 +240,7 @@ def collate(samples, device="cpu"):
         return (torch.stack(parts) if len(parts) > 1 else parts[0][None]).to(device)
     out = {"x": stack("x"), "place": stack("place"), "blocks": stack_blocks([s.blocks for s in samples], longest, device)}
     out["valid"] = torch.stack([torch.arange(longest) < len(s.x) for s in samples]).to(device)           # (B, S)
+    out["whole"] = all(len(s.x) == longest for s in samples)            # nothing is padded: known here, so that nobody waits for the device to ask
     if samples[0].y is not None:
         out |= {name: stack(name) for name in ("y", "counts", "library")}
         measured = torch.stack([s.measured for s in samples]).to(device)
@@ -291,26 +292,26 @@ class Layer(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.bias = nn.Parameter(torch.zeros(rings + 2, heads)) if rings else None       # by rounded distance 0 .. rings + 1
 
-    def forward(self, t, h, valid, blocks):
-        """t (B, P, D) tokens, h (B, S, D) patches, valid (B, S), blocks of `stack_blocks` -> t, h."""
+    def forward(self, t, h, valid, blocks, whole=False):
+        """t (B, P, D) tokens, h (B, S, D) patches, valid (B, S), all True where `whole`, blocks of `stack_blocks` -> t, h."""
         (qt, kt, vt), (qh, kh, vh) = (self.qkv(self.norm1(a)).unflatten(-1, (3, self.heads, -1)).unbind(2) for a in (t, h))    # (B, ., H, d)
-        t = t + self.drop(self.out(self.tokens_read(qt, kt, vt, kh, vh, valid).flatten(2)))
-        h = h + self.drop(self.out(self.patches_read(qh, kh, vh, kt, vt, valid, blocks).flatten(2)))
+        t = t + self.drop(self.out(self.tokens_read(qt, kt, vt, kh, vh, valid, whole).flatten(2)))
+        h = h + self.drop(self.out(self.patches_read(qh, kh, vh, kt, vt, valid, blocks, whole).flatten(2)))
         return tuple(a + in_pieces(self.feed_forward, zip(a.split(MANY, 1)), 1) for a in (t, h))
 
     def feed_forward(self, x):
         return self.drop(self.ffn(self.norm2(x)))
 
-    def tokens_read(self, q, k, v, kh, vh, valid):
+    def tokens_read(self, q, k, v, kh, vh, valid, whole):
         """p2p and p2h: q, k, v (B, P, H, d), kh, vh (B, S, H, d) -> (B, P, H, d). O(P (P + S) D)."""
         mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device)
         mask = (mask if "p2p" in self.on else mask.tril().triu())[None, None].expand(len(q), 1, -1, -1)   # itself only: the diagonal
         if "p2h" in self.on:
             k, v = torch.cat([k, kh], 1), torch.cat([v, vh], 1)         # (B, P + S, H, d)
             mask = torch.cat([mask, valid[:, None, None].expand(-1, 1, q.shape[1], -1)], -1)              # (B, 1, P, P + S)
-        return sdpa(q, k, v, mask)
+        return sdpa(q, k, v, None if whole and "p2p" in self.on else mask)
 
-    def patches_read(self, q, k, v, kt, vt, valid, blocks):
+    def patches_read(self, q, k, v, kt, vt, valid, blocks, whole):
         """h2p and h2h: q, k, v (B, S, H, d), kt, vt (B, P, H, d) -> (B, S, H, d). O(S (P + K) D), or O(S (P + S) D) with h2h whole."""
         if "h2p" not in self.on:
             kt, vt = kt[:, :0], vt[:, :0]
@@ -318,7 +319,7 @@ class Layer(nn.Module):
             return itself_and_tokens(q, k, v, kt, vt)
         if self.h2h == "whole":
             mask = torch.cat([valid.new_ones(kt.shape[:2]), valid], 1)[:, None, None]                     # (B, 1, 1, P + S)
-            return sdpa(q, torch.cat([kt, k], 1), torch.cat([vt, v], 1), mask)
+            return sdpa(q, torch.cat([kt, k], 1), torch.cat([vt, v], 1), None if whole else mask)
         rows, keys, ring, slot, owner = blocks
         flat = [a.flatten(0, 1) for a in (q, k, v)]                     # (B S, H, d)
         parts = zip(*(a.split(MANY // BLOCK) for a in (rows, keys, ring, owner)))
@@ -331,7 +332,9 @@ class Layer(nn.Module):
         if self.bias is None:
             mask = F.pad(read, (kt.shape[1], 0), value=True)
         else:
-            bias = F.embedding(ring.clamp(min=0).int(), self.bias).permute(0, 3, 1, 2)                    # (N, H, n, U)
+            at = torch.arange(len(self.bias), dtype=ring.dtype, device=ring.device)[:, None]
+            which = (ring.flatten(1)[:, None] == at).to(self.bias.dtype)                                  # (N, rings, n U) one-hot, 0 where not read
+            bias = (self.bias.T @ which).unflatten(2, ring.shape[1:])   # (N, H, n, U): an embedding's gradient, summed one by one, takes longer
             mask = F.pad(bias.masked_fill(~read, float("-inf")), (kt.shape[1], 0))
         return sdpa(q[rows], k, v, mask)
 
@@ -344,10 +347,10 @@ def itself_and_tokens(q, k, v, kt, vt):
 
 
 def sdpa(q, k, v, mask):
-    """Scaled dot-product attention, q (B, n, H, d), k, v (B, m, H, d), mask (B, 1 or H, n or 1, m) True = read, or added to the scores; a mask of
-    only True is dropped, which opens the fused kernels."""
+    """Scaled dot-product attention, q (B, n, H, d), k, v (B, m, H, d), mask (B, 1 or H, n or 1, m) True = read, or added to the scores; None, which
+    opens the fused kernels: all are read."""
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, None if mask.dtype == torch.bool and mask.all() else mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
 class Position(nn.Module):
@@ -391,14 +394,16 @@ class PathwayTransformer(nn.Module):
         self.drop = nn.Dropout(dropout)
         nn.init.zeros_(self.genes.bias)
 
-    def forward(self, x, place, valid, blocks, **_):
-        """x (B, S, F), place (B, S, 2), valid (B, S), blocks of `stack_blocks` -> dict: genes, scores (B, S, P) and, with zinb, pi and theta."""
+    def forward(self, x, place, valid, blocks, whole=False, **_):
+        """x (B, S, F), place (B, S, 2), valid (B, S), all True where `whole`, blocks of `stack_blocks` -> dict: genes, scores (B, S, P) and, with
+        zinb, pi and theta."""
         h = self.embed(self.drop(x))                                    # (B, S, D)
         if self.position is not None:
             h = h + self.position(place, valid)
         t = self.tokens.expand(len(x), -1, -1)                          # (B, P, D)
         for layer in self.layers:
-            t, h = checkpoint(layer, t, h, valid, blocks, use_reentrant=False) if self.checkpointing else layer(t, h, valid, blocks)
+            given = t, h, valid, blocks, whole
+            t, h = checkpoint(layer, *given, use_reentrant=False) if self.checkpointing else layer(*given)
         t, h = self.norm(t), self.norm(h)
         if self.mode == "global":
             h = (h * valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None]                 # (B, 1, D)
@@ -559,8 +564,9 @@ def loss_of(out, batch, scaler, config, member=None, bag=False):
 def predict(models, sample, scaler, config):
     """Mean over models of genes (S, G) or (G,) in target units, and of pathway scores (S, P), numpy; eval mode, one slide."""
     device = next(models[0].parameters()).device
-    batch, scaler = collate([sample], device), scaler.to(device)
-    outs = [model.eval()(**batch) for model in models]
+    batch, scaler = sample.batch or collate([sample], device), scaler.to(device)
+    with run.autocast(config, device):
+        outs = [{k: v.float() for k, v in model.eval()(**batch).items()} for model in models]
     genes = torch.stack([scaler.predicted(out, config, batch.get("library"))[0] for out in outs]).mean(0)
     scores = torch.stack([out["scores"][0] for out in outs]).mean(0).cpu().numpy() if "scores" in outs[0] else None
     return genes.cpu().numpy(), scores
@@ -592,33 +598,37 @@ def train_one(make, fit, val, scaler, config, device, epochs, number=0, member=N
     Every epoch seeds itself, so going on from `saved` gives what an uninterrupted run gives.
     """
     torch.manual_seed(1_000_003 * config.seed + number)
-    model = make().to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    model = run.compiled(make().to(device), config)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True)
     history = []
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         history = [tuple(h) for h in saved["history"]]
     there, member = scaler.to(device), None if member is None else member.to(device)
+    val = [replace(s, batch=collate([s], device)) for s in val]
+    fit = [replace(s, batch=collate([s], device)) for s in fit] if config.batch == 1 else fit
     for epoch in run.progress(range(len(history), epochs), "epochs"):
         torch.manual_seed(1_000_003 * config.seed + 1009 * (number + 1) + epoch)
         model.train()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(epoch, config)
-        total = 0.0
-        for rows in torch.randperm(len(fit)).split(config.batch):
-            batch = collate([fit[i] for i in rows], device)
+        losses, steps = [], torch.randperm(len(fit)).split(config.batch)
+        for rows in steps:
+            batch = dict(fit[rows[0]].batch) if config.batch == 1 else collate([fit[i] for i in rows], device)
             if bag:                                                     # another half of the spots each time: few slides make few bags
                 half = torch.rand(batch["valid"].shape, device=device) < 0.5
-                batch["valid"], batch["scored"] = batch["valid"] & half, batch["scored"] & half[..., None]
-            loss = loss_of(model(**batch), batch, there, config, member, bag)
-            if not torch.isfinite(loss):
-                raise DataError(f"the loss is {loss.item()} at epoch {epoch}: lower --lr, or check the inputs for extreme values")
+                batch |= {"valid": batch["valid"] & half, "scored": batch["scored"] & half[..., None], "whole": False}
+            with run.autocast(config, device):
+                loss = loss_of({k: v.float() for k, v in model(**batch).items()}, batch, there, config, member, bag)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
-            total += loss.item() * len(rows) / len(fit)
+            losses.append(loss.detach())
+        total = sum(v * len(rows) / len(fit) for v, rows in zip(torch.stack(losses).tolist(), steps))        # the host waits for the device here only
+        if not np.isfinite(total):
+            raise DataError(f"the loss is {total} at epoch {epoch}: lower --lr, or check the inputs for extreme values")
         history.append((total, validation_score(model, val, scaler, config, bag) if val else float("nan")))
         if save is not None and config.save_every and (epoch + 1) % config.save_every == 0:
             save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "history": history})
@@ -707,7 +717,6 @@ def train(make, samples, scaler, config, device, member=None, bag=False, latest=
             continue
 
         def save(state):
-            latest.parent.mkdir(parents=True, exist_ok=True)
             run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "done": done, "going": state}, f))
         model, history = train_one(make, fit, val, scaler, config, device, epochs, number, member, bag,
                                    saved["going"] if number == len(saved["done"]) else None, save if latest is not None else None)
@@ -726,12 +735,7 @@ def resumable(config):
 
 def load_checkpoint(path):
     """A file of ours. Raises DataError for anything else."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["config"]["seed"]
-        return saved
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is not a stformer checkpoint ({str(error).splitlines()[0]}): give a file that a run of stformer.py wrote") from error
+    return data.read_checkpoint(path, "stformer checkpoint", ["config"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -856,6 +860,7 @@ def flat(config):
     """The flags for a predictor without pathways: a linear layer predicts values, not a likelihood's parameters."""
     out = copy.copy(config)
     out.loss, out.lambda_pathway = "mse" if config.loss == "zinb" else config.loss, 0.0
+    out.bf16 = out.compile = False
     return out
 
 
@@ -925,9 +930,9 @@ def true_rates(root, samples, genes):
     """[log mean counts (S, G) without noise] of a task that simulate.py wrote (truth.npz beside it), None for any other."""
     if not (Path(root) / "truth.npz").is_file():
         return None
-    with np.load(Path(root) / "truth.npz", allow_pickle=False) as truth:
-        column = [truth["genes"].tolist().index(g) for g in genes]
-        return [truth[f"z_{s.name}"] @ truth["weights"][:, column] for s in samples]
+    there, weights, *programs = data.read_npz(Path(root) / "truth.npz", "genes", "weights", *(f"z_{s.name}" for s in samples))
+    column = [there.tolist().index(g) for g in genes]
+    return [z @ weights[:, column] for z in programs]
 
 
 def score(samples, predictions, rates=None):
@@ -1076,12 +1081,10 @@ def state_of(config, models, linear, scaler, genes, sets):
 def predict_folder(config, start):
     """Predict the genes of slides that have no counts with a saved model; one folder of results for all of them."""
     saved = load_checkpoint(config.predict)
-    try:
-        known = Config(**saved["config"])
+    known = data.saved_flags(config.predict, Config, saved["config"], check)
+    with data.checkpoint_fits(config.predict):
         scaler, genes, sets, weights, linear = (saved[k] for k in ("scaler", "genes", "gene_sets", "weights", "linear"))
         dim_in = len(scaler["x_mean"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{config.predict} is not the model.pt of a finished run ({error}): give that file") from error
     known.data, known.slice, known.cache, known.device = config.data, config.slice, config.cache, config.device
     known.encoder = config.encoder if config.encoder != Config.encoder else known.encoder
     slides = data.load_patch_folder(known.data, known.slice, Path(known.encoder).suffix not in (".npy", ".npz"))
@@ -1093,12 +1096,16 @@ def predict_folder(config, start):
         if s.x.shape[1] != dim_in:
             raise DataError(f"slide {s.name} has {s.x.shape[1]} features ({known.encoder}), the checkpoint {config.predict} was trained on {dim_in}: "
                             "make the features with the encoder of the training run")
-    scaler = Scaler(scaler)
-    samples = [scaler.features(s, known.scale) for s in samples]
-    models = [build(known, samples[0].x.shape[1], len(genes), len(sets) or known.pathways).to(record.device) for _ in weights]
-    layers = [OneLinear(samples[0].x.shape[1], len(genes)).to(record.device) for _ in linear]
-    for model, w in zip(models + layers, weights + linear):
-        model.load_state_dict(w)
+    with data.checkpoint_fits(config.predict):
+        if {value.shape for name, value in scaler.items() if not name.startswith("x_")} != {(len(genes),)}:
+            raise ValueError("its scaler is of other genes")
+        scaler = Scaler(scaler)
+        samples = [scaler.features(s, known.scale) for s in samples]
+    with data.checkpoint_fits(config.predict):
+        models = [build(known, samples[0].x.shape[1], len(genes), len(sets) or known.pathways).to(record.device) for _ in weights]
+        layers = [OneLinear(samples[0].x.shape[1], len(genes)).to(record.device) for _ in linear]
+        for model, w in zip(models + layers, weights + linear):
+            model.load_state_dict(w)
     pairs = with_linear([predict(models, s, scaler, known) for s in samples], [predict(layers, s, scaler, flat(known))[0] for s in samples], known)
     found = [np.tile(p, (len(s.x), 1)) if known.mode == "global" else p for (p, _), s in zip(pairs, samples)]
     draw(record, samples, found, pairs, genes, sets, [], known.mode == "global")

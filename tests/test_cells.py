@@ -111,13 +111,17 @@ BAD = {
     "NaN counts": (lambda p: changed(p, counts__data=np.full(_nnz(p), np.nan)), "NaN"),
     "broken CSR": (lambda p: changed(p, counts__indices=np.full(_nnz(p), G + 3)), "cannot be read as a cell file"),
     "no xy": (lambda p: changed(p, xy=None), "cannot be read as a cell file"),
-    "NaN in xy": (lambda p: changed(p, xy=np.full((N, 2), np.nan)), "no finite numbers"),
+    "NaN in xy": (lambda p: changed(p, xy=np.full((N, 2), np.nan)), "not finite"),
     "xy of other cells": (lambda p: changed(p, xy=np.zeros((N + 1, 2))), r"xy of shape \(151, 2\)"),
     "unknown section": (lambda p: changed(p, section=np.full(N, 2)), "section numbers"),
     "repeated ids": (lambda p: changed(p, ids=["a"] * N), "150 times"),
     "repeated genes": (lambda p: changed(p, genes=["a"] * G), "gene twice"),
     "another version": (lambda p: changed(p, at_version=2), "not a cell file of version 1"),
     "another format": (lambda p: changed(p, at_format="x"), "not a cell file"),
+    "infinite field of view": (lambda p: changed(p, at_px_per_crop_px=np.inf), "px per crop px"),
+    "crops in no bytes": (lambda p: _empty(p), "declares"),
+    "values beyond the last row pointer": (lambda p: changed(p, counts__indptr=np.r_[0, np.full(N, _nnz(p) - 1)]), "row pointers"),
+    "sections as numbers": (lambda p: changed(p, sections=[1, 2]), "instead of a list of names"),
     "no field of view": (lambda p: changed(p, at_px_per_crop_px=0.0), "px per crop px"),
 }
 
@@ -127,6 +131,12 @@ def _vlen(path):
     with h5py.File(path, "r+") as handle:
         handle.create_dataset("crops", data=ragged(), dtype=h5py.vlen_dtype(np.uint8))
     return path
+
+
+def _empty(path):
+    changed(path, crops=None)
+    with h5py.File(path, "r+") as handle:
+        handle.create_dataset("crops", (N, C, 4096, 4096), np.uint8, chunks=(1, C, 64, 64))
 
 
 def _nnz(path):
@@ -269,7 +279,7 @@ def test_reads_that_cannot_be_used(tmp_path, reads, message):
     assert "spots.csv" in str(error.value) and not (tmp_path / "c.h5").exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "other", "float", "empty", "huge"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other", "float", "empty", "huge", "wide", "out of range"])
 def test_label_images_that_cannot_be_used(tmp_path, damage):
     folder = write_ca1(tmp_path / "s", "Gene,x,y\na,45,25\n" * 1, toy_image())
     path = folder / "label_image.coo.npz"
@@ -279,6 +289,12 @@ def test_label_images_that_cannot_be_used(tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-40])
     elif damage == "other":
         np.savez(path, x=np.arange(3))
+    elif damage == "wide":
+        sp.save_npz(path, sp.coo_matrix(([1], ([0], [0])), shape=(2**20, 2**20)))
+    elif damage == "out of range":
+        image = sp.csr_matrix(toy_image())
+        image.indices[0] = 2**30                               # written beyond the array's memory by toarray
+        sp.save_npz(path, image)
     else:
         image = toy_image().astype(float) if damage == "float" else np.zeros((9, 9), int) if damage == "empty" else np.full((9, 9), 2**40)
         sp.save_npz(path, sp.coo_matrix(image))

@@ -393,6 +393,17 @@ def test_end_to_end_record_atlas_and_predict(task, tmp_path, capsys):
     assert np.allclose(two["pred"], every["pred"][:, [5, 2]], atol=1e-5)
 
 
+def test_bfloat16_products_stay_near_float32(task, tmp_path, capsys):
+    found = []
+    for more in ([], ["--bf16"]):
+        cm.main(flags(task, tmp_path, *more))
+        record, folder = run_of(capsys)
+        found.append((record["history"][-1][0], np.load(folder / "arrays.npz")["embedding"], folder.parent.name))
+    (loss, z, name), (loss_near, z_near, name_near) = found
+    assert "bf16" not in name and "bf16-True" in name_near and 0 < abs(loss_near - loss) < 0.02 * loss
+    assert z_near.dtype == np.float32 and 0 < np.abs(z_near - z).mean() < 0.03      # channels of a LayerNorm: their standard deviation is about 1
+
+
 def test_resume_gives_the_same_weights(task, tmp_path, capsys):
     more = ("--fold", "0", "--save_every", "1", "--val", "groups", "--folds", "2", "--epochs", "3")
     calls = []
@@ -554,7 +565,7 @@ def test_atlas_and_checkpoint_must_belong_together(task, trained, tmp_path):
                 f.attrs.update(change)
         assert told in predict("--predict", str(model))
     atlas.write_bytes(whole[:len(whole) // 2])
-    assert "not a whole cmrcnet atlas" in predict("--predict", str(model))
+    assert "a whole cmrcnet atlas" in predict("--predict", str(model))
     atlas.write_bytes(whole)
     assert "fewer than --k 5000" in predict("--predict", str(model), "--k", "5000")
     (tmp_path / "g.json").write_text('["NOT_A_GENE"]')

@@ -250,6 +250,11 @@ def test_a_part_of_another_address_or_without_note_is_not_used(server, tmp_path)
     (tmp_path / "h.csv.part").write_bytes(b"x" * 500)
     (tmp_path / "h.csv.part.json").write_text('{"url": ')
     fetch(at(server, ranged(TEXT), "/h.csv"), tmp_path / "h.csv", **FAST)
+    for i, (validator, total) in enumerate([('"1"\r\nX: y', 9000), (["1"], 9000), (5, 9000), ('"1"', 9000.5), ('"1"', "9"), ("\u00e4", 9000)]):
+        (tmp_path / f"n{i}.csv.part").write_bytes(b"x" * 500)
+        (tmp_path / f"n{i}.csv.part.json").write_text(json.dumps({"url": f"{server.url}/n{i}.csv", "validator": validator, "total": total}))
+        fetch(at(server, ranged(TEXT), f"/n{i}.csv"), tmp_path / f"n{i}.csv", **FAST)
+        assert (tmp_path / f"n{i}.csv").read_bytes() == TEXT
     assert all((tmp_path / name).read_bytes() == TEXT for name in ("f.csv", "g.csv", "h.csv"))
     assert all("Range" not in headers for _, headers in server.log)
 
@@ -463,7 +468,11 @@ def test_pinned_hash_beats_the_manifest(server, tmp_path):
     assert (tmp_path / "file.csv").read_bytes() == TEXT + b"x"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"size": 1}}', '{"h.all.symbols.gmt": null}'])
+RECORD = '{"h.all.symbols.gmt": {"url": "", "size": %s, "sha256": %s, "date": ""}}'
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"size": 1}}', '{"h.all.symbols.gmt": null}', RECORD % ('"1"', '"a"'), RECORD % ("1", "5"),
+                                  RECORD % ("1", "null"), "[" * 100_000])
 def test_broken_manifest(tmp_path, capsys, text):
     (tmp_path / "manifest.json").write_text(text)
     assert download.main(["hallmark", "--out", str(tmp_path), "--mirror", "http://127.0.0.1:9"]) == 2
@@ -658,6 +667,11 @@ def fake_hub(monkeypatch, files=(), error=None):
 
 class TransportError(Exception):
     """Stands for httpx.HTTPError, which is no OSError."""
+
+
+@pytest.mark.parametrize("argv", [["hest", "--task", "/etc"], ["hest", "--task", "IDC,"], ["hest1k", "--ids", "../../x"], ["hest1k", "--ids", "*"]])
+def test_hub_names_stay_in_the_folder(tmp_path, capsys, argv):
+    assert download.main([*argv, "--out", str(tmp_path)]) == 2 and "is no name" in capsys.readouterr().err
 
 
 def test_hest_without_huggingface_hub(tmp_path, monkeypatch, capsys):

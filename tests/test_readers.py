@@ -2,7 +2,10 @@
 import hashlib
 import json
 import shutil
+import struct
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import h5py
@@ -533,8 +536,38 @@ BAD = {
     "truncated PNG": (lambda f: _truncate(f / IMAGE), "cannot be read as an image"),
     "empty PNG": (lambda f: (f / IMAGE).write_text(""), "cannot be read as an image"),
     "labels of another slide": (lambda f: (f / "metadata.tsv").write_text("barcode\tlayer_guess\nzzz\tLayer1\n"), "shares no barcode"),
+    "values beyond the last row pointer": (lambda f: _edit_h5(f, "matrix/indptr", lambda v: np.minimum(v, v[-2])), "row pointers"),
+    "fractional indices": (lambda f: _edit_h5(f, "matrix/indices", lambda v: v + .5), "matrix/indices is float64"),
+    "numbers as barcodes": (lambda f: _edit_h5(f, "matrix/barcodes", lambda v: np.arange(len(v))), "instead of a list of names"),
+    "name not UTF-8": (lambda f: _edit_h5(f, "matrix/features/name", _put(0, b"caf\xe9", "S9")), "cannot be read as"),
+    "no expression": (lambda f: _edit_h5(f, "matrix/features/feature_type", lambda v: np.full(v.shape, b"Antibody")), "no feature of type"),
+    "complex counts": (lambda f: _edit_h5(f, "matrix/data", lambda v: v + 1j), "matrix/data is complex"),
+    "infinite position": (lambda f: _edit(f / POSITIONS, ",300,", ",inf,"), "no finite number"),
+    "NaN position": (lambda f: _edit(f / POSITIONS, ",300,", ",nan,"), "no finite number"),
+    "position beyond any image": (lambda f: _edit(f / POSITIONS, ",300,", ",1e300,"), "no finite number"),
+    "fractional lattice": (lambda f: _edit(f / POSITIONS, ",1,0,", ",1,0.5,"), "not whole"),
+    "infinite scale": (lambda f: _edit(f / SCALES, "0.1}", "1e400}"), "not positive"),
+    "endless scale": (lambda f: _edit(f / SCALES, "0.1}", "1" + "0" * 400 + "}"), "not a JSON object"),
+    "nested JSON": (lambda f: (f / SCALES).write_text("[" * 100_000), "cannot be read as JSON"),
+    "no pixel size": (lambda f: _edit(f / SCALES, "{", '{"microns_per_pixel": -1, '), "not positive"),
+    "image of a billion pixels": (lambda f: _bomb(f / IMAGE), "cannot be read as an image"),
+    "image of another kind": (lambda f: Image.new("RGB", (180, 150)).save(f / IMAGE, "TIFF"), "cannot be read as an image"),
+    "quote that is never closed": (lambda f: (f / "metadata.tsv").write_text(_labels('"')), "cannot be read as a text table"),
+    "short row": (lambda f: (f / "metadata.tsv").write_text(_labels() + "AAAC-1\n"), "has a row of 1 fields"),
+    "labels twice": (lambda f: (f / "metadata.tsv").write_text(_labels() + f"{barcodes()[0]}\tWM\t5\n"), "twice"),
+    "negative library": (lambda f: (f / "metadata.tsv").write_text(_labels().replace("\t5\n", "\t-5\n")), "negative or infinite"),
     "empty labels": (lambda f: (f / "metadata.tsv").write_text(""), "is empty"),
 }
+
+
+def _labels(quote=""):
+    return "barcode\tlayer_guess\tsum_umi\n" + "".join(f"{code}\t{quote if i == 30 else ''}Layer1\t5\n" for i, code in enumerate(barcodes()))
+
+
+def _bomb(path):
+    """The head of a PNG that declares 40,000 x 40,000 pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)))
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -555,7 +588,8 @@ def test_image_that_breaks_after_loading(visium):
         slide.image.sum()
 
 
-@pytest.mark.parametrize("text, message", [("a,b\nc,d\n", "shares no barcode"), ("a,b,c,d\n", "has 4 columns"),
+@pytest.mark.parametrize("text, message", [("a,b\nc,d\n", "shares no barcode"), ("a,b,c,d\n", "has 4 columns"), ("a,b\na,c\n", "holds barcode a 2 times"),
+                                           ("a,b\nc,d, e\n", "has rows of 2 and of 3 fields"), ("a,b\nc,\"d\n", "cannot be read as a text"),
                                            ("", "is empty"), (None, "cannot be read as a text")])
 def test_bad_label_file(visium, text, message):
     path = visium / "labels.csv"
@@ -587,3 +621,152 @@ def test_load_slide_detects_layouts(tmp_path, counts):
     _truncate(root / "H.h5ad")
     with pytest.raises(DataError, match=r"H\.h5ad cannot be read as an h5ad file"):
         readers.load_slide(root, "H")
+
+
+# ---------------------------------------------------------------------------------------------- damage that fuzzing found
+def _h5ad(handle, name, change):
+    values = change(handle[name][()])
+    attributes = dict(handle[name].attrs)
+    del handle[name]
+    handle[name] = values
+    handle[name].attrs.update(attributes)
+
+
+def _huge(handle, name):
+    del handle[name]
+    handle.create_dataset(name, (1 << 31,), "i4", chunks=(1 << 20,))
+
+
+def _outside(handle, name):
+    shape = handle[name].shape
+    del handle[name]
+    handle.create_dataset(name, shape, "u1", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
+
+
+BAD_H5AD = {
+    "category below -1": (lambda f: _h5ad(f, "obs/layer_guess/codes", lambda v: v - 2), "category below -1"),
+    "fractional category": (lambda f: _h5ad(f, "obs/layer_guess/codes", lambda v: v + .5), "float64"),
+    "short column": (lambda f: _h5ad(f, "obs/in_tissue", lambda v: v[:1]), "in_tissue has shape"),
+    "more rows than spots": (lambda f: _h5ad(f, "obs/_index", lambda v: v[:-1]), "cannot be read as an h5ad"),
+    "matrix of another shape": (lambda f: f["X"].attrs.update(shape=[N_SPOTS, N_GENES + 1]), "of shape"),
+    "matrix of another kind": (lambda f: f["X"].attrs.update({"encoding-type": "coo_matrix"}), "coo_matrix"),
+    "2 billion values in no bytes": (lambda f: _huge(f, "X/data"), "declares 8589934592 bytes and stores 0"),
+    "values in another file": (lambda f: _outside(f, "X/data"), "lies in another file"),
+    "coordinates turned": (lambda f: _h5ad(f, "obsm/spatial", lambda v: v.T), "coordinates of float64"),
+    "coordinates as text": (lambda f: _h5ad(f, "obsm/spatial", lambda v: v.astype("S")), "obsm/spatial is"),
+    "pixel size": (lambda f: f.create_dataset("uns/um_per_px", data=np.inf), "um_per_px of inf"),
+    "negative library": (lambda f: f.create_dataset("obs/sum_umi", data=np.full(N_SPOTS, -1.)), "negative or infinite"),
+    "no spot": (lambda f: [_h5ad(f, f"obs/{n}", lambda v: v[:0]) for n in ("_index",)], "cannot be read as|holds no spot")}
+
+
+@pytest.mark.parametrize("case", BAD_H5AD)
+def test_bad_h5ad_input(tmp_path, counts, case):
+    damage, message = BAD_H5AD[case]
+    adata = make_adata(counts)
+    adata.obs["in_tissue"] = 1
+    path = tmp_path / "s.h5ad"
+    adata.write_h5ad(path)
+    assert readers.load_h5ad(path).n_spots == N_SPOTS
+    with h5py.File(path, "a") as handle:
+        if "uns" not in handle:
+            handle.create_group("uns")
+        column = f"obs/{handle['obs'].attrs['_index']}"
+        if column != "obs/_index":
+            handle.move(column, "obs/_index")
+            handle["obs"].attrs["_index"] = "_index"
+        damage(handle)
+    with pytest.raises(DataError, match=message) as caught:
+        readers.load_h5ad(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first", [0, 16, 24])
+def test_string_heap_that_never_ends(tmp_path, counts, first):
+    """libhdf5 walks a heap of zeros for ever; in a process of its own, which can be ended."""
+    path = tmp_path / "s.h5ad"
+    make_adata(counts).write_h5ad(path)
+    whole = path.read_bytes()
+    at = whole.index(b"GCOL")
+    path.write_bytes(whole[:at + first] + bytes(4096 - first) + whole[at + 4096:])
+    code = "import sys, readers\ntry:\n readers.load_h5ad(sys.argv[1])\nexcept readers.DataError as error:\n print(error)"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60, cwd=Path(readers.__file__).parent)
+    assert done.returncode == 0 and f"{path} cannot be read as an h5ad file" in done.stdout, done.stderr
+
+
+def test_heaps_of_good_files_pass(tmp_path):
+    """Many strings, one longer than a heap of the usual size, and text that looks like a heap."""
+    words = [f"word{i}" * (i % 9) for i in range(3000)] + ["long" * 20_000, "GCOL\1"]
+    with h5py.File(tmp_path / "a.h5", "w") as handle:
+        handle["words"], handle["fixed"] = words, np.array([b"GCOL\2", b"GCOL"] * 9)
+        handle.attrs["word"] = "a" * 5000
+    with readers.open_h5(tmp_path / "a.h5", "a test") as handle:
+        assert readers._decode(handle["words"]).tolist() == words and handle.attrs["word"] == "a" * 5000 and handle["fixed"][0] == b"GCOL\2"
+
+
+def test_integer_or_bright_images_are_refused(counts):
+    slide = readers.Slide(sp.csr_matrix(counts), np.arange(N_GENES).astype(str), np.array(barcodes()), np.zeros((N_SPOTS, 2)))
+    for bad in (np.full((4, 4, 3), 255.0), np.full((4, 4, 3), 300), np.full((4, 4, 3), np.nan), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8)):
+        with pytest.raises(DataError, match="cannot be used"):
+            slide.image = bad
+
+
+def test_names_do_not_leave_the_folder(visium, hest):
+    for name in ("../S1", "/etc", "a/b", "..", "."):
+        with pytest.raises(DataError):
+            readers.load_slide(visium.parent, name)
+        with pytest.raises(DataError):
+            readers.load_slide(hest, name)
+
+
+@pytest.mark.parametrize("text, message", [("sample_id,x\nA\n", "row of another length"), ("id,x\nA,1\n", "no column sample_id"),
+                                           ("sample_id\nA\nA\n", "name a sample twice"), ("sample_id\nB\n", "name a sample twice")])
+def test_bad_splits(hest, text, message):
+    (hest / "splits").mkdir()
+    (hest / "splits" / "train_0.csv").write_text(text)
+    (hest / "splits" / "test_0.csv").write_text("sample_id\nB\n")
+    with pytest.raises(DataError, match=message):
+        readers.hest_split(hest, 0)
+
+
+@pytest.mark.parametrize("text", ['"TP53"', '{"genes": "TP53"}', "[1]", '["A", "A"]', "{}", "[" * 100_000, "1" * 5000])
+def test_bad_gene_lists(hest, text):
+    (hest / "var_50genes.json").write_text(text)
+    with pytest.raises(DataError, match="var_50genes.json"):
+        readers.hest_genes(hest)
+
+
+@pytest.mark.parametrize("row, message", [("T1,P,-1\n", "not positive"), ("T1,P,inf\n", "not positive"), ("T1,P\n", "another length"),
+                                          ("T1,P,1\nT1,Q,2\n", "2 times")])
+def test_bad_hest_metadata(hest, row, message):
+    (hest / "HEST_v1_1_0.csv").write_text("id,patient,pixel_size_um_estimated\n" + row)
+    with pytest.raises(DataError, match=message):
+        readers.load_hest(hest, "T1")
+
+
+@pytest.mark.parametrize("change, message", [({"coords": np.full((3, 2), np.nan)}, "coordinates"), ({"coords": np.zeros((2, 2))}, "coordinates"),
+                                             ({"barcodes": ["a", "b", "a"]}, "2 times"), ({"barcodes": [1, 2, 3]}, "barcodes of")])
+def test_bad_features(tmp_path, change, message):
+    np.savez(tmp_path / "a.npz", **({"embedding": np.zeros((3, 4)), "coords": np.zeros((3, 2)), "barcodes": ["a", "b", "c"]} | change))
+    with pytest.raises(DataError, match=message):
+        readers.load_patch_folder(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [({"coords": np.full((3, 2), np.inf)}, "coordinates"), ({"barcode": [b"a", b"a", b"b"]}, "2 times"),
+                                             ({"barcode": [b"a", b"b"]}, "3 patches but 2"), ({"img": np.zeros((3, 4, 4, 4), np.uint8)}, "uint8")])
+def test_bad_patch_folder(tmp_path, change, message):
+    with h5py.File(tmp_path / "a.h5", "w") as handle:
+        handle.update({"img": np.zeros((3, 4, 4, 3), np.uint8), "coords": np.zeros((3, 2)), "barcode": [b"a", b"b", b"c"]} | change)
+    with pytest.raises(DataError, match=message):
+        readers.load_patch_folder(tmp_path)
+
+
+def test_messages_are_one_printable_line():
+    assert len(str(DataError("a" * 5000))) < 1200 and str(DataError("a" * 900)) == "a" * 900
+    assert str(DataError("a\nb \x1b[31m \udcff \u00e4")) == "a\\nb \\x1b[31m \\udcff \u00e4"
+
+
+def test_last_row_that_may_be_cut(visium):
+    path = visium / POSITIONS
+    path.write_text(path.read_text().rstrip("\n")[:-1])
+    with pytest.warns(UserWarning, match="does not end with a line break"):
+        readers.load_visium(visium)

@@ -202,3 +202,12 @@ def test_data_sets_stand_apart_and_cells_have_their_table(tmp_path):
     assert "### single cells, split `blocks` - ca1" in text and "### Split `random` - leaks position - dlpfc" in text
     assert row(text, "ridge").split(" | ")[1:3] == ["0.300", "-"] and row(text, "spatia tiny").split(" | ")[1] == "0.400"
     report.draw(report.read_runs(tmp_path))
+
+
+@pytest.mark.parametrize("name, damage", [("run.json", b"\xff\xfe{"), ("run.json", b"[" * 100_000), ("arrays.npz", b"PK\x03\x04 broken")])
+def test_damaged_records_are_named(tmp_path, name, damage):
+    write_domains(tmp_path, "a", "full", 0, 0.5, 0.25)
+    path = tmp_path / "multist/dlpfc/a/full/seed0" / name
+    path.write_bytes(damage)
+    with pytest.raises(DataError, match=name):
+        report.layer_maps(report.read_runs(tmp_path))

@@ -98,6 +98,26 @@ def test_seeds_and_device():
         run.pick_device("nonsense")
 
 
+def test_bf16_and_compile_act_only_where_asked_for(monkeypatch):
+    net, x = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.GELU()), torch.randn(5, 4)
+    with run.autocast(Flags(), "cpu"):
+        exact = net(x)
+    with run.autocast(Flags(bf16=True), torch.device("cpu")):
+        near = net(x)
+    assert exact.dtype == torch.float32 and near.dtype == torch.bfloat16 and (near - exact).abs().max() < 0.02
+    near.float().sum().backward()
+    assert net[0].weight.grad.dtype == torch.float32
+    used = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, compile=torch.nn.Module.compile: (used.append(self), compile(self, backend="eager")))
+    assert run.compiled(net, Flags()) is net and not used
+    names = list(net.state_dict())
+    assert run.compiled(net, Flags(compile=True)) is net and used == [net] and list(net.state_dict()) == names
+    assert torch.allclose(net(x), exact)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(data.DataError, match="C\\+\\+ compiler"):
+        run.compiled(net, Flags(compile=True))
+
+
 def test_errors_are_one_sentence_and_status_2(capsys):
     def main(argv):
         raise data.DataError("a.h5 is bad: get another")

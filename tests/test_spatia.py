@@ -447,6 +447,18 @@ def test_same_seed_same_numbers_and_resume(cells, tmp_path, capsys, monkeypatch)
         sp.Session(config_of(cells, "--resume", "--no-mae"), Record(latest.parent), SMALL)
 
 
+def test_bfloat16_products_stay_near_float32(cells, tmp_path, capsys):
+    found = []
+    for more in ([], ["--bf16"]):
+        sp.main(flags(cells, tmp_path, "--rho", "0", *more))
+        path, record = last_record(capsys)
+        found.append((np.load(path.with_name("arrays.npz")), record["metrics"], path.parents[1].name))
+    (exact, m, name), (near, m_near, name_near) = found
+    assert "bf16" not in name and "bf16-True" in name_near
+    assert all(0 < abs(m_near[f"loss_{s}"] - m[f"loss_{s}"]) < 0.02 * m[f"loss_{s}"] for s in "ABC")
+    assert 0 < np.abs(near["z"] - exact["z"]).mean() < 0.03 and np.abs(near["generated"].astype(int) - exact["generated"]).mean() < 3
+
+
 @pytest.mark.parametrize("more", [["--path", "ddpm", "--rho", "0.5", "--guidance", "0"], ["--condition", "none", "--no-mae", "--no-fusion"],
                                   ["--condition", "expression", "--no-niche", "--no-tissue", "--score", "val", "--no-generate"]])
 def test_variants_run(cells, tmp_path, capsys, more):

@@ -397,6 +397,33 @@ def test_end_to_end_record_resume_and_predict(task, tmp_path, capsys, monkeypatc
     assert bare["pred"].shape == one["pred"].shape and np.isfinite(bare["pred"]).all()
 
 
+def test_bfloat16_products_stay_near_float32(task, tmp_path, capsys):
+    """The linear layer, a baseline, stays as it is."""
+    found = []
+    for more in ([], ["--bf16"]):
+        st.main(flags(task, tmp_path, "--linear_weight", "0", *more))
+        path = Path(capsys.readouterr().out.strip().splitlines()[-1])
+        found.append((np.load(path.with_name("arrays.npz")), json.loads(path.read_text())["baselines"]["linear"], path.parents[1].name))
+    (exact, linear, name), (near, linear_near, name_near) = found
+    assert "bf16" not in name and "bf16-True" in name_near and linear == linear_near
+    spread = exact["pred"].std(0).mean()
+    assert 0 < np.abs(near["pred"] - exact["pred"]).mean() < 0.05 * spread
+
+
+def test_batches_are_collated_once_and_padding_is_known(task):
+    a, b = sample_of(40, seed=1), sample_of(50, seed=2)
+    assert st.collate([a])["whole"] and not st.collate([a, b])["whole"]
+    model, batch = st.PathwayTransformer(8, 5, 6, 2, 16, 2), st.collate([a])
+    with torch.no_grad():
+        whole, masked = model.eval()(**batch), model(**batch | {"whole": False})
+    assert torch.allclose(whole["genes"], masked["genes"], atol=1e-5)
+    calls, config = [], st.Config(epochs=3, preset="mini", members=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(st, "collate", lambda samples, device, collate=st.collate: calls.append(len(samples)) or collate(samples, device))
+        st.train_one(lambda: st.OneLinear(8, 5), [a, b], [a], st.Scaler.fit([a, b]), config, torch.device("cpu"), 3)
+    assert calls == [1, 1, 1] and a.batch is None                       # two slides and one for validation, whatever the number of epochs
+
+
 def test_predict_from_features_files(task, tmp_path, capsys):
     for n in data.hest_samples(task):
         slide = data.load_hest(task, n)
