@@ -438,16 +438,17 @@ class Terms:
 
     def total(self, terms, epoch, parameters, measure):
         """Sum of the dict {name: weighted scalar}. Raises DataError naming a term that is not finite. With `measure` a row per term is logged."""
-        parameters = list(parameters)
-        for name, value in terms.items():
-            if not torch.isfinite(value):
-                raise DataError(f"{self.stage}, epoch {epoch}: the loss term {name!r} is {value.item()}: choose a smaller learning rate or weight, "
-                                "or check the input")
-            if measure:
+        parameters, total = list(parameters), sum(terms.values())
+        if not torch.isfinite(total):                                                          # one look a step: on a GPU the host waits for it
+            name, value = next(((k, v) for k, v in terms.items() if not torch.isfinite(v)), ("sum", total))
+            raise DataError(f"{self.stage}, epoch {epoch}: the loss term {name!r} is {value.item()}: choose a smaller learning rate or weight, "
+                            "or check the input")
+        if measure:
+            for name, value in terms.items():
                 grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) if value.requires_grad else []
                 norm = sum(g.square().sum().item() for g in grads if g is not None) ** 0.5
                 self.log.append({"stage": self.stage, "epoch": epoch, "term": name, "value": value.item(), "grad_norm": norm})
-        return sum(terms.values())
+        return total
 
 
 def decayed(module, weight_decay):
