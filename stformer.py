@@ -459,12 +459,13 @@ def zinb_nll(y, mu, theta, pi, mask):
     log NB = lgamma(y + th) - lgamma(th) - lgamma(y + 1) + th log(th / (th + mu)) + y log(mu / (th + mu));
     P(0) = pi + (1 - pi) NB(0), P(y > 0) = (1 - pi) NB(y).
     """
+    kind, (y, mu, theta, pi) = mu.dtype, (a.double() for a in (y, mu, theta, pi))    # lgamma of a million counts is off by one in float32
     mu, theta = mu.clamp(1e-8, 1e6), theta.clamp(1e-8, 1e6)
     log_rest = theta.log() - (theta + mu).log()                         # log th / (th + mu)
     nb = torch.lgamma(y + theta) - torch.lgamma(theta) - torch.lgamma(y + 1) + theta * log_rest + y * (mu.log() - (theta + mu).log())
     log_in, log_out = F.logsigmoid(pi), F.logsigmoid(-pi)
     log_p = torch.where(y == 0, torch.logaddexp(log_in, log_out + theta * log_rest), log_out + nb)
-    return -(log_p * mask).sum() / mask.sum().clamp(min=1)
+    return (-(log_p * mask).sum() / mask.sum().clamp(min=1)).to(kind)
 
 
 def pathway_targets(y, mask, member):
