@@ -2,7 +2,7 @@
 
 Every size is a process of its own, whose record is kept: an interrupted run goes on. gat_fusion and multist: from the files of a simulated cortex to
 domains or layers, every stage of the default flags but for few epochs and, at a million spots, compact tiles with a halo (--tile). The baselines of
-gat_fusion are left out: they are timed by gat_fusion.py itself. stformer: one forward and backward pass of the small preset, recomputed layers.
+gat_fusion are left out: they are timed by gat_fusion.py itself. Slides have 1,000 genes, `_wide` ones 4,000, of which 3,000 are used. stformer: one forward and backward pass of the small preset, recomputed layers.
 hd: a simulated Visium HD folder, 600,000 bins x 18,000 genes, through multist.py. Writes scale.json and scale.png.
 """
 import argparse
@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -28,9 +29,11 @@ import run  # noqa: E402
 import simulate  # noqa: E402
 import stformer  # noqa: E402
 
-SIZES = {"gat_fusion": (10_000, 100_000, 1_000_000), "multist": (10_000, 100_000, 1_000_000), "stformer": (5_000, 20_000, 100_000)}
+SIZES = {"gat_fusion": (10_000, 100_000, 1_000_000), "multist": (10_000, 100_000, 1_000_000), "stformer": (5_000, 20_000, 100_000),
+         "gat_fusion_wide": (100_000,), "multist_wide": (100_000,)}
 TILE = 50_000                                                           # at a million spots
 LIMIT_GB = {"gat_fusion": {100_000: 8, 1_000_000: 16}, "multist": {100_000: 8, 1_000_000: 16}, "hd": {600_000: 20}}
+LIMIT_GB |= {"gat_fusion_wide": {100_000: 8}, "multist_wide": {100_000: 8}}
 EPOCHS = 3
 
 
@@ -46,17 +49,17 @@ class Clock:
         self.seconds[name], self.last, self.peak[name] = (now - self.last) / times, now, run.peak_rss_mb()
 
 
-def cortex(folder, n):
-    """Path of a simulated slide of n spots, made where it is lacking: 4,000 genes, a million spots 1,000."""
-    path = folder / f"cortex{n}"
+def cortex(folder, n, n_genes):
+    """Path of a simulated slide of n spots, made where it is lacking."""
+    path = folder / f"cortex{n}x{n_genes}"
     if not path.is_dir():
-        simulate.write_visium(simulate.simulate_cortex(n, 4000 if n <= 100_000 else 1000), path)
+        simulate.write_visium(simulate.simulate_cortex(n, n_genes), path)
     return path
 
 
-def one_gat_fusion(folder, n):
+def one_gat_fusion(folder, n, n_genes=1000):
     """Load, inputs, graph, epochs (each a step of training a tile and a pass over all spots), prediction."""
-    clock, config = Clock(), gat_fusion.Config(data=str(cortex(folder, n)), epochs=EPOCHS, tile=TILE if n > 100_000 else 0)
+    clock, config = Clock(), gat_fusion.Config(data=str(cortex(folder, n, n_genes)), epochs=EPOCHS, tile=TILE if n > 100_000 else 0)
     clock.lap("simulation, or nothing")
     task = gat_fusion.Task(config, gat_fusion.load(config))
     clock.lap("load")
@@ -72,9 +75,9 @@ def one_gat_fusion(folder, n):
     return clock
 
 
-def one_multist(folder, n):
+def one_multist(folder, n, n_genes=1000):
     """Load, inputs, graph, Stages I to III, clustering with diffusion, downstream scores."""
-    clock, path = Clock(), cortex(folder, n)
+    clock, path = Clock(), cortex(folder, n, n_genes)
     clock.lap("simulation, or nothing")
     config = multist.Config(data=str(path), epochs=EPOCHS, dec_epochs=EPOCHS, fusion_epochs=1, n_init=1, permutations=20, runs=str(folder),
                             tile=TILE if n > 100_000 else 0)
@@ -165,7 +168,8 @@ def one_hd(folder, n):
     return clock
 
 
-ONE = {"gat_fusion": one_gat_fusion, "multist": one_multist, "stformer": one_stformer, "hd": one_hd}
+ONE = {"gat_fusion": one_gat_fusion, "multist": one_multist, "stformer": one_stformer, "hd": one_hd,
+       "gat_fusion_wide": partial(one_gat_fusion, n_genes=4000), "multist_wide": partial(one_multist, n_genes=4000)}
 
 
 def record(part, folder, n):
