@@ -1,9 +1,10 @@
 """Time and memory against the number of spots, on simulated slides: python tests/scale.py gat_fusion|multist|stformer|hd|all [--out runs/scale] (make scale).
 
-Every size is a process of its own, whose record is kept: an interrupted run goes on. gat_fusion and multist: from the files of a simulated cortex to
-domains or layers, every stage of the default flags but for few epochs and, at a million spots, compact tiles with a halo (--tile). The baselines of
-gat_fusion are left out: they are timed by gat_fusion.py itself. Slides have 1,000 genes, `_wide` ones 4,000, of which 3,000 are used. stformer: one forward and backward pass of the small preset, recomputed layers.
-hd: a simulated Visium HD folder, 600,000 bins x 18,000 genes, through multist.py. Writes scale.json and scale.png.
+Every size is a process of its own, whose record is kept: an interrupted run goes on. gat_fusion and multist: from the files of a simulated cortex of
+1,000 genes to domains or layers, every stage of the default flags but for few epochs and, at a million spots, compact tiles with a halo (--tile); the
+`_wide` parts have 4,000 genes, of which 3,000 are used. The baselines of gat_fusion are left out: gat_fusion.py itself times them. stformer: one forward
+and backward pass of the small preset, recomputed layers. hd: a simulated Visium HD folder, 600,000 bins x 18,000 genes, through multist.py. Writes
+scale_<part>.json and .png.
 """
 import argparse
 import json
