@@ -274,6 +274,32 @@ def test_knn_table_equals_brute_force(rng):
     assert data.knn_table(xy[:3], 3, query).shape == (40, 3)
 
 
+def test_median_tiles_are_compact_and_hold_every_spot_once():
+    xy = np.random.default_rng(0).random((1000, 2))
+    tiles = data.median_tiles(xy, 64)
+    assert sorted(np.concatenate(tiles)) == list(range(1000)) and max(map(len, tiles)) <= 64 and min(map(len, tiles)) > 20
+    assert np.mean([np.ptp(xy[t], axis=0).prod() for t in tiles]) < 2 / len(tiles)
+
+
+def test_a_halo_holds_all_that_some_steps_reach():
+    """Against breadth-first search on the dense matrix; inner rows keep their neighbours by name, empty places stay empty, the pad comes back clean."""
+    rng = np.random.default_rng(0)
+    table, pad, tile = data.knn_table(rng.random((300, 2)), 4), np.full(300, -1), np.array([5, 17, 200])
+    table[rng.random(table.shape) < .1] = -1
+    reach = data.table_to_csr(table).toarray() > 0
+    for hops in (0, 1, 3):
+        want, inner = set(tile), set()
+        for _ in range(hops):
+            inner = set(want)
+            want |= set(np.flatnonzero(reach[sorted(want)].any(0)))
+        rows, near = data.with_halo(table, tile, hops, pad)
+        assert rows[:3].tolist() == tile.tolist() and set(rows) == want and len(rows) == len(want) and (pad == -1).all()
+        for i, row in enumerate(rows):
+            assert ((near[i] < 0) == (table[row] < 0)).all()
+            if row in inner:
+                assert (rows[near[i]] == table[row])[table[row] >= 0].all()
+
+
 def test_knn_table_on_identical_coordinates():
     xy = np.concatenate([np.zeros((30, 2)), np.arange(20.0).reshape(10, 2) + 50])
     table = data.knn_table(xy, 4)
