@@ -308,4 +308,7 @@ def cli(main, argv=None):
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted: no record was written", file=sys.stderr)
+        status = 130                                                    # as a shell has it: 128 + SIGINT
     sys.exit(status or 0)

@@ -3,8 +3,8 @@
 Every size is a process of its own, whose record is kept: an interrupted run goes on. gat_fusion and multist: from the files of a simulated cortex of
 1,000 genes to domains or layers, every stage of the default flags but for few epochs and, at a million spots, compact tiles with a halo (--tile); the
 `_wide` parts have 4,000 genes, of which 3,000 are used. The baselines of gat_fusion are left out: gat_fusion.py itself times them. stformer: one forward
-and backward pass of the small preset, recomputed layers. hd: a simulated Visium HD folder, 600,000 bins x 18,000 genes, through multist.py. Writes
-scale_<part>.json and .png.
+and backward pass of the small preset, recomputed layers. hd: a simulated Visium HD folder, 600,000 bins x 18,000 genes, through multist.py, genes only
+(the features of an image crop take some 5 ms a bin). Writes scale_<part>.json and .png.
 """
 import argparse
 import json
@@ -161,7 +161,7 @@ def one_hd(folder, n):
         run.write_atomically(scales, lambda f: f.write(json.dumps(json.loads(scales.read_text()) | {
             "bin_size_um": 8.0, "microns_per_pixel": slide.um_per_px}).encode()))
         del slide
-    short = ["--epochs", EPOCHS, "--dec_epochs", EPOCHS, "--fusion_epochs", 1, "--n_init", 1, "--permutations", 20, "--tile", TILE]
+    short = ["--image", "off", "--epochs", EPOCHS, "--dec_epochs", EPOCHS, "--n_init", 1, "--permutations", 20, "--tile", TILE]
     subprocess.run([sys.executable, ROOT / "multist.py", "--data", binned, "--runs", home / "runs", *map(str, short)], check=True, stdout=sys.stderr)
     told = json.loads(next((home / "runs").rglob("run.json")).read_text())
     clock = Clock()
