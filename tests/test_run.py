@@ -222,3 +222,11 @@ def test_two_processes_write_one_record(tmp_path):
     assert done.stdout.split() == [str(path)]
     record = json.loads(path.read_text())
     assert record["processes"] == 2 and record["metrics"] == {"total": 3.0}
+
+
+def test_an_interrupt_is_one_sentence(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        run.cli(main)
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted: no record was written\n"
