@@ -18,7 +18,7 @@ import hashlib
 import time
 import warnings
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +51,7 @@ EMBEDDING_MODES = {"embedding_only", "embedding"}
 GENE_FREE = {"majority", "coords_knn", "coords_rbf"}
 BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr")
 MOST_FOR_PCA = 20_000                                                   # with --tile: training spots that the baselines' components are fitted on
+AT_ONCE = 20_000                                                        # spots that a CPU predicts at a time
 SMOOTHED = 36                                                           # neighbours that smoothed_lr averages over
 
 
@@ -206,13 +207,37 @@ class WeightedNeighbourSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         values, weights = ctx.saved_tensors
-        n, heads, d = values.shape
-        _, chosen_by, start, place = ctx.table.bags(heads)
-        grad, d_values = grad.contiguous(), None
-        if ctx.needs_input_grad[0]:
-            d_values = F.embedding_bag(chosen_by, grad.view(n * heads, d), start, mode="sum",
-                                       per_sample_weights=weights.flatten().index_select(0, place)).view(heads, n, d).transpose(0, 1)
-        return d_values, products_over_table(grad, values, ctx.table) if ctx.needs_input_grad[1] else None, None
+        grad = grad.contiguous()
+        return (sum_over_choosers(grad, weights, ctx.table) if ctx.needs_input_grad[0] else None,
+                products_over_table(grad, values, ctx.table) if ctx.needs_input_grad[1] else None, None)
+
+
+class NeighbourProducts(torch.autograd.Function):
+    """products[i, h, j] = <a[i, h], b[index[i, j], h]>, the scores of an attention; forward and backward are the other way round those of
+    WeightedNeighbourSum. The readable form is `torch.einsum("nhd,nkhd->nhk", a, b[index])`."""
+
+    @staticmethod
+    def forward(ctx, a, b, table):
+        """a, b (N, heads, d), table Table -> (N, heads, k)."""
+        a, b = a.contiguous(), b.contiguous()
+        ctx.save_for_backward(a, b)
+        ctx.table = table
+        return products_over_table(a, b, table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        grad = grad.contiguous()
+        return (WeightedNeighbourSum.apply(b, grad, ctx.table) if ctx.needs_input_grad[0] else None,
+                sum_over_choosers(a, grad, ctx.table) if ctx.needs_input_grad[1] else None, None)
+
+
+def sum_over_choosers(values, weights, table):
+    """out[j, h] = sum of weights[i, h, place] values[i, h] over the spots i that chose j: values (N, heads, d), weights (N, heads, k) -> (N, heads, d)."""
+    n, heads, d = values.shape
+    _, chosen_by, start, place = table.bags(heads)
+    return F.embedding_bag(chosen_by, values.view(n * heads, d), start, mode="sum",
+                           per_sample_weights=weights.flatten().index_select(0, place)).view(heads, n, d).transpose(0, 1)
 
 
 def products_over_table(a, b, table):
@@ -234,6 +259,11 @@ def products_over_table(a, b, table):
 def weighted_neighbour_sum(values, weights, table):
     """The same with autocast, which leaves the weights float32 and the values not: the sum is made in the type of the weights."""
     return WeightedNeighbourSum.apply(values.to(weights.dtype), weights, table)
+
+
+def neighbour_products(a, b, table):
+    """Scores <a[i, h], b[index[i, j], h]> in float32 under autocast, too: a, b (N, heads, d) -> (N, heads, k)."""
+    return NeighbourProducts.apply(*(v if v.dtype == torch.float64 else v.float() for v in (a, b)), table)
 
 
 class GraphAttention(nn.Module):
@@ -339,8 +369,7 @@ class CrossAttentionLayer(nn.Module):
         """z (N, dim) queries, s (N, dim) spatial embeddings -> (N, dim), alpha (N, heads, k)."""
         n, dim = z.shape
         q, key, value = (f(x).view(n, self.heads, -1) for f, x in ((self.query, z), (self.key, s), (self.value, s)))    # (N, heads, d)
-        near = key.flatten(1).index_select(0, graph.others.index.flatten()).view(n, -1, self.heads, q.shape[-1])        # (N, k, heads, d)
-        scores = torch.einsum("nhd,nkhd->nhk", q, near) / q.shape[-1] ** 0.5
+        scores = neighbour_products(q, key, graph.others) / q.shape[-1] ** 0.5
         alpha = softmax_over_table(scores, graph.others.empty)          # (N, heads, k)
         a = weighted_neighbour_sum(value, F.dropout(alpha, self.p, self.training), graph.others).flatten(1)             # (N, dim)
         z = self.norm1(z + self.drop(self.out(a)))
@@ -358,7 +387,7 @@ class GatFusion(nn.Module):
         self.mode, self.fusion = mode, fusion
         self.expression = None
         if mode in EMBEDDING_MODES:
-            self.expression = nn.Sequential(nn.LayerNorm(dim_in), nn.Linear(dim_in, dim), nn.GELU(), nn.Dropout(dropout))
+            self.expression = NormFirst(nn.LayerNorm(dim_in), nn.Linear(dim_in, dim), nn.GELU(), nn.Dropout(dropout))
         elif mode not in GRAPH_ONLY:
             self.expression = mlp(dim_in, hidden, dim, dropout)
         self.spatial = None
@@ -390,9 +419,25 @@ class GatFusion(nn.Module):
         return self.head(z), {"embedding": z, "attention": attention}
 
 
+class NormFirst(nn.Sequential):
+    """LayerNorm -> Linear -> whatever follows, with the scale and shift of the norm folded into the linear map: W (g x + b) + c = (W g) x + (W b + c).
+
+    It is the same function; its gradient needs no (N, dim_in) array, where x comes from the data and asks for none.
+    """
+
+    def forward(self, x):
+        """x (N, dim_in) -> (N, dim)."""
+        norm, linear, *rest = self
+        x = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)        # (N, dim_in)
+        x = F.linear(x, linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias)    # (N, hidden)
+        for layer in rest:
+            x = layer(x)
+        return x                                                        # (N, dim)
+
+
 def mlp(dim_in, hidden, dim, dropout):
     """LayerNorm -> Linear -> GELU -> Dropout -> Linear: (N, dim_in) -> (N, dim)."""
-    return nn.Sequential(nn.LayerNorm(dim_in), nn.Linear(dim_in, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+    return NormFirst(nn.LayerNorm(dim_in), nn.Linear(dim_in, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -650,25 +695,33 @@ class Tile:
         return x, self.graph, image
 
 
-def tiles(x, image, table, places, config, device):
-    """Yield the `Tile`s of a run: one of all spots, or with --tile compact ones with a halo. places: the coordinates (n, 2) of each slide, stacked as x."""
+def tiles(x, image, table, places, config, device, size):
+    """Yield the `Tile`s of a run: one of all spots (size 0), or compact ones of at most `size` spots with a halo. places: the coordinates (n, 2) of each
+    slide, stacked as x."""
     n = len(table)
-    if not config.tile or config.tile >= n:
+    if not size or size >= n:
         yield Tile(np.arange(n), n, table, x, image, device, whole=True)
         return
     start, pad = 0, np.full(n, -1)
     for xy in places:
-        for own in data.median_tiles(xy, config.tile):
+        for own in data.median_tiles(xy, size):
             rows, near = data.with_halo(table, own + start, hops(config), pad)
             yield Tile(rows, len(own), near, x, image, device)
         start += len(xy)
+
+
+def prediction_size(config, device):
+    """Spots of a tile in prediction: those of --tile, else on a CPU AT_ONCE, whose arrays are used again where larger ones would go back to the system."""
+    return config.tile or (AT_ONCE if torch.device(device).type == "cpu" else 0)
 
 
 def train(task, device):
     """Training with early stopping on validation ARI, a step a tile. Returns the best model (eval mode), prob (N, C), extras, history."""
     c = task.config
     image, table = task.image, task.table(c.k)
-    parts = list(tiles(task.x, image, table, [s.xy for s in task.slides], c, device))
+    cut = partial(tiles, task.x, image, table, [s.xy for s in task.slides], c, device)
+    parts = list(cut(c.tile))
+    shown = parts if c.tile or len(table) <= AT_ONCE else list(cut(prediction_size(c, device)))
     labels, fit = (torch.as_tensor(v, device=device) for v in (task.labels, task.split.train))
     chosen, val = [fit[t.rows] & (torch.arange(len(t.rows), device=device) < t.n_own) for t in parts], task.split.val
     batches = [(t, rows, labels[t.rows][rows]) for t, rows in zip(parts, chosen) if rows.any()]
@@ -690,7 +743,7 @@ def train(task, device):
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        prob = predict(model, parts, len(labels), c)[0]
+        prob = predict(model, shown, len(labels), c)[0]
         score = metrics.clustering(task.labels[val], prob[val].argmax(1))["ari"]
         schedule.step(score)
         history.append((np.mean(losses), score))
@@ -700,7 +753,7 @@ def train(task, device):
         if since >= c.patience:
             break
     model.load_state_dict(state)
-    return model, *predict(model, parts, len(labels), c), np.array(history)
+    return model, *predict(model, shown, len(labels), c), np.array(history)
 
 
 @torch.no_grad()
@@ -920,7 +973,7 @@ def predict_slide(config, start):
     with data.checkpoint_fits(config.predict):
         model = build(config, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]).to(record.device)
         model.load_state_dict(saved["weights"])
-    p, extra = predict(model, tiles(x, image, table, [slide.xy], config, record.device), slide.n_spots, config)
+    p, extra = predict(model, tiles(x, image, table, [slide.xy], config, record.device, prediction_size(config, record.device)), slide.n_spots, config)
     record.lap("prediction")
     code = {c: i for i, c in enumerate(saved["classes"])}
     labels = np.array([code.get(c, -1) for c in slide.classes] + [-1])[slide.labels]

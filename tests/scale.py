@@ -71,7 +71,7 @@ def one_gat_fusion(folder, n, n_genes=1000):
     run.seed_everything(0)
     model, *_ = gat_fusion.train(task, torch.device("cpu"))
     clock.lap("epoch", EPOCHS + 1)                                      # train ends with a pass of prediction and makes its graph again
-    gat_fusion.predict(model, gat_fusion.tiles(task.x, None, table, [task.slides[0].xy], config, "cpu"), n, config)
+    gat_fusion.predict(model, gat_fusion.tiles(task.x, None, table, [task.slides[0].xy], config, "cpu", gat_fusion.prediction_size(config, "cpu")), n, config)
     clock.lap("inference")
     return clock
 

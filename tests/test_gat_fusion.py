@@ -56,17 +56,32 @@ def with_holes(n=40, k=6, seed=1):
     return gf.Neighbours(table)
 
 
-def test_weighted_sum_equals_gather_with_gradients():
+@pytest.mark.parametrize("fast, slow, last", [(gf.weighted_neighbour_sum, lambda v, w, index: torch.einsum("nhk,nkhd->nhd", w, v[index]), 6),
+                                              (gf.neighbour_products, lambda b, a, index: torch.einsum("nhd,nkhd->nhk", a, b[index]), 4)])
+def test_sum_and_products_over_neighbours_equal_the_gather_with_gradients(fast, slow, last):
     table = with_holes().own
     n, k = table.index.shape
     values = torch.randn(n, 3, 4, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(n, 3, k, dtype=torch.float64, requires_grad=True)
-    fast = gf.weighted_neighbour_sum(values, weights, table)
-    slow = torch.einsum("nhk,nkhd->nhd", weights, values[table.index])
-    assert torch.allclose(fast, slow, atol=1e-12)
-    seed = torch.randn_like(fast)
-    for a, b in zip(torch.autograd.grad((fast * seed).sum(), (values, weights)), torch.autograd.grad((slow * seed).sum(), (values, weights))):
+    other = torch.rand(n, 3, k if last == 6 else 4, dtype=torch.float64, requires_grad=True)     # weights, or queries
+    got = fast(values, other, table) if last == 6 else fast(other, values, table)
+    expected = slow(values, other, table.index)
+    assert torch.allclose(got, expected, atol=1e-12)
+    seed = torch.randn_like(got)
+    for a, b in zip(torch.autograd.grad((got * seed).sum(), (values, other)), torch.autograd.grad((expected * seed).sum(), (values, other))):
         assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_norm_first_equals_its_layers_one_by_one():
+    """With a scale and a shift that are not 1 and 0, gradients included."""
+    torch.manual_seed(0)
+    model, x = gf.mlp(9, 6, 5, 0.0), torch.randn(40, 9)
+    with torch.no_grad():
+        model[0].weight.normal_()
+        model[0].bias.normal_()
+    grads = []
+    for out in (model(x), torch.nn.Sequential(*model)(x)):
+        grads.append([out.detach(), *torch.autograd.grad(out.square().sum(), model.parameters())])
+    assert len(grads[0]) == 7 and all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*grads))
 
 
 def test_weighted_sum_gradient_in_pieces():
@@ -588,7 +603,7 @@ def test_tiles_with_a_halo_say_what_the_whole_slide_says(mode, fusion):
     table[rng.random(table.shape) < .1] = -1                            # empty places
     table[5] = -1                                                       # a spot alone
     model = gf.build(c, 20, 3, 0)
-    whole, parts = (list(gf.tiles(x, None, table, [xy[:300], xy[300:]], run.dataclasses.replace(c, tile=size), "cpu")) for size in (0, 100))
+    whole, parts = (list(gf.tiles(x, None, table, [xy[:300], xy[300:]], c, "cpu", size)) for size in (0, 100))
     assert len(whole) == 1 and len(parts) == 8 and sorted(np.concatenate([t.rows[:t.n_own] for t in parts])) == list(range(700))
     (p, e), (q, f) = (gf.predict(model, t, 700, c) for t in (whole, parts))
     assert abs(p - q).max() < 1e-5 and abs(e["embedding"] - f["embedding"]).max() < 1e-5
@@ -610,6 +625,20 @@ def test_training_on_tiles(cortex, tmp_path):
     assert small[0]["metrics"]["ari"] > 0.5 and small[0]["baselines"]["coords_rbf"] == whole[0]["baselines"]["coords_rbf"]
     probs = [run_of("--slice", "s2", "--predict", small[2], "--tile", n)[1]["prob"] for n in (0, 90)]
     assert abs(probs[0] - probs[1]).max() < 1e-5
+
+
+def test_a_large_slide_is_predicted_in_tiles_and_trained_whole(cortex, monkeypatch):
+    """On a CPU, above AT_ONCE spots: same predictions, same losses."""
+    out, sizes, tile = [], [], gf.Tile.__init__
+    monkeypatch.setattr(gf.Tile, "__init__", lambda self, rows, n_own, *more, **flags: sizes.append(n_own) or tile(self, rows, n_own, *more, **flags))
+    for most in (20_000, 100):
+        monkeypatch.setattr(gf, "AT_ONCE", most)
+        run.seed_everything(0)
+        c = config(cortex)
+        _, prob, extra, history = gf.train(gf.Task(c, gf.load(c)), torch.device("cpu"))
+        out.append((prob, extra["embedding"], history[:, 0]))
+    assert max(abs(a - b).max() for a, b in zip(*out)) < 1e-5
+    assert sizes[:2] == [out[0][0].shape[0]] * 2 and max(sizes[2:]) <= 100
 
 
 @pytest.mark.parametrize("mode", ["full", "gcn_full"])
