@@ -21,7 +21,7 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale profile bench gpu-check clean
+.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale profile mutate bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets

@@ -144,7 +144,7 @@ class Config(run.Config):
     order: str = ""
     "classes from the root outwards, comma-separated, to score the pseudotime; empty: WM,Layer6,...,Layer1 where these are the classes"
     root_gene: str = "MBP"
-    "pseudotime starts in the domain that expresses this gene most; where the panel lacks it, in an end domain of the first component, either end"
+    "pseudotime starts in the domain that expresses this gene most; where the panel lacks it, at an end of the first diffusion component, either end"
     lr_pairs: str = ""
     "two-column CSV ligand,receptor; empty: a short built-in list"
     permutations: int = 1000
@@ -254,7 +254,7 @@ graph_product = GraphProduct.apply
 def mask_rows(x, m, rate, mode):
     """Eq. 1: x'_i = x_i + m for i in S_mask, floor(rate N) spots drawn uniformly. x (N, P), m (P,) -> x' (N, P), S_mask (n,).
 
-    A learned constant shift hides nothing: the first bias can undo it. `replace` (x'_i = m) and `zero` do hide the spot.
+    A learned constant shift hides nothing: what was x_i is still there, moved. `replace` (x'_i = m) and `zero` do hide the spot.
     """
     rows = torch.randperm(len(x), device=x.device)[:int(rate * len(x))]                        # (n,)
     if mode == "none":
@@ -269,7 +269,8 @@ class Encoder(nn.Module):
     def __init__(self, dim_in, branches, dropout):
         super().__init__()
         def block(a, b):
-            return nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b, eps=1e-3, momentum=0.01), nn.ELU(), nn.Dropout(dropout))
+            # Without a bias: BatchNorm takes it out again, and Adam would blow the rounding that is its gradient up to steps of --lr.
+            return nn.Sequential(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, eps=1e-3, momentum=0.01), nn.ELU(), nn.Dropout(dropout))
         self.mlp = nn.Sequential(block(dim_in, 64), block(64, 16))
         self.branches, self.drop = branches, nn.Dropout(dropout)
         self.w1 = nn.Linear(16 if branches == "serial" else dim_in, 64, bias=False)
@@ -905,11 +906,15 @@ def baselines(x, slide, k, config):
 def pseudotime(h, root_domain, seed=0, most=5000, neighbours=15, n_components=15):
     """Diffusion pseudotime (Haghverdi et al. 2016) from a spot of `root_domain` (N,) bool: (N,) in [0, 1], nan where unreachable.
 
+    root_domain None: from an end of the first diffusion component, either end, of the largest connected piece.
+
     dpt(i, root) = |sum_l lambda_l / (1 - lambda_l) (psi_l(i) - psi_l(root))| over the diffusion components of the 15-nearest-neighbour graph of
     h (N, d) in its principal components. Beyond `most` spots it is computed on a random subset and carried over by the 5 nearest of it.
     """
     x = components(h)
     rows = np.sort(np.random.default_rng(seed).choice(len(x), min(most, len(x)), replace=False))
+    if root_domain is None:
+        root_domain = np.ones(len(x), bool)
     if not root_domain[rows].any():
         rows[0] = np.flatnonzero(root_domain)[0]
     part = x[rows]
@@ -1112,11 +1117,10 @@ def downstream(slide, h, domains, rank, pairs, config):
         level = np.asarray(x[:, found[0]].todense()).ravel()
         root, text["pseudotime_root"] = names[np.argmax([level[domains == c].mean() for c in names])], f"domain with most {config.root_gene}"
     else:
-        edge = components(h)[:, 0]
-        root, text["pseudotime_root"] = names[np.argmax([edge[domains == c].mean() for c in names])], "an end domain of the first component"
+        root, text["pseudotime_root"] = None, "an end of the first diffusion component"
     print(f"pseudotime starts in: {text['pseudotime_root']}")
     if slide.n_spots >= 20:
-        arrays["pseudotime"] = pseudotime(h, domains == root)
+        arrays["pseudotime"] = pseudotime(h, None if root is None else domains == root)
         if rank is not None:
             use = np.isfinite(rank) & np.isfinite(arrays["pseudotime"])
             scores["pseudotime_spearman"] = metrics.spearman(arrays["pseudotime"][use], rank[use]) if use.sum() > 2 else float("nan")

@@ -640,9 +640,9 @@ def test_simulated_domains_are_recovered(tmp_path):
     M.main(["--data", str(folder), "--slice", "sim1", "--runs", str(tmp_path / "runs"), "--epochs", "150", "--dec_epochs", "20", "--fusion_epochs", "3",
             "--n_init", "3", "--permutations", "0", "--device", "cpu", "--no-figures"])
     record = json.loads(next((tmp_path / "runs").rglob("run.json")).read_text())
-    assert record["metrics"]["ari_gene"] > 0.6                          # .700-.704 over three seeds
-    assert record["metrics"]["ari"] > record["baselines"]["pca_gmm"]["ari"] + 0.3    # .57-.72 over three seeds, 20 components .12-.17
-    assert abs(record["metrics"]["pseudotime_spearman"]) > 0.75     # no marker in this panel: either end is the root
+    assert record["metrics"]["ari_gene"] > 0.6                          # .64-.74 over six seeds
+    assert record["metrics"]["ari"] > record["baselines"]["pca_gmm"]["ari"] + 0.3    # .65-.74 over six seeds, 20 components .12
+    assert abs(record["metrics"]["pseudotime_spearman"]) > 0.95     # no marker in this panel: either end is the root; .974-.979 over six seeds
 
 
 def test_real_slice_gene_only(real_data, tmp_path):

@@ -1,0 +1,109 @@
+"""Break one random line at a time and see whether the tests notice: python tests/mutate.py [--n 20] [--seed 0] [--only gat_fusion ...] (make mutate).
+
+A mutant differs from a module in one operator, comparison, number or `not`, outside of figures and printed text. It is made in a copy of the checkout and the
+module's own test file is run until its first failure. A mutant that survives is shown: either a test is missing or the change makes no difference.
+"""
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ["cells", "cmrcnet", "data", "download", "gat_fusion", "metrics", "multist", "readers", "report", "run", "simulate", "spatia", "stformer"]
+MORE_TESTS = {"gat_fusion": ["numerics"], "multist": ["numerics"], "stformer": ["numerics"], "cmrcnet": ["numerics"], "spatia": ["numerics"],
+              "readers": ["data"], "data": ["gat_fusion"], "run": ["restart"]}
+SKIPPED = ("draw", "figure", "line", "main", "print", "plot", "page", "tissue", "matched", "domain_names")     # functions of pictures, printed text and flags
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+         ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}
+
+
+def places(tree):
+    """[(node, change)]: everything in the functions of a module that can be broken, in the order of the text."""
+    out = []
+
+    def visit(node, inside):
+        name = getattr(node, "name", "") if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ""
+        if name.startswith(SKIPPED) or isinstance(node, (ast.Raise, ast.JoinedStr)):
+            return
+        inside = inside or isinstance(node, ast.FunctionDef)
+        if inside:
+            if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
+                out.append((node, "op"))
+            elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+                out.append((node, "ops"))
+            elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
+                out.append((node, "value"))
+            elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
+                out.append((node, "drop"))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(tree, False)
+    return out
+
+
+def broken(source, number):
+    """(text of the module with place `number` broken, the line before, the line after)."""
+    tree = ast.parse(source)
+    node, change = places(tree)[number]
+    statement = min((s for s in ast.walk(tree) if isinstance(s, ast.stmt) and s.lineno <= node.lineno <= s.end_lineno), key=lambda s: s.end_lineno - s.lineno)
+    before = ast.unparse(copy.deepcopy(node))
+    if change == "op":
+        node.op = SWAPS[type(node.op)]()
+    elif change == "ops":
+        node.ops[0] = SWAPS[type(node.ops[0])]()
+    elif change == "value":
+        node.value = (not node.value) if isinstance(node.value, bool) else node.value + 1
+    elif isinstance(node.op, ast.Not):
+        node.operand = ast.UnaryOp(ast.Not(), node.operand)
+    else:
+        node.op = ast.UAdd()
+    return ast.unparse(tree), statement.lineno, before, ast.unparse(node)
+
+
+def caught(folder, module, text, limit):
+    """Whether the tests of `module` fail (or hang) with `text` in its place."""
+    path = folder / f"{module}.py"
+    whole = path.read_text()
+    path.write_text(text)
+    files = [f"tests/test_{m}.py" for m in [module, *MORE_TESTS.get(module, [])]]
+    try:
+        found = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], cwd=folder, timeout=limit,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+        return found.returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        path.write_text(whole)
+
+
+def main(argv=None):
+    """Print a line a mutant and the share that was caught."""
+    parser = argparse.ArgumentParser(prog="mutate.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--n", type=int, default=20, help="mutants")
+    parser.add_argument("--seed", type=int, default=0, help="which ones")
+    parser.add_argument("--only", nargs="*", default=MODULES, choices=MODULES, help="modules")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds of tests after which a mutant counts as caught")
+    options = parser.parse_args(argv)
+    sources = {m: (ROOT / f"{m}.py").read_text() for m in options.only}
+    every = [(m, i) for m in options.only for i in range(len(places(ast.parse(sources[m]))))]
+    chosen, n_caught = random.Random(options.seed).sample(every, min(options.n, len(every))), 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "main")
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "datasets", "__pycache__"))
+        for module, number in chosen:
+            text, lineno, before, after = broken(sources[module], number)
+            found = caught(folder, module, text, options.limit)
+            n_caught += found
+            print(f"{'caught  ' if found else 'SURVIVED'} {module}.py:{lineno}: {before} -> {after}", flush=True)
+    print(f"{n_caught} of {len(chosen)} caught ({len(every)} places)")
+
+
+if __name__ == "__main__":
+    main()
