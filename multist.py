@@ -735,28 +735,29 @@ class Tiles:
         return hand, place[:, 0], place[:, 1:], self.offset[rows]
 
 
-def neighbours_in_batch(rows, near, n):
+def neighbours_in_batch(rows, near):
     """(B, B) bool: True where the spot of the column is one of the m nearest of the spot of the row, or the reverse; never the spot itself."""
-    place = torch.full((n,), -1, dtype=torch.long, device=rows.device)
-    place[rows] = torch.arange(len(rows), device=rows.device)
-    at = place[near[rows]]                                                                     # (B, m)
+    ordered, order = rows.sort()
+    wanted = near[rows]                                                                        # (B, m)
+    at = torch.searchsorted(ordered, wanted).clamp(max=len(rows) - 1)
     found = torch.zeros(len(rows), len(rows), dtype=torch.bool, device=rows.device)
-    i, j = torch.nonzero(at >= 0, as_tuple=True)
-    found[i, at[i, j]] = True
+    i, j = torch.nonzero(ordered[at] == wanted, as_tuple=True)
+    found[i, order[at[i, j]]] = True
     return (found | found.T).fill_diagonal_(False)
 
 
-def stage3_terms(model, z, v, tiles, rows, target, centres, config):
-    """{name: weighted scalar} of one batch of Stage III: 2 SDM + contrast + 0.005 |H|^2, and two terms of ours that keep the domains of Z."""
+def stage3_terms(model, z, v, tiles, rows, target, centres, variance, config):
+    """{name: weighted scalar} of one batch of Stage III: 2 SDM + contrast + 0.005 |H|^2, and two terms of ours that keep the domains of Z.
+    variance: that of the whole z."""
     local = config.attention == "local"
     hand, own, near, offset = tiles.gather(rows) if local else (torch.arange(len(z), device=z.device), rows, None, None)
     hide = (torch.rand(len(hand), 1, device=z.device) < config.fusion_mask).to(z.dtype)        # (T, 1)
     h, h_gene, h_image, _ = model(z[hand] * (1 - hide) + hide * model.hidden, v[hand], own, near, offset)
     z_kept = model.keep(h)                                                                     # (B, 32)
     terms = {"sdm": 2 * sdm(h_gene, h_image, config.tau),
-             "contrast": info_nce(h_gene, h_image, neighbours_in_batch(rows, tiles.graph, len(z)), config.tau),
+             "contrast": info_nce(h_gene, h_image, neighbours_in_batch(rows, tiles.graph), config.tau),
              "norm": 0.5 * 0.01 * (h_gene.square().mean() + h_image.square().mean()),
-             "keep": config.lambda_keep * F.mse_loss(z_kept, z[rows]) / z.var()}
+             "keep": config.lambda_keep * F.mse_loss(z_kept, z[rows]) / variance}
     if target is not None:
         terms["dec"] = config.lambda_keep * config.lambda_dec * dec_kl(target[rows], dec_q(z_kept, centres))
     return terms
@@ -772,11 +773,11 @@ def train_stage3(z, v, xy, target, centres, config, log):
     tiles = Tiles(xy, config.m, z.device, k=config.k)
     step = torch.optim.AdamW(model.parameters(), lr=config.fusion_lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step, max(1, config.fusion_epochs))
-    terms = Terms("Stage III", log)
+    terms, variance = Terms("Stage III", log), z.var()
     for epoch in run.progress(range(config.fusion_epochs), "Stage III"):
         model.train()
         for i, rows in enumerate(tiles.batches(config.batch)):
-            parts = stage3_terms(model, z, v, tiles, rows, target, centres, config)
+            parts = stage3_terms(model, z, v, tiles, rows, target, centres, variance, config)
             loss = terms.total(parts, epoch, model.parameters(), i == 0 and (epoch % 10 == 0 or epoch == config.fusion_epochs - 1))
             step.zero_grad()
             loss.backward()

@@ -150,7 +150,7 @@ def test_bfloat16_stays_near_float32(toy):
         model, fusion, v = M.AutoEncoder(20, config), M.Fusion(32, 9, config).eval(), torch.randn(len(x), 9)
         terms = M.stage1_terms(model, None, x, graph, config)
         tiles = M.Tiles(xy, config.m, "cpu")
-        more = M.stage3_terms(fusion, torch.randn(len(x), 32), v, tiles, torch.arange(len(x)), None, None, config)
+        more = M.stage3_terms(fusion, torch.randn(len(x), 32), v, tiles, torch.arange(len(x)), None, None, 1.0, config)
         sum([*terms.values(), *more.values()]).backward()
         assert all(p.grad.dtype == torch.float32 for p in [*model.parameters(), *fusion.parameters()] if p.grad is not None)
         found.append(torch.stack([*terms.values(), *more.values()]))
@@ -371,7 +371,7 @@ def test_neighbours_in_batch_and_tiles():
     assert torch.cat(tiles.tiles).sort().values.tolist() == list(range(len(xy))) and max(len(t) for t in tiles.tiles) <= 20
     assert torch.equal(tiles.near[:, 0], torch.arange(len(xy))) and torch.equal(tiles.offset[:, 0], torch.zeros(len(xy), 2))
     rows = torch.cat(tiles.batches(60)[:1])
-    found = M.neighbours_in_batch(rows, tiles.near, len(xy))
+    found = M.neighbours_in_batch(rows, tiles.near)
     near = [set(r.tolist()) for r in tiles.near[:, 1:]]
     want = [[j in near[i] or i in near[j] for j in rows.tolist()] for i in rows.tolist()]
     assert found.tolist() == want
