@@ -219,6 +219,18 @@ def test_mse_and_pcc_equal_their_definitions_on_the_cropped_slides():
     assert st.pcc_loss(3 * true + 1, true, mask).abs() < 1e-6 and abs(st.pcc_loss(-true, true, mask) - 2) < 1e-6
 
 
+def test_targets_in_units_of_the_slide_or_of_the_training_spots():
+    """Within a slide: mean 0 and variance 1 over the spots that count, 0 elsewhere; against a loop over slides and genes."""
+    y, mask = torch.randn(2, 9, 4) * 3 + 5, torch.rand(2, 9, 4) < 0.7
+    mask[:, :2] = True
+    z = st.Scaler({"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}).z(y, mask, "slide")
+    for b, g in np.ndindex(2, 4):
+        use = mask[b, :, g]
+        column = y[b, use, g]
+        assert torch.allclose(z[b, use, g], (column - column.mean()) / (column.std(correction=0) + 1e-3), atol=1e-5) and not z[b, ~use, g].any()
+    assert torch.allclose(st.Scaler({"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}).z(y, mask, "train"), (y - torch.arange(4.0)) / 2)
+
+
 def test_unmeasured_and_low_count_places_reach_no_loss():
     pred, true, mask = masked_batch()
     pred.requires_grad_()
