@@ -648,6 +648,7 @@ def test_image_features_are_fitted_on_training_pictures(rng):
     features = metrics.ImageFeatures().fit(train)
     x = features(train)
     assert x.shape[1] == features.used.sum() <= 36 and np.abs(x).max() <= 5
+    assert np.array_equal(features.used, np.ptp(features._raw(train), axis=0) > 1e-6)    # only what never varies is left out
     assert np.abs(x.mean(0)).max() < .2 and features(other)[:, 0].mean() > .5  # area of larger discs
     assert np.array_equal(features(other[:3]), features(other)[:3])  # no picture depends on its neighbours
     assert metrics._otsu(np.repeat([10, 200], 50)) == pytest.approx(.5 * (10 + 199 + 1) / 255, abs=.01)
