@@ -246,13 +246,23 @@ def same_up_to_sign(a, b, atol):
     np.testing.assert_allclose(a * np.sign((a * b).sum(0)), b, atol=atol)
 
 
-def test_truncated_pca_equals_dense(rng):
+def test_truncated_pca_equals_dense(rng, monkeypatch):
     x = sp.random(150, 40, 0.3, random_state=0, format="csr", dtype=np.float64) @ sp.diags(np.linspace(1, 6, 40))
     rows = np.sort(rng.permutation(150)[:90])
     truth = PCA(6, svd_solver="full").fit(x.toarray()[rows]).transform(x.toarray())
     for given in (x.tocsr(), x.toarray()):
         same_up_to_sign(data.truncated_pca(given, 6, rows), truth, 1e-3)
     assert data.truncated_pca(x.tocsr()[:5], 50).shape == (5, 4)
+    tall = sp.random(2000, 40, 0.3, random_state=1, format="csr", dtype=np.float64) @ sp.diags(np.linspace(1, 6, 40))
+    monkeypatch.setattr(data, "dense_parts", lambda x, parts=data.dense_parts: parts(x, 300))
+    truth = PCA(6, svd_solver="full").fit(tall[:900].toarray()).transform(tall.toarray())
+    for given in (tall.tocsr(), tall.tocsr().astype(np.float32)):
+        same_up_to_sign(data.truncated_pca(given, 6, np.arange(900)), truth, 1e-3)
+    with monkeypatch.context() as only:
+        only.setattr(data, "PCA", None)                                 # a tall matrix takes the other way, a short one does not
+        assert data.truncated_pca(tall.tocsr(), 6).shape == (2000, 6)
+        with pytest.raises(TypeError):
+            data.truncated_pca(tall.tocsr()[:300], 6)
     counts, genes = toy_counts(100, 40)
     e = data.Expression(30).fit(counts[:60], genes)
     z = np.minimum(e.scaler.scaled(e.log1p(counts, genes)[0]).toarray() - e.scaler.mean / e.scaler.std, 10)
