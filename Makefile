@@ -202,6 +202,9 @@ scale: $(stamp)  ## time and memory up to a million simulated spots, and a Visiu
 profile: $(stamp)  ## what the steps of the five training loops spend their time on
 	$(PY) tests/profile_loops.py
 
+mutate: $(if $(stamp),.venv/.stamp-dev)  ## break N=20 random lines (SEED=0), one at a time, and see whether the tests notice (half an hour)
+	$(PY) tests/mutate.py --n $(or $(N),20) --seed $(or $(SEED),0)
+
 bench: $(if $(stamp),.venv/.stamp-dev)  ## ratios beside torch_geometric, scanpy and scikit-learn: runs/bench/bench.md (QUICK=--quick: only sees that it runs)
 	$(PY) bench.py all --out $(RUNS)/bench $(QUICK)
 

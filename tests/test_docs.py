@@ -109,7 +109,7 @@ def runnable():
             "bench.py", "figure_honest.py",                             # their own tests run them
             "data.py",                                                  # tests/test_cells.py converts a label image and a Xenium bundle
             "kill_runs.py",                                             # half an hour: tests/test_restart.py runs a part
-            "choose_linear_weight.py")                                  # hours
+            "choose_linear_weight.py", "mutate.py")                     # hours
     found = [(page.name, c) for page in PAGES for c in commands(page) if c.startswith("python ") and "<" not in c and "..." not in c]
     found = [(page, c) for page, c in found if words(c)[1].rsplit("/")[-1] not in left]
     return sorted(dict.fromkeys(c for _, c in found), key=lambda c: (not c.startswith("python simulate.py"), "--predict" in c))
