@@ -46,7 +46,7 @@ def with_loops(edges, n):
 
 def copied_gat(ours, **flags):
     """GATConv with the weights of a gat_fusion.GraphAttention."""
-    peer = dev("torch_geometric.nn").GATConv(ours.project.in_features, ours.u.shape[1], heads=ours.heads, dropout=ours.dropout, **flags)
+    peer = dev("torch_geometric.nn").GATConv(ours.project.in_features, ours.u.shape[1], heads=ours.heads, dropout=ours.dropout.p, **flags)
     with torch.no_grad():
         for to, of in ((peer.lin.weight, ours.project.weight), (peer.att_src, ours.u[None]), (peer.att_dst, ours.v[None]), (peer.bias, ours.bias)):
             to.copy_(of)
@@ -114,7 +114,7 @@ class PeerCrossAttention(nn.Module):
         super().__init__()
         dim = ours.query.in_features
         self.rest, self.edges = ours, edges
-        self.conv = dev("torch_geometric.nn").TransformerConv(dim, dim // ours.heads, ours.heads, root_weight=False, dropout=ours.p)
+        self.conv = dev("torch_geometric.nn").TransformerConv(dim, dim // ours.heads, ours.heads, root_weight=False, dropout=ours.dropout.p)
         for to, of in ((self.conv.lin_query, ours.query), (self.conv.lin_key, ours.key), (self.conv.lin_value, ours.value)):
             to.load_state_dict(of.state_dict())
 

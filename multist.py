@@ -194,7 +194,7 @@ class Graph:
 
     def __init__(self, xy, k, device="cpu", name=""):
         adjacency = data.symmetric_union(data.knn_table(xy, k, name=name))                                # (N, N) sparse
-        self.pieces = sp.csgraph.connected_components(adjacency, directed=False)[0]
+        self.pieces = sp.csgraph.connected_components(adjacency, connection="strong")[0]    # symmetric, so strong is weak, and needs no transpose
         self.xy, self.a_hat, self.device = xy, data.normalised_adjacency(adjacency), device
         self.fill(self.a_hat, sp.triu(adjacency, 1).tocoo(), len(xy))
 

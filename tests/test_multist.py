@@ -100,6 +100,18 @@ def test_encoder_follows_the_equations_and_the_order_of_spots(toy, branches):
     torch.testing.assert_close(encoder(x[order], M.Graph(xy[order], 6)), z[order], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("branches", ["serial", "parallel"])
+def test_no_parameter_of_the_encoder_has_a_gradient_of_mere_rounding(toy, branches):
+    """As a bias before BatchNorm has: Adam would scale its rounding up, and a rerun with other threads would end elsewhere."""
+    _, x, graph, _, _ = toy
+    torch.manual_seed(1)
+    encoder = M.Encoder(20, branches, 0.0).train()
+    z = encoder(x, graph)
+    (z * torch.randn_like(z)).sum().backward()
+    for name, p in encoder.named_parameters():
+        assert p.grad.abs().max() > 1e-3, name
+
+
 def test_negatives_are_never_edges_and_change(toy):
     _, _, graph, _, _ = toy
     edges = {tuple(e) for e in graph.edges.T.tolist()}
