@@ -41,6 +41,7 @@ from readers import (
 
 FORMAT, VERSION, KIND = "plainst-cells", 1, "a cell file"
 BLOCK = 64                                                     # crops a chunk of the file, and a step of the converters
+HELD_BACK = 2**20                                              # bytes of chunks that HDF5 keeps in memory when a file is written
 
 
 # ------------------------------------------------------------------------------------------------------------ container
@@ -194,6 +195,14 @@ def load_cells(path) -> Cells:
 
 
 # --------------------------------------------------------------------------------------------------------------- writer
+def _reserve(path, start: int, size: int) -> None:
+    """Claim room in a file for `size` bytes from byte `start` on, or raise OSError while HDF5 can still close it: on a full disk it crashes in the closing
+    of a file that it could not write to the end. Twice HELD_BACK more are for the chunks that it keeps in memory and for its own tables."""
+    if hasattr(os, "posix_fallocate"):                         # macOS has none
+        with open(path, "ab") as file:
+            os.posix_fallocate(file.fileno(), start, size + 2 * HELD_BACK)
+
+
 @contextmanager
 def _new_h5(path) -> Iterator[h5py.File]:
     """h5py.File for writing beside `path`, renamed to it when the block ends well and deleted when it does not."""
@@ -201,8 +210,12 @@ def _new_h5(path) -> Iterator[h5py.File]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(part, "w") as handle:
+        _reserve(part, 0, 0)
+        with h5py.File(part, "w", rdcc_nbytes=HELD_BACK) as handle:
             yield handle
+            handle.flush()
+            size = handle.id.get_filesize()
+        os.truncate(part, size)                                # what _reserve asked for and nobody used
         os.replace(part, path)
     except (OSError, RuntimeError) as error:                   # h5py reports a full disk as either
         reason = getattr(error, "strerror", None) or error
@@ -224,6 +237,7 @@ def _write_stack(handle: h5py.File, path, name: str, blocks: Iterable, n: int) -
         _require(block.shape[1:] == out.shape[1:], path, f"was given {name} of unequal size ({out.shape[1:]} and {block.shape[1:]})",
                  "crop every cell with the same field of view")
         _require(row + len(block) <= n, path, f"was given more {name} than its {n} cells", "give one per cell")
+        _reserve(handle.filename, handle.id.get_filesize(), block.nbytes)
         out[row:row + len(block)] = block
         row += len(block)
     _require(row == n, path, f"was given {row} {name} for {n} cells", "give one per cell")
@@ -246,13 +260,16 @@ def write_cells(path, *, counts, genes, ids, xy, section, sections, crops, chann
     labels = np.full(len(ids), -1) if labels is None else np.asarray(labels)
     _check_table(path, counts, genes, ids, xy, section, sections, labels, classes)
     zipped = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
+    known = {f"truth/{name}": np.asarray(values) for name, values in (truth or {}).items()}
+    tables = {"genes": genes, "ids": ids, "sections": sections, "channels": channels, "classes": classes, **known}
     with _new_h5(path) as handle:
+        arrays = (counts.data, counts.indices, counts.indptr, xy, section, labels, *tables.values())
+        _reserve(handle.filename, 0, sum(v.nbytes + 32 * v.size * (v.dtype.kind == "U") for v in arrays))    # a text has a pointer and a length
         handle.attrs.update({"format": FORMAT, "version": VERSION, "um_per_px": um_per_px, "px_per_crop_px": px_per_crop_px})
         for name in ("data", "indices", "indptr"):
             handle.create_dataset(f"counts/{name}", data=getattr(counts, name), **zipped)
         handle["counts"].attrs["shape"] = np.array(counts.shape)
-        known = {f"truth/{name}": np.asarray(values) for name, values in (truth or {}).items()}
-        for name, values in {"genes": genes, "ids": ids, "sections": sections, "channels": channels, "classes": classes, **known}.items():
+        for name, values in tables.items():
             text = values.dtype.kind == "U"
             handle.create_dataset(name, data=values.astype(object) if text else values, dtype=h5py.string_dtype() if text else None)
         handle["xy"], handle["section"], handle["labels"] = xy.astype(np.float64), section.astype(np.int32), labels.astype(np.int32)

@@ -49,6 +49,35 @@ def test_what_is_written_is_read_back(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["cells.h5"]
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no way to ask for room")
+@pytest.mark.parametrize("crops", ["noise", "flat"])
+def test_a_full_disk_is_one_sentence_wherever_it_fills(tmp_path, crops):
+    """A file may grow to so many bytes only, as on a full disk. HDF5 alone ends the process when it closes a file whose chunks it could not write."""
+    resource = pytest.importorskip("resource")
+    given = table(2000)
+    given["crops"] = np.random.default_rng(0).integers(0, 256 if crops == "noise" else 2, (2000, 2, 32, 32), dtype=np.uint8)    # 4 MB
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path, written = data.write_cells(tmp_path / "cells.h5", **table(seed=1)), []
+    old = path.read_bytes()
+    for limit in np.geomspace(500, 2 ** 23, 24).astype(int).tolist():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            data.write_cells(path, **given)
+        except data.DataError as error:
+            assert "cannot be written (File too large): check the path, the rights and the free space" in str(error)
+            assert path.read_bytes() == old
+        else:
+            written.append(limit)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [p.name for p in tmp_path.iterdir()] == ["cells.h5"]
+        if written:
+            np.testing.assert_array_equal(data.load_cells(path).crops[:], given["crops"])
+            assert path.stat().st_size <= limit                          # the room asked for and not used is given back
+            break
+    assert written and written[0] > 2 ** 20
+
+
 def test_what_may_be_left_out(path):
     found = data.load_cells(path)
     assert found.masks is None and found.classes == [] and (found.labels == -1).all() and np.isnan(found.um_per_px) and found.truth == {}
