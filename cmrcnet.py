@@ -782,16 +782,17 @@ def smooth(curve, reach=2):
     return np.convolve(curve, kernel, "same") / np.convolve(np.ones_like(curve), kernel, "same") if len(curve) >= len(kernel) else np.asarray(curve)
 
 
-def train(make, samples, config, record, n_targets, latest=None):
+def train(make, samples, config, record, n_targets, latest=None, checksum=""):
     """Validation inside the training slides chooses the number of epochs, then one model is trained on all of them.
 
-    Returns the model, the histories (folds, then the model), the best validation score (nan without). latest: path of latest.pt or None.
+    Returns the model, the histories (folds, then the model), the best validation score (nan without). latest: path of latest.pt or None;
+    checksum: of the files that the run reads, which must not change between a checkpoint and --resume.
     """
     saved = {"done": [], "going": None}
     if latest is not None and config.resume:
         saved = load_checkpoint(latest)
-        if saved["config"] != resumable(config):
-            raise DataError(f"{latest} was written with other flags: use the same flags, or leave --resume away")
+        if (saved["config"], saved.get("data")) != (resumable(config), checksum):
+            raise DataError(f"{latest} was written with other flags or other files: use the same, or leave --resume away")
     done, jobs, epochs, best = list(saved["done"]), inner_folds(samples, config), config.epochs, float("nan")
     for number, (fit, val) in enumerate([*jobs, (samples, [])]):
         if number == len(jobs) and jobs:
@@ -802,7 +803,7 @@ def train(make, samples, config, record, n_targets, latest=None):
 
         def save(state):
             if record.rank == 0:
-                run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "done": done, "going": state}, f))
+                run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "data": checksum, "done": done, "going": state}, f))
         model, history = train_one(make, Pairs(fit), val, config, record, epochs, number, n_targets,
                                    saved["going"] if number == len(saved["done"]) else None, save if latest is not None else None)
         done.append(history)
@@ -1094,7 +1095,8 @@ def main(argv=None):
           f"{encoder_name(config)}", flush=True)
     predictions = classical_baselines(task.fit, task.test, task.pairs, task.n_targets)
     make = maker(config, task.fit[0].x.shape[1] if config.backbone == "features" else config.backbone, len(task.inputs))
-    model, histories, val = train(make, task.fit, config, record, task.n_targets, record.folder / "latest.pt")
+    checksum = data.file_checksum(*used_files(config, [s.slide for s in [*task.fit, *task.test]]))
+    model, histories, val = train(make, task.fit, config, record, task.n_targets, record.folder / "latest.pt", checksum)
     keys, values = embed(model, config, s=task.pairs.s), task.pairs.y
     z = torch.cat([embed(model, config, x=s.x[s.scored]) for s in task.fit])
     predicted, neighbours, recall = retrieve(model, config, keys, values, task.test)
@@ -1108,9 +1110,16 @@ def main(argv=None):
     found = task.score(predicted) | {"val_pcc": val, "recall_at_k": recall} | diagnostics(config, task, histories[-1], z, keys)
     found |= {f"gain_over_{name}": found["pcc_mean"] - s["pcc_mean"] for name, s in others.items()}
     report(config, others, found, len(task.fit))
-    write(record, config, task, model, keys, predicted, neighbours, histories, found, others, split, leaks_patient=leaks,
+    write(record, config, task, model, keys, predicted, neighbours, histories, found, others, split, checksum, leaks_patient=leaks,
           train_slides=train_names, test_slides=test_names)
     return 0
+
+
+def used_files(config, slides):
+    """Files whose content can change a number of this run: counts, patches or features, weights."""
+    files = [f for s in slides for f in (s.source, s.patches.path if s.patches is not None else s.image_file,
+                                         config.encoder.replace("{sample}", s.sample) if is_file(config.encoder) else "")]
+    return [str(f) for f in [*dict.fromkeys(files), config.weights] if f]
 
 
 def diagnostics(config, task, history, z, keys):
@@ -1131,7 +1140,7 @@ def report(config, others, found, n_slides):
           + (f"; recall@{config.k} of the inverted file {found['recall_at_k']:.3f}" if config.index == "ivf" else ""))
 
 
-def write(record, config, task, model, keys, predicted, neighbours, histories, found, others, split, **more):
+def write(record, config, task, model, keys, predicted, neighbours, histories, found, others, split, checksum, **more):
     """Write the record, the figures, the model and the atlas."""
     fit, test, genes, pairs, weights = task.fit, task.test, task.genes, task.pairs, {k: v.cpu() for k, v in model.state_dict().items()}
     mark = fingerprint(weights, task.inputs)
@@ -1144,10 +1153,7 @@ def write(record, config, task, model, keys, predicted, neighbours, histories, f
     arrays = arrays_of(test, genes, predicted, neighbours)
     arrays |= {"true": np.concatenate([s.y for s in test]), "scored": np.concatenate([s.scored for s in test]),
                "key_slide": np.array(pairs.names)[pairs.slide], "key_row": pairs.row}
-    files = [f for s in [*fit, *test] for f in (s.slide.source, s.slide.patches.path if s.slide.patches is not None else s.slide.image_file,
-                                                config.encoder.replace("{sample}", s.name) if is_file(config.encoder) else "")]
-    record.finish(found, others, arrays, sum(p.numel() for p in model.parameters()), split,
-                  data.file_checksum(*(str(f) for f in [*dict.fromkeys(files), config.weights] if f)),
+    record.finish(found, others, arrays, sum(p.numel() for p in model.parameters()), split, checksum,
                   {"model.pt": lambda f: torch.save(saved, f),
                    "atlas.h5": lambda f: write_atlas(f, keys.cpu().numpy(), values, [*(genes[j] for j in rest), *shared], pairs, config,
                                                      task.inputs, mark)},

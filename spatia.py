@@ -663,16 +663,16 @@ def sample(path, velocity, x, steps):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Session:
-    """What the stages share: flags, processes, checkpoint."""
+    """What the stages share: flags, processes, checkpoint. checksum: of the data, which must not change between a checkpoint and --resume."""
 
-    def __init__(self, config, record, size):
+    def __init__(self, config, record, size, checksum=""):
         self.config, self.size, self.device, self.rank, self.world = config, size, record.device, record.rank, record.world
         self.latest = record.folder / "latest.pt"
-        self.state = {"config": resumable(config), "done": {}, "going": None}
+        self.state = {"config": resumable(config), "data": checksum, "done": {}, "going": None}
         if config.resume:
             self.state = load_checkpoint(self.latest)
-            if self.state["config"] != resumable(config):
-                raise DataError(f"{self.latest} was written with other flags: use the same flags, or leave --resume away")
+            if (self.state["config"], self.state["data"]) != (resumable(config), checksum):
+                raise DataError(f"{self.latest} was written with other flags or other files: use the same, or leave --resume away")
 
     def save(self):
         if self.rank == 0:
@@ -701,7 +701,7 @@ def resumable(config):
 
 def load_checkpoint(path):
     """latest.pt of an interrupted run. Raises DataError for anything else."""
-    return data.read_checkpoint(path, "spatia checkpoint", ["config", "done", "going"], "leave --resume away, or run with --save_every first")
+    return data.read_checkpoint(path, "spatia checkpoint", ["config", "data", "done", "going"], "leave --resume away, or run with --save_every first")
 
 
 def learning_rate(step, steps):
@@ -1292,7 +1292,8 @@ def main(argv=None):
     say = print if record.rank == 0 else (lambda *a, **k: None)
     say(f"{path.name}: {len(field.rows['train'])} cells train, {len(field.rows['test'])} are scored ({field.split.detail}); "
         f"{field.cells.n_genes} genes, crops {field.shape[0]} x {field.shape[1]} x {field.shape[1]}", flush=True)
-    session, keep, tasks = Session(config, record, size), {}, []
+    checksum = data.file_checksum(config.data)
+    session, keep, tasks = Session(config, record, size, checksum), {}, []
     models, losses, conditions = train(session, field, clock)
     cell, context = models["cell"], models["context"]
     if config.generate:
@@ -1316,7 +1317,7 @@ def main(argv=None):
     state = {"config": resumable(config), "genes": [str(g) for g in field.cells.genes], "normaliser": field.normalise.state(),
              **{k: m.state_dict() for k, m in models.items()}}
     record.finish(found, others, arrays, sum(p.numel() for m in models.values() for p in m.parameters()), field.split,
-                  data.file_checksum(config.data), {"model.pt": lambda f: torch.save(state, f)}, stage_seconds=clock.seconds,
+                  checksum, {"model.pt": lambda f: torch.save(state, f)}, stage_seconds=clock.seconds,
                   n_train=len(field.rows["train"]), n_scored=len(rows))
     return 0
 

@@ -693,17 +693,18 @@ def exchange(done, first, make, epochs, device):
         done[number] = {"weights": weights, "history": [tuple(h) for h in history.tolist()]}
 
 
-def train(make, samples, scaler, config, device, member=None, bag=False, latest=None):
+def train(make, samples, scaler, config, device, member=None, bag=False, latest=None, checksum=""):
     """Cross-validation inside the training slides chooses the number of epochs; then `members` models are trained on all of them. Under torchrun
     the folds, and then the members, are shared out to the processes.
 
-    Returns models, histories of the folds and the members, the best mean validation score (nan without folds). latest: path of latest.pt or None.
+    Returns models, histories of the folds and the members, the best mean validation score (nan without folds). latest: path of latest.pt or None;
+    checksum: of the files that the run reads, which must not change between a checkpoint and --resume.
     """
     saved = {"done": [], "going": None}
     if latest is not None and config.resume:
         saved = load_checkpoint(latest)
-        if saved["config"] != resumable(config):
-            raise DataError(f"{latest} was written with other flags: use the same flags, or leave --resume away")
+        if (saved["config"], saved.get("data")) != (resumable(config), checksum):
+            raise DataError(f"{latest} was written with other flags or other files: use the same, or leave --resume away")
     done, jobs, epochs, best = list(saved["done"]), inner_folds(samples, config.folds), config.epochs, float("nan")
     n_folds, (rank, world) = len(jobs), processes()
     for number, (fit, val) in enumerate(jobs + [(samples, [])] * config.members):
@@ -718,7 +719,7 @@ def train(make, samples, scaler, config, device, member=None, bag=False, latest=
             continue
 
         def save(state):
-            run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "done": done, "going": state}, f))
+            run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "data": checksum, "done": done, "going": state}, f))
         model, history = train_one(make, fit, val, scaler, config, device, epochs, number, member, bag,
                                    saved["going"] if number == len(saved["done"]) else None, save if latest is not None else None)
         done.append({"weights": model.state_dict() if number >= n_folds else {}, "history": history})
@@ -1007,7 +1008,8 @@ def main(argv=None):
             model.start_from_sets(member)
         return model
     bag = config.mode == "global"
-    models, histories, val = train(make, fit, scaler, config, record.device, member, bag, record.folder / "latest.pt")
+    checksum = data.file_checksum(*used_files(config, [raw[n].slide for n in [*train_names, *test_names]]))
+    models, histories, val = train(make, fit, scaler, config, record.device, member, bag, record.folder / "latest.pt", checksum)
     alone = [predict(models, s, scaler, config) for s in test]
     pairs = with_linear(alone, trained["linear"], config)
     genes_found = [np.tile(p, (len(s.x), 1)) if bag else p for (p, _), s in zip(pairs, test)]
@@ -1021,8 +1023,7 @@ def main(argv=None):
     say(line("stformer", found) + f"  gain over ridge {found['gain_over_ridge_raw']:+.3f} (raw), {found['gain_over_ridge_pca256']:+.3f} (PCA 256)")
     arrays = arrays_of(test, genes_found, pairs, genes, sets)
     draw(record, test, genes_found, pairs, genes, sets, histories, bag)
-    record.finish(found, others, arrays, sum(w.numel() for w in models[0].parameters()), split,
-                  data.file_checksum(*used_files(config, [raw[n].slide for n in [*train_names, *test_names]])),
+    record.finish(found, others, arrays, sum(w.numel() for w in models[0].parameters()), split, checksum,
                   {"model.pt": lambda f: torch.save(state_of(config, models, linear, scaler, genes, sets), f)},
                   leaks_patient=leaks, train_slides=train_names, test_slides=test_names, epochs=len(histories[-1]),
                   low_count_spots={n: int((~s.scored).sum()) for n, s in raw.items()},

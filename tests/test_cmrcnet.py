@@ -424,6 +424,9 @@ def test_resume_gives_the_same_weights(task, tmp_path, capsys):
     latest = next((tmp_path / "again").rglob("latest.pt"))
     with pytest.raises(DataError, match="other flags"):
         resume_elsewhere(task, tmp_path, latest, more)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other files"):
+        patch.setattr(cm.data, "file_checksum", lambda *paths: "of slides that changed")
+        cm.main(flags(task, tmp_path / "again", *more, "--resume"))
     latest.write_bytes(latest.read_bytes()[:5000])                      # an interrupted copy
     with pytest.raises(DataError, match="not a whole cmrcnet checkpoint"):
         cm.main(flags(task, tmp_path / "again", *more, "--resume"))

@@ -399,6 +399,10 @@ def test_end_to_end_record_resume_and_predict(task, tmp_path, capsys, monkeypatc
     st.main(flags(task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1", "--resume"))
     again = torch.load(Path(capsys.readouterr().out.strip().splitlines()[-1]).with_name("model.pt"), weights_only=True)
     assert all(torch.equal(a[k], b[k]) for a, b in zip(full["weights"], again["weights"]) for k in a)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other files"):
+        patch.setattr(st.data, "file_checksum", lambda *paths: "of slides that changed")
+        st.main(flags(task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1", "--resume"))
+    capsys.readouterr()
 
     # --predict on the HEST folder, and on a bare folder of its patches, gives the run's predictions
     test = arrays["slide"][0]
