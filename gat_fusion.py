@@ -193,7 +193,7 @@ class Dropout(nn.Module):
 
     def forward(self, x):
         """x of any shape -> the same shape."""
-        if x.is_cuda or not self.training or not self.p:
+        if x.device.type != "cpu" or not self.training or not self.p:
             return F.dropout(x, self.p, self.training)
         dropped = min(round(self.p * 2 ** 16), 2 ** 16 - 1)             # of the 2^16 values of an int16
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-2 ** 63, None)    # a draw holds four
