@@ -120,8 +120,8 @@ class PeerCrossAttention(nn.Module):
 
     def forward(self, z, s, graph):
         rest = self.rest
-        z = rest.norm1(z + rest.drop(rest.out(self.conv((s, z), self.edges))))
-        return rest.norm2(z + rest.drop(rest.ffn(z))), None
+        z = rest.norm1(z + rest.dropout(rest.out(self.conv((s, z), self.edges))))
+        return rest.norm2(z + rest.dropout(rest.ffn(z))), None
 
 
 def peer_fusion(ours, table):

@@ -9,6 +9,7 @@ are read by row. `data` passes the public names on and adds `cell_split`. The la
 from __future__ import annotations
 
 import csv
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -197,10 +198,18 @@ def load_cells(path) -> Cells:
 # --------------------------------------------------------------------------------------------------------------- writer
 def _reserve(path, start: int, size: int) -> None:
     """Claim room in a file for `size` bytes from byte `start` on, or raise OSError while HDF5 can still close it: on a full disk it crashes in the closing
-    of a file that it could not write to the end. Twice HELD_BACK more are for the chunks that it keeps in memory and for its own tables."""
-    if hasattr(os, "posix_fallocate"):                         # macOS has none
-        with open(path, "ab") as file:
-            os.posix_fallocate(file.fileno(), start, size + 2 * HELD_BACK)
+    of a file that it could not write to the end. Twice HELD_BACK more are for the chunks that it keeps in memory and for its own tables. Where the system
+    or the file system cannot be asked, nothing is claimed."""
+    if not hasattr(os, "posix_fallocate"):                     # Windows, macOS
+        return
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        os.posix_fallocate(file, start, size + 2 * HELD_BACK)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
+            raise
+    finally:
+        os.close(file)
 
 
 @contextmanager
@@ -210,7 +219,7 @@ def _new_h5(path) -> Iterator[h5py.File]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _reserve(part, 0, 0)
+        _reserve(part, 0, 0)                                   # only asks: HDF5 makes the file anew, and must be able to close it
         with h5py.File(part, "w", rdcc_nbytes=HELD_BACK) as handle:
             yield handle
             handle.flush()
@@ -262,8 +271,9 @@ def write_cells(path, *, counts, genes, ids, xy, section, sections, crops, chann
     zipped = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
     known = {f"truth/{name}": np.asarray(values) for name, values in (truth or {}).items()}
     tables = {"genes": genes, "ids": ids, "sections": sections, "channels": channels, "classes": classes, **known}
+    places = {"xy": xy.astype(np.float64), "section": section.astype(np.int32), "labels": labels.astype(np.int32)}
     with _new_h5(path) as handle:
-        arrays = (counts.data, counts.indices, counts.indptr, xy, section, labels, *tables.values())
+        arrays = (counts.data, counts.indices, counts.indptr, *places.values(), *tables.values())
         _reserve(handle.filename, 0, sum(v.nbytes + 32 * v.size * (v.dtype.kind == "U") for v in arrays))    # a text has a pointer and a length
         handle.attrs.update({"format": FORMAT, "version": VERSION, "um_per_px": um_per_px, "px_per_crop_px": px_per_crop_px})
         for name in ("data", "indices", "indptr"):
@@ -272,7 +282,8 @@ def write_cells(path, *, counts, genes, ids, xy, section, sections, crops, chann
         for name, values in tables.items():
             text = values.dtype.kind == "U"
             handle.create_dataset(name, data=values.astype(object) if text else values, dtype=h5py.string_dtype() if text else None)
-        handle["xy"], handle["section"], handle["labels"] = xy.astype(np.float64), section.astype(np.int32), labels.astype(np.int32)
+        for name, values in places.items():
+            handle[name] = values
         for name, blocks in (("crops", crops), ("masks", masks)):
             if blocks is not None:
                 _write_stack(handle, path, name, blocks, len(ids))

@@ -782,17 +782,19 @@ def smooth(curve, reach=2):
     return np.convolve(curve, kernel, "same") / np.convolve(np.ones_like(curve), kernel, "same") if len(curve) >= len(kernel) else np.asarray(curve)
 
 
-def train(make, samples, config, record, n_targets, latest=None, checksum=""):
+def train(make, samples, config, record, n_targets, latest=None, origin=None):
     """Validation inside the training slides chooses the number of epochs, then one model is trained on all of them.
 
     Returns the model, the histories (folds, then the model), the best validation score (nan without). latest: path of latest.pt or None;
-    checksum: of the files that the run reads, which must not change between a checkpoint and --resume.
+    origin: what the run is made of (checksum of its files, slides, genes), which must not change between a checkpoint and --resume.
     """
     saved = {"done": [], "going": None}
     if latest is not None and config.resume:
         saved = load_checkpoint(latest)
-        if (saved["config"], saved.get("data")) != (resumable(config), checksum):
-            raise DataError(f"{latest} was written with other flags or other files: use the same, or leave --resume away")
+        if saved["config"] != resumable(config):
+            raise DataError(f"{latest} was written with other flags: use the same flags, or leave --resume away")
+        if saved.get("data") != origin:
+            raise DataError(f"{latest} was written from other files, slides or genes: use the same, or leave --resume away")
     done, jobs, epochs, best = list(saved["done"]), inner_folds(samples, config), config.epochs, float("nan")
     for number, (fit, val) in enumerate([*jobs, (samples, [])]):
         if number == len(jobs) and jobs:
@@ -803,7 +805,7 @@ def train(make, samples, config, record, n_targets, latest=None, checksum=""):
 
         def save(state):
             if record.rank == 0:
-                run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "data": checksum, "done": done, "going": state}, f))
+                run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "data": origin, "done": done, "going": state}, f))
         model, history = train_one(make, Pairs(fit), val, config, record, epochs, number, n_targets,
                                    saved["going"] if number == len(saved["done"]) else None, save if latest is not None else None)
         done.append(history)
@@ -1096,7 +1098,8 @@ def main(argv=None):
     predictions = classical_baselines(task.fit, task.test, task.pairs, task.n_targets)
     make = maker(config, task.fit[0].x.shape[1] if config.backbone == "features" else config.backbone, len(task.inputs))
     checksum = data.file_checksum(*used_files(config, [s.slide for s in [*task.fit, *task.test]]))
-    model, histories, val = train(make, task.fit, config, record, task.n_targets, record.folder / "latest.pt", checksum)
+    model, histories, val = train(make, task.fit, config, record, task.n_targets, record.folder / "latest.pt",
+                                [checksum, train_names, test_names, [str(g) for g in [*task.genes, *task.inputs]]])
     keys, values = embed(model, config, s=task.pairs.s), task.pairs.y
     z = torch.cat([embed(model, config, x=s.x[s.scored]) for s in task.fit])
     predicted, neighbours, recall = retrieve(model, config, keys, values, task.test)

@@ -183,8 +183,8 @@ class Neighbours:
 class Dropout(nn.Module):
     """Zero a number with probability p in training, divide the others by what is kept of 1 (Srivastava et al. 2014).
 
-    It is `nn.Dropout`, which on a CPU draws a float for every number and spends a quarter of an epoch of a large slide on it. Sixteen random bits
-    are enough: p is rounded to a multiple of 2^-16.
+    It is `nn.Dropout`, which on a CPU draws a float for every number: most of the time of dropout, up to a quarter of an epoch of a large slide.
+    Sixteen random bits are enough: p is rounded to a multiple of 2^-16.
     """
 
     def __init__(self, p):

@@ -195,7 +195,7 @@ class Graph:
     def __init__(self, xy, k, device="cpu", name=""):
         adjacency = data.symmetric_union(data.knn_table(xy, k, name=name))                                # (N, N) sparse
         self.pieces = sp.csgraph.connected_components(adjacency, connection="strong")[0]    # symmetric, so strong is weak, and needs no transpose
-        self.xy, self.a_hat, self.device = xy, data.normalised_adjacency(adjacency), device
+        self.xy, self.a_hat, self.device, self.cut = xy, data.normalised_adjacency(adjacency), device, {}
         self.fill(self.a_hat, sp.triu(adjacency, 1).tocoo(), len(xy))
 
     def fill(self, a_hat, edges, own):
@@ -217,6 +217,12 @@ class Graph:
         """
         if not size or size >= len(self.xy):
             return [(slice(None), self)]
+        if size not in self.cut:
+            self.cut[size] = self.tiles(size)
+        return self.cut[size]
+
+    def tiles(self, size):
+        """What `parts` gives and keeps."""
         out = []
         for rows in data.median_tiles(self.xy, size):
             own, seen, edge = len(rows), np.zeros(len(self.xy), bool), rows

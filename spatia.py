@@ -671,8 +671,10 @@ class Session:
         self.state = {"config": resumable(config), "data": checksum, "done": {}, "going": None}
         if config.resume:
             self.state = load_checkpoint(self.latest)
-            if (self.state["config"], self.state["data"]) != (resumable(config), checksum):
-                raise DataError(f"{self.latest} was written with other flags or other files: use the same, or leave --resume away")
+            if self.state["config"] != resumable(config):
+                raise DataError(f"{self.latest} was written with other flags: use the same flags, or leave --resume away")
+            if self.state.get("data") != checksum:
+                raise DataError(f"{self.latest} was written from another cell file: use the same, or leave --resume away")
 
     def save(self):
         if self.rank == 0:
@@ -701,7 +703,7 @@ def resumable(config):
 
 def load_checkpoint(path):
     """latest.pt of an interrupted run. Raises DataError for anything else."""
-    return data.read_checkpoint(path, "spatia checkpoint", ["config", "data", "done", "going"], "leave --resume away, or run with --save_every first")
+    return data.read_checkpoint(path, "spatia checkpoint", ["config", "done", "going"], "leave --resume away, or run with --save_every first")
 
 
 def learning_rate(step, steps):

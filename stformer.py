@@ -693,18 +693,20 @@ def exchange(done, first, make, epochs, device):
         done[number] = {"weights": weights, "history": [tuple(h) for h in history.tolist()]}
 
 
-def train(make, samples, scaler, config, device, member=None, bag=False, latest=None, checksum=""):
+def train(make, samples, scaler, config, device, member=None, bag=False, latest=None, origin=None):
     """Cross-validation inside the training slides chooses the number of epochs; then `members` models are trained on all of them. Under torchrun
     the folds, and then the members, are shared out to the processes.
 
     Returns models, histories of the folds and the members, the best mean validation score (nan without folds). latest: path of latest.pt or None;
-    checksum: of the files that the run reads, which must not change between a checkpoint and --resume.
+    origin: what the run is made of (checksum of its files, slides, genes), which must not change between a checkpoint and --resume.
     """
     saved = {"done": [], "going": None}
     if latest is not None and config.resume:
         saved = load_checkpoint(latest)
-        if (saved["config"], saved.get("data")) != (resumable(config), checksum):
-            raise DataError(f"{latest} was written with other flags or other files: use the same, or leave --resume away")
+        if saved["config"] != resumable(config):
+            raise DataError(f"{latest} was written with other flags: use the same flags, or leave --resume away")
+        if saved.get("data") != origin:
+            raise DataError(f"{latest} was written from other files, slides or genes: use the same, or leave --resume away")
     done, jobs, epochs, best = list(saved["done"]), inner_folds(samples, config.folds), config.epochs, float("nan")
     n_folds, (rank, world) = len(jobs), processes()
     for number, (fit, val) in enumerate(jobs + [(samples, [])] * config.members):
@@ -719,7 +721,7 @@ def train(make, samples, scaler, config, device, member=None, bag=False, latest=
             continue
 
         def save(state):
-            run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "data": checksum, "done": done, "going": state}, f))
+            run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "data": origin, "done": done, "going": state}, f))
         model, history = train_one(make, fit, val, scaler, config, device, epochs, number, member, bag,
                                    saved["going"] if number == len(saved["done"]) else None, save if latest is not None else None)
         done.append({"weights": model.state_dict() if number >= n_folds else {}, "history": history})
@@ -1009,7 +1011,8 @@ def main(argv=None):
         return model
     bag = config.mode == "global"
     checksum = data.file_checksum(*used_files(config, [raw[n].slide for n in [*train_names, *test_names]]))
-    models, histories, val = train(make, fit, scaler, config, record.device, member, bag, record.folder / "latest.pt", checksum)
+    models, histories, val = train(make, fit, scaler, config, record.device, member, bag, record.folder / "latest.pt",
+                                   [checksum, train_names, test_names, [str(g) for g in genes]])
     alone = [predict(models, s, scaler, config) for s in test]
     pairs = with_linear(alone, trained["linear"], config)
     genes_found = [np.tile(p, (len(s.x), 1)) if bag else p for (p, _), s in zip(pairs, test)]

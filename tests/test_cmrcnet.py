@@ -424,9 +424,13 @@ def test_resume_gives_the_same_weights(task, tmp_path, capsys):
     latest = next((tmp_path / "again").rglob("latest.pt"))
     with pytest.raises(DataError, match="other flags"):
         resume_elsewhere(task, tmp_path, latest, more)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other files"):
-        patch.setattr(cm.data, "file_checksum", lambda *paths: "of slides that changed")
+    read = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other files, slides or genes"):
+        patch.setattr(cm.data, "file_checksum", lambda *paths: read.extend(paths) or "of slides that changed")
         cm.main(flags(task, tmp_path / "again", *more, "--resume"))
+    read = {Path(f).resolve() for f in read}                            # every slide's counts and pictures
+    assert read >= {f.resolve() for folder in ("adata", "patches") for f in (task / folder).iterdir() if f.stem in {g.stem for g in read}}
+    assert {f.parent.name for f in read} >= {"adata", "patches"} and len({f.stem for f in read}) > 2
     latest.write_bytes(latest.read_bytes()[:5000])                      # an interrupted copy
     with pytest.raises(DataError, match="not a whole cmrcnet checkpoint"):
         cm.main(flags(task, tmp_path / "again", *more, "--resume"))

@@ -445,7 +445,7 @@ def test_same_seed_same_numbers_and_resume(cells, tmp_path, capsys, monkeypatch)
     with pytest.raises(DataError, match="other flags"):
         latest = next((tmp_path / "1").rglob("latest.pt"))
         sp.Session(config_of(cells, "--resume", "--no-mae"), Record(latest.parent), SMALL)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other files"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="another cell file"):
         patch.setattr(sp.data, "file_checksum", lambda *paths: "of cells that changed")
         sp.main(flags(cells, tmp_path / "1", "--save_every", "3", "--resume"))
 

@@ -399,8 +399,15 @@ def test_end_to_end_record_resume_and_predict(task, tmp_path, capsys, monkeypatc
     st.main(flags(task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1", "--resume"))
     again = torch.load(Path(capsys.readouterr().out.strip().splitlines()[-1]).with_name("model.pt"), weights_only=True)
     assert all(torch.equal(a[k], b[k]) for a, b in zip(full["weights"], again["weights"]) for k in a)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other files"):
-        patch.setattr(st.data, "file_checksum", lambda *paths: "of slides that changed")
+    read = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other files, slides or genes"):
+        patch.setattr(st.data, "file_checksum", lambda *paths: read.extend(paths) or "of slides that changed")
+        st.main(flags(task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1", "--resume"))
+    read = {Path(f).resolve() for f in read}                            # every slide's counts and pictures
+    assert read >= {f.resolve() for folder in ("adata", "patches") for f in (task / folder).iterdir() if f.stem in {g.stem for g in read}}
+    assert {f.parent.name for f in read} >= {"adata", "patches"} and len({f.stem for f in read}) > 2
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other flags"):
+        patch.setattr(st, "resumable", lambda config: {"lr": -1.0})
         st.main(flags(task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1", "--resume"))
     capsys.readouterr()
 
