@@ -251,7 +251,7 @@ def preparations(slide, n_top=3000, n_pcs=50):
         return data.Expression(n_top).fit(slide.counts, slide.genes).pca(slide.counts, slide.genes, n_pcs)
 
     def our_graph():
-        return data.normalised_adjacency(data.symmetric_union(data.knn_table(slide.xy, 6)))
+        return data.normalised_knn_graph(slide.xy, 6)[0]
 
     def theirs():
         return peers.scanpy_expression(slide, n_top, n_pcs)

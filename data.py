@@ -274,17 +274,29 @@ def knn_table(xy, k, query=None, name=""):
 
     With `query` (M, 2): the nearest rows of `xy` to each query point, (M, k). Raises DataError, naming slide `name`, with fewer than k + 1 (k) spots.
     """
-    need = k + 1 if query is None else k
+    _check_size(xy, k + 1 if query is None else k, k, name)
+    if query is not None:
+        return cKDTree(xy).query(query, k=np.arange(1, k + 1))[1].astype(np.int64)
+    order, near = _nearest_in_tree_order(xy, k)
+    table = np.empty((len(xy), k), np.int64)
+    table[order] = near
+    return table                                                         # (N, k)
+
+
+def _check_size(xy, need, k, name):
     if len(xy) < need:
         raise DataError(f"a graph with k = {k} needs at least {need} spots, {_called(name)} has {len(xy)}: choose a smaller k")
+
+
+def _nearest_in_tree_order(xy, k):
+    """Rows in the order of a KD-tree's leaves (N,), and their k nearest rows (N, k), self excluded. Leaves lie together: asked in their order the
+    tree stays in cache, four times as fast at a million spots."""
     tree = cKDTree(xy)
-    if query is not None:
-        return tree.query(query, k=np.arange(1, k + 1))[1].astype(np.int64)
-    near, order = np.empty((len(xy), k + 1), np.int64), tree.indices     # the tree's leaves lie together: asked in their order it stays in cache,
-    near[order] = tree.query(xy[order], k=k + 1)[1]                      # four times as fast at a million spots; (N, k+1)
-    is_self = near == np.arange(len(xy))[:, None]
+    order = tree.indices                                                 # (N,)
+    near = tree.query(xy[order], k=k + 1)[1]                             # (N, k+1)
+    is_self = near == order[:, None]
     is_self[~is_self.any(1), -1] = True                                  # spots at one place: self may be missing, drop the farthest
-    return near[~is_self].reshape(len(xy), k)                            # (N, k)
+    return order, near[~is_self].reshape(len(xy), k)
 
 
 def median_tiles(xy, size):
@@ -359,6 +371,20 @@ def symmetric_union(table):
     """Undirected graph that has an edge where either end chose the other: (N, N) CSR of ones."""
     a = table_to_csr(table)
     return a.maximum(a.T).tocsr()
+
+
+def normalised_knn_graph(xy, k, name=""):
+    """normalised_adjacency(symmetric_union(knn_table(xy, k))) (N, N) CSR and its number of connected parts, worked out with the spots in the order
+    of a KD-tree: neighbours lie together in memory, which spots in a file need not. Raises DataError, naming slide `name`, with fewer than k + 1."""
+    _check_size(xy, k + 1, k, name)
+    order, near = _nearest_in_tree_order(xy, k)
+    place = np.empty(len(xy), np.int64)                                  # of a row in that order
+    place[order] = np.arange(len(xy))
+    adjacency = symmetric_union(place[near])
+    parts = sp.csgraph.connected_components(adjacency, connection="strong")[0]    # symmetric, so strong is weak, and needs no transpose
+    a = normalised_adjacency(adjacency)[place][:, place]                 # (N, N) in the order of xy
+    a.sort_indices()
+    return a, parts
 
 
 def normalised_adjacency(adjacency):

@@ -193,10 +193,9 @@ class Graph:
     """
 
     def __init__(self, xy, k, device="cpu", name=""):
-        adjacency = data.symmetric_union(data.knn_table(xy, k, name=name))                                # (N, N) sparse
-        self.pieces = sp.csgraph.connected_components(adjacency, connection="strong")[0]    # symmetric, so strong is weak, and needs no transpose
-        self.xy, self.a_hat, self.device, self.cut = xy, data.normalised_adjacency(adjacency), device, {}
-        self.fill(self.a_hat, sp.triu(adjacency, 1).tocoo(), len(xy))
+        self.a_hat, self.pieces = data.normalised_knn_graph(xy, k, name)                       # (N, N) sparse
+        self.xy, self.device, self.cut = xy, device, {}
+        self.fill(self.a_hat, sp.triu(self.a_hat, 1).tocoo(), len(xy))
 
     def fill(self, a_hat, edges, own):
         """Set the tensors from A_hat (n, n) CSR and the upper triangle of the edges (n, n) COO."""
@@ -269,6 +268,9 @@ def mask_rows(x, m, rate, mode):
     return (x if mode == "additive" else x * (1 - chosen)) + (chosen * m if mode != "zero" else 0), rows
 
 
+ROWS = 20_000                                                                                  # spots at a time in evaluation mode
+
+
 class Encoder(nn.Module):
     """Eq. 2-5: F = MLP(X'), U = A ReLU(A H W1) W2 with H = F (serial) or X' (parallel), Z = [F; U]."""
 
@@ -285,10 +287,13 @@ class Encoder(nn.Module):
             nn.init.xavier_uniform_(w.weight)
 
     def forward(self, x, graph):
-        """x (N, P) -> Z (N, 32)."""
-        f = self.mlp(x)                                                                        # (N, 16)
-        h = self.drop(f if self.branches == "serial" else x)
-        h = self.w1(graph_product(h, graph)) if self.branches == "serial" else graph_product(self.w1(h), graph)
+        """x (N, P) -> Z (N, 32). In evaluation mode the layers that see one spot at a time take ROWS of them: a million spots need no tiles."""
+        parts = [x] if self.training else x.split(ROWS)
+        f = torch.cat([self.mlp(rows) for rows in parts])                                      # (N, 16)
+        if self.branches == "serial":
+            h = self.w1(graph_product(self.drop(f), graph))
+        else:
+            h = graph_product(torch.cat([self.w1(self.drop(rows)) for rows in parts]), graph)  # (N, 64)
         u = graph_product(self.w2(self.drop(F.relu(h))), graph)                                # (N, 64) -> (N, 16)
         return torch.cat([f, u], 1)                                                            # (N, 32)
 
@@ -498,16 +503,6 @@ def stage1_terms(model, adversary, x, graph, config):
     return terms
 
 
-def embed(model, x, parts):
-    """Z (N, 32) in evaluation mode, nothing masked, part by part of the slide."""
-    if len(parts) == 1:
-        return model.embed(x, parts[0][1])
-    z = x.new_empty(len(x), 32)
-    for rows, near in parts:
-        z[rows[:near.own]] = model.embed(x[rows], near)[:near.own]
-    return z
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage II: deep embedded clustering
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,7 +540,7 @@ def stage2_terms(model, adversary, x, graph, target, centres, config):
 def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
     """Stage II, with Stage I's optimiser: DEC + expression + graph + GAN terms. Returns centres (K, 32), the final target (N, K), epochs run."""
     parts = graph.parts(config.tile)
-    z = embed(model, x, parts)
+    z = model.embed(x, graph)
     kmeans = KMeans(n_domains, n_init=20, random_state=config.seed).fit(z.cpu().numpy())
     centres = nn.Parameter(torch.as_tensor(kmeans.cluster_centers_, dtype=x.dtype, device=x.device))     # (K, 32)
     step.add_param_group({"params": [centres], "weight_decay": 0.0})
@@ -553,7 +548,7 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
     for epoch in run.progress(range(config.dec_epochs), "Stage II"):
         if epoch % config.dec_update == 0:
             with torch.no_grad():
-                q = dec_q(embed(model, x, parts), centres)
+                q = dec_q(model.embed(x, graph), centres)
                 target, new = dec_p(q), q.argmax(1).cpu().numpy()
             if epoch and (new != labels).mean() < config.dec_tol:
                 break
@@ -569,7 +564,7 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
             step.step()
         done = epoch + 1
     with torch.no_grad():
-        target = dec_p(dec_q(embed(model, x, parts), centres))
+        target = dec_p(dec_q(model.embed(x, graph), centres))
     return centres.detach(), target, done
 
 
@@ -1162,14 +1157,13 @@ def line(name, found):
 def train(slide, config, use_image, record):
     """Stages I to III and the baselines: (arrays with z, h_fusion ..., what is clustered by name, baseline scores, facts for the record)."""
     x_np, log = preprocess(slide, config), []
-    x, graph = torch.as_tensor(x_np, device=record.device), Graph(slide.xy, config.k, record.device, f"slide {slide.sample}")
+    x, graph = torch.as_tensor(x_np, device=record.device), Graph(slide.xy, config.k, record.device, slide.sample)
     if graph.pieces > 1:
         print(f"the {config.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} pieces: Stage I passes nothing between them")
     record.lap("read")
     model, step, adversary = train_stage1(x, graph, config, log)
     record.lap("stage1")
-    parts = graph.parts(config.tile)
-    k, chosen = number_of_domains(slide, embed(model, x, parts).cpu().numpy(), config)
+    k, chosen = number_of_domains(slide, model.embed(x, graph).cpu().numpy(), config)
     others = {name: scored(slide, found) for name, found in baselines(x_np, slide, k, config).items()}
     for name, scores in others.items():
         print(line(name, scores))
@@ -1177,7 +1171,7 @@ def train(slide, config, use_image, record):
     facts, centres, target = {"k_chosen_by": chosen, "graph_pieces": graph.pieces, "losses": log}, None, None
     if config.dec:
         centres, target, facts["dec_epochs"] = train_stage2(model, step, adversary, x, graph, k, config, log)
-    z = embed(model, x, parts)
+    z = model.embed(x, graph)
     arrays, facts["n_params"] = {"z": z.cpu().numpy()}, sum(p.numel() for p in model.parameters())
     embeddings = {"gene": arrays["z"]}
     record.lap("stage2")

@@ -400,6 +400,20 @@ def test_symmetric_union_and_normalised_adjacency():
     assert abs(np.linalg.eigvalsh(ours.toarray()).max() - 1) < 1e-6
 
 
+@pytest.mark.parametrize("xy", [np.random.default_rng(0).random((700, 2)), np.random.default_rng(1).permutation(np.argwhere(np.ones((26, 27))) * 2.0),
+                                np.concatenate([np.random.default_rng(2).random((90, 2)) + [[i * 9, 0]] for i in range(3)] + [np.zeros((9, 2))])],
+                         ids=["random", "lattice with ties", "three pieces and spots at one place"])
+def test_graph_in_tree_order_is_the_graph_in_the_order_of_the_file(xy):
+    """Bit for bit, entries in sorted order, with ties and with spots at one place."""
+    union = data.symmetric_union(data.knn_table(xy, 6))
+    want, (got, parts) = data.normalised_adjacency(union), data.normalised_knn_graph(xy, 6)
+    assert got.dtype == np.float32 and parts == sp.csgraph.connected_components(union)[0]
+    for name in ("indptr", "indices", "data"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want.sorted_indices(), name))
+    with pytest.raises(data.DataError, match="k = 700 needs at least 701 spots, slide x has 300"):
+        data.normalised_knn_graph(np.resize(xy, (300, 2)), 700, "x")
+
+
 def test_neighbour_mean_equals_loop(rng):
     table = data.knn_table(rng.random((50, 2)), 5)
     table[rng.random(table.shape) < 0.3] = -1

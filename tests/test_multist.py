@@ -1,4 +1,5 @@
 """multist: every equation against a naive form, gradients, leaks, bad input, and the program end to end."""
+import copy
 import json
 import shutil
 import subprocess
@@ -135,8 +136,21 @@ def test_tiles_with_a_halo_see_what_the_whole_slide_sees():
         assert near.edges.max() < near.own and torch.isin(rows[near.edges][0] * 500 + rows[near.edges][1],
                                                           torch.cat([graph.key, graph.edges[1] * 500 + graph.edges[0]])).all()
         assert (model.encode(x[own], M.Graph(xy[own.numpy()], 6)) - z[own]).abs().max() > 1e-3
-    assert torch.equal(M.embed(model, x, graph.parts(0)), model.embed(x, graph))
-    assert (M.embed(model, x, parts) - model.embed(x, graph)).abs().max() < 1e-5
+    assert graph.parts(0)[0][1] is graph
+
+
+@pytest.mark.parametrize("branches", ["serial", "parallel"])
+def test_prediction_takes_a_few_spots_at_a_time_through_what_sees_one_spot(branches, monkeypatch):
+    """Evaluation in blocks of 70 rows equals that in one, to rounding; training never splits, since BatchNorm needs all rows."""
+    rng = np.random.default_rng(0)
+    xy, x = rng.random((500, 2)), torch.randn(500, 20)
+    graph, model = M.Graph(xy, 6), M.AutoEncoder(20, M.Config(branches=branches, dropout=0.0))
+    trained, seen = copy.deepcopy(model).train().encode(x, graph), []
+    whole = model.embed(x, graph)
+    monkeypatch.setattr(M, "ROWS", 70)
+    model.encoder.mlp.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    assert (model.embed(x, graph) - whole).abs().max() < 1e-5 and seen == [70] * 7 + [10]
+    assert (model.train().encode(x, graph) - trained).abs().max() < 1e-5 and seen[8:] == [500]
 
 
 @pytest.mark.parametrize("gan", ["off", "fisher"])
