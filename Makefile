@@ -21,7 +21,7 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale profile mutate bench gpu-check clean
+.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale profile compare-flags mutate bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -201,6 +201,9 @@ scale: $(stamp)  ## time and memory up to a million simulated spots, and a Visiu
 
 profile: $(stamp)  ## what the steps of the five training loops spend their time on
 	$(PY) tests/profile_loops.py
+
+compare-flags: $(stamp)  ## --bf16, --compile and one thread beside the default, in the five training loops: seconds and losses (hours)
+	$(PY) tests/compare_flags.py --out $(RUNS)/flags
 
 mutate: $(if $(stamp),.venv/.stamp-dev)  ## break N=20 random lines (SEED=0), one at a time, and see whether the tests notice (half an hour)
 	$(PY) tests/mutate.py --n $(or $(N),20) --seed $(or $(SEED),0)

@@ -258,7 +258,7 @@ def preparations(slide, n_top=3000, n_pcs=50):
 
     def their_graph():
         return peers.sklearn_graph(slide.xy, 6)
-    return {"expression": {"data.Expression": ours, "scanpy.pp": theirs}, "graph": {"data.knn_table": our_graph, "sklearn, scipy": their_graph},
+    return {"expression": {"data.Expression": ours, "scanpy.pp": theirs}, "graph": {"data.normalised_knn_graph": our_graph, "sklearn, scipy": their_graph},
             "both": {"data": lambda: (ours(), our_graph()), "scanpy.pp, sklearn, scipy": lambda: (theirs(), their_graph())}}
 
 

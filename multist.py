@@ -287,8 +287,9 @@ class Encoder(nn.Module):
             nn.init.xavier_uniform_(w.weight)
 
     def forward(self, x, graph):
-        """x (N, P) -> Z (N, 32). In evaluation mode the layers that see one spot at a time take ROWS of them: a million spots need no tiles."""
-        parts = [x] if self.training else x.split(ROWS)
+        """x (N, P) -> Z (N, 32). In evaluation mode the layers that see one spot at a time take ROWS of them: a million spots need no tiles. Compiled code
+        takes all: it would have a copy of the layers for every block."""
+        parts = [x] if self.training or torch.compiler.is_compiling() else x.split(ROWS)
         f = torch.cat([self.mlp(rows) for rows in parts])                                      # (N, 16)
         if self.branches == "serial":
             h = self.w1(graph_product(self.drop(f), graph))

@@ -41,7 +41,7 @@ METHODS = {                                                             # data, 
 SYNC = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "masked_select", "equal")     # results whose size or value the host waits for
 
 LOADING = ("collate", "image", "images", "expression", "pick", "turned", "batches")      # none of them calls another
-GRAPHS = ("knn_table", "lattice_table", "lattice_pitch", "neighbour_tables")
+GRAPHS = ("knn_table", "normalised_knn_graph", "lattice_table", "lattice_pitch", "neighbour_tables")
 
 
 class Enough(Exception):

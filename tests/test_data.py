@@ -400,9 +400,9 @@ def test_symmetric_union_and_normalised_adjacency():
     assert abs(np.linalg.eigvalsh(ours.toarray()).max() - 1) < 1e-6
 
 
-@pytest.mark.parametrize("xy", [np.random.default_rng(0).random((700, 2)), np.random.default_rng(1).permutation(np.argwhere(np.ones((26, 27))) * 2.0),
+@pytest.mark.parametrize("xy", [np.random.default_rng(0).random((700, 2)), np.random.default_rng(1).permutation(np.argwhere(np.ones((26, 27)))),
                                 np.concatenate([np.random.default_rng(2).random((90, 2)) + [[i * 9, 0]] for i in range(3)] + [np.zeros((9, 2))])],
-                         ids=["random", "lattice with ties", "three pieces and spots at one place"])
+                         ids=["random", "lattice of integers with ties", "three pieces and spots at one place"])
 def test_graph_in_tree_order_is_the_graph_in_the_order_of_the_file(xy):
     """Bit for bit, entries in sorted order, with ties and with spots at one place."""
     union = data.symmetric_union(data.knn_table(xy, 6))

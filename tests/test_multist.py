@@ -148,9 +148,12 @@ def test_prediction_takes_a_few_spots_at_a_time_through_what_sees_one_spot(branc
     trained, seen = copy.deepcopy(model).train().encode(x, graph), []
     whole = model.embed(x, graph)
     monkeypatch.setattr(M, "ROWS", 70)
-    model.encoder.mlp.register_forward_hook(lambda module, given, out: seen.append(len(out)))
-    assert (model.embed(x, graph) - whole).abs().max() < 1e-5 and seen == [70] * 7 + [10]
-    assert (model.train().encode(x, graph) - trained).abs().max() < 1e-5 and seen[8:] == [500]
+    alone = [model.encoder.mlp] + [model.encoder.w1] * (branches == "parallel")
+    for part in alone:
+        part.register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    assert (model.embed(x, graph) - whole).abs().max() < 1e-5 and seen == ([70] * 7 + [10]) * len(alone)
+    seen.clear()
+    assert (model.train().encode(x, graph) - trained).abs().max() < 1e-5 and seen == [500] * len(alone)
 
 
 @pytest.mark.parametrize("gan", ["off", "fisher"])

@@ -1,0 +1,89 @@
+"""The programs that look at training loops, on tiny simulated data: every wanted loop is measured, and differences of losses are seen."""
+import json
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import compare_flags  # noqa: E402
+import profile_loops  # noqa: E402
+import run  # noqa: E402
+import simulate  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data of the names that data_folder makes, small."""
+    folder = tmp_path_factory.mktemp("loops")
+    simulate.write_visium(simulate.simulate_cortex(220, 300, sample="151673"), folder / "dlpfc" / "151673")
+    return folder
+
+
+def test_profile_tells_operators_and_our_functions_of_every_loop(folder, monkeypatch, capsys):
+    """Simulated data where PLAINST_DATA is not set; the three loops of multist."""
+    monkeypatch.delenv("PLAINST_DATA", raising=False)
+    monkeypatch.setattr(profile_loops.simulate, "simulate_cortex", lambda *a, made=simulate.simulate_cortex, **k: made(220, 300, **k))
+    monkeypatch.setattr(profile_loops.simulate, "simulate_hest", lambda *a, **k: None)
+    monkeypatch.setattr(profile_loops.simulate, "simulate_cells", lambda *a, **k: None)
+    profile_loops.main(["multist", "--turns", "1"])
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("##")] == ["## multist Stage I", "## multist Stage II", "## multist Stage III"]
+    assert all(f"multist.stage{i}_terms x1 " in out for i in (1, 2, 3))
+    assert out.count("float64 results a turn | 0") == 3 and out.count("graphs built a turn | none") == 3
+
+
+def test_losses_of_two_runs_are_equal_and_those_in_bf16_are_near(folder):
+    """One loop of gat_fusion; the rest of the program is left out."""
+    found = {name: compare_flags.one("gat_fusion", folder, 2, flags) for name, flags in
+             {"default": [], "again": [], "bf16": ["--bf16"], "other": ["--lr", "0.1"]}.items()}
+    rows = {row[1]: row for row in compare_flags.table("gat_fusion", found)}
+    assert list(found["default"]) == ["0 epochs"] and all(row[3] > 0 for row in rows.values())
+    assert rows["again"][5] == [0, 0] and 0 < rows["bf16"][5][0] < 0.02
+    assert rows["other"][5][0] == 0 and rows["other"][5][1] > 0.05, "the first loss is that of the same weights"
+
+
+def test_loops_are_cut_short_and_only_the_wanted_ones_noted(monkeypatch):
+    """Loops 0 to 2, of which the first and the last are wanted; losses before, between and after are not theirs."""
+    loops, weight = compare_flags.Loops((0, 2), 1), torch.ones(1, requires_grad=True)
+    monkeypatch.setattr(run, "progress", loops)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: loops.backward(*a, **k))
+    turns = []
+    with suppress(compare_flags.Enough):
+        for name in "abc":
+            for i in run.progress(range(100), name):
+                turns.append((name, i))
+                (weight * i).sum().backward()
+            weight.sum().backward()
+    assert turns == [(name, i) for name in "abc" for i in range(3)]
+    assert {k: v["losses"] for k, v in loops.found.items()} == {"0 a": [[0.0], [1.0], [2.0]], "2 c": [[0.0], [1.0], [2.0]]}
+
+
+def test_table_of_differences():
+    """Ratios against the default, a variant with other steps, a loss that is not a number, and a variant that took too long."""
+    loop = {"seconds": [9.0, 1.0, 2.0, 2.0, 2.0], "losses": [[1.0, 2.0]] * 5}
+    half = {"seconds": [20.0, 3.0, 1.0, 1.0, 1.0], "losses": [[1.0, 2.2]] * 5}
+    other = {"seconds": [1.0] * 5, "losses": [[1.0]] * 4 + [[1.0, 2.0]]}
+    broken = {"seconds": [1.0] * 5, "losses": [[1.0, 2.0]] * 4 + [[1.0, float("nan")]]}
+    found = {"default": {"l": loop}, "a": {"l": half}, "b": {"l": other}, "c": {"l": broken}, "d": "not within 60 s"}
+    rows = [compare_flags.text(r) for r in compare_flags.table("m", found)]
+    assert rows == ["| m | d | not within 60 s | | | |", "| m l | default | 10.00 | 2.0000 | 1.00 | 0e+00; 0e+00 |",
+                    "| m l | a | 23.00 | 1.0000 | 2.00 | 1e-01; 1e-01 |", "| m l | b | 2.00 | 1.0000 | 2.00 | other number of steps |",
+                    "| m l | c | 2.00 | 1.0000 | 2.00 | 0e+00; nan |"]
+    assert compare_flags.table("m", {"default": "not within 60 s", "a": {"l": half}}) == [("m", "default", "not within 60 s")]
+
+
+def test_program_records_what_ran_and_tells_what_failed(folder, tmp_path, monkeypatch, capsys):
+    """Processes of their own: gat_fusion runs, stformer lacks its data and says so in its row, the exit status is 1; a limit is kept."""
+    monkeypatch.setattr(compare_flags, "data_folder", lambda to: [(to / f.name).symlink_to(f) for f in folder.iterdir()])
+    assert compare_flags.main(["gat_fusion", "stformer", "--turns", "1", "--variants", "bf16", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "flags.json").read_text())["rows"]
+    assert [row[:2] for row in rows] == [["gat_fusion 0 epochs", "default"], ["gat_fusion 0 epochs", "bf16"], ["stformer", "default"], ["stformer", "bf16"]]
+    assert rows[2][2].startswith("failed: ") and "her2st" in rows[2][2] and "her2st" in out
+    assert compare_flags.main(["gat_fusion", "--turns", "1", "--variants", "default", "--limit", "0.1", "--out", str(tmp_path)]) == 0
+    assert "| gat_fusion | default | not within 0.1 s |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        compare_flags.main(["--turns", "0"])
