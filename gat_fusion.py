@@ -274,7 +274,8 @@ def products_over_table(a, b, table):
         warnings.simplefilter("ignore", UserWarning)                    # torch calls its CSR tensors a beta version, once a process
         wanted = torch.sparse_csr_tensor(torch.arange(len(rows) + 1) * rows.shape[1], rows.flatten(), a.new_zeros(rows.numel()),
                                          (n * heads, n * heads), check_invariants=False)
-    return torch.sparse.sampled_addmm(wanted, a.view(n * heads, d), b.reshape(n * heads, d).T, beta=0.0).values().view(n, heads, -1)
+    products = torch.sparse.sampled_addmm(wanted, a.view(n * heads, d), b.reshape(n * heads, d).T, beta=0.0).values()
+    return products.clone().view(n, heads, -1)                          # --compile stumbles over a view of a sparse tensor
 
 
 def weighted_neighbour_sum(values, weights, table):

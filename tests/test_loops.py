@@ -45,6 +45,21 @@ def test_losses_of_two_runs_are_equal_and_those_in_bf16_are_near(folder):
     assert rows["other"][5][0] == 0 and rows["other"][5][1] > 0.05, "the first loss is that of the same weights"
 
 
+@pytest.mark.parametrize("method", ["gat_fusion", "multist", "stformer", "cmrcnet", "spatia"])
+def test_compiled_networks_have_the_losses_of_eager_ones(method, folder, tmp_path, monkeypatch):
+    """What torch.compile traces, run without generating code (which takes minutes): the same losses in every loop, over two steps and more."""
+    if method in ("stformer", "cmrcnet"):
+        folder = simulate.simulate_hest(tmp_path / "her2st", n_slides=6, n_spots=40, patch_size=16, n_genes=60).parent
+    if method == "spatia":
+        folder = simulate.simulate_cells(tmp_path / "cells.h5", n_cells=240, n_genes=48, n_sections=3, size=16).parent
+    used = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, compile=torch.nn.Module.compile: (used.append(self), compile(self, backend="eager")))
+    found = {name: compare_flags.one(method, folder, 1, flags) for name, flags in (("default", []), ("compile", ["--compile"]))}
+    assert used and list(found["compile"]) == list(found["default"])
+    for row in compare_flags.table(method, found)[1::2]:
+        assert row[1] == "compile" and max(row[5]) < 1e-4, row
+
+
 def test_loops_are_cut_short_and_only_the_wanted_ones_noted(monkeypatch):
     """Loops 0 to 2, of which the first and the last are wanted; losses before, between and after are not theirs."""
     loops, weight = compare_flags.Loops((0, 2), 1), torch.ones(1, requires_grad=True)
