@@ -375,7 +375,7 @@ def symmetric_union(table):
 
 def normalised_knn_graph(xy, k, name=""):
     """normalised_adjacency(symmetric_union(knn_table(xy, k))) (N, N) CSR and its number of connected parts, worked out with the spots in the order
-    of a KD-tree: neighbours lie together in memory, which spots in a file need not. Raises DataError, naming slide `name`, with fewer than k + 1."""
+    of a KD-tree: neighbours lie together in memory, which spots in a file need not. Raises DataError, naming slide `name`, with fewer than k + 1 spots."""
     _check_size(xy, k + 1, k, name)
     order, near = _nearest_in_tree_order(xy, k)
     place = np.empty(len(xy), np.int64)                                  # of a row in that order
