@@ -1,13 +1,17 @@
-"""Speed beside the tools that people use, as ratios: python bench.py attention|training|loaders|preprocessing|retrieval|ceilings|all [--quick].
+"""Speed beside the tools that people use, as ratios: python bench.py
+attention|training|loaders|preprocessing|retrieval|ceilings|all [--quick].
 
-Ours and the peers (bench_peers.py) take turns in one process after a warm-up, with the same number of threads; a ratio is the median over the turns
-of seconds of the peer / seconds of ours in the same turn: above 1 ours is faster. A machine that others use changes seconds more than ratios; its
-load stands in the record. Memory is what the warm-up call adds to the resident memory at its highest (Linux). Real data is found through
-PLAINST_DATA, else a slice is simulated. Writes <out>/<part>.json and, from all parts there, <out>/bench.md. Needs requirements-dev.txt.
+Ours and the peers (bench_peers.py) take turns in one process after a warm-up, with the same number
+of threads; a ratio is the median over the turns of seconds of the peer / seconds of ours in the
+same turn: above 1 ours is faster. A machine that others use changes seconds more than ratios; its
+load stands in the record. Memory is what the warm-up call adds to the resident memory at its
+highest (Linux). Real data is found through PLAINST_DATA, else a slice is simulated. Writes
+<out>/<part>.json and, from all parts there, <out>/bench.md. Needs requirements-dev.txt.
 
     python bench.py all --out runs/bench
     python bench.py retrieval --queries 20000 --keys 500000
 """
+
 import argparse
 import ctypes
 import gc
@@ -16,6 +20,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -38,13 +43,16 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
-LIMIT_GB = 10                                                           # a call that would need more is left out, and the table says so
+# a call that would need more is left out, and the table says so
+LIMIT_GB = 10
 
 
 # Measuring
 
+
 def timed(function, threads):
-    """Seconds and result of one call. What scanpy loads changes the number of threads behind torch's back: it is set anew."""
+    """Seconds and result of one call. What scanpy loads changes the number of threads behind
+    torch's back: it is set anew."""
     torch.set_num_threads(threads)
     start = time.perf_counter()
     result = function()
@@ -52,13 +60,25 @@ def timed(function, threads):
 
 
 def memory_added(function):
-    """Result of a call and the MB of resident memory it adds at its highest; nan where the kernel does not tell (not Linux)."""
+    """Result of a call and the MB of resident memory it adds at its highest; nan where the kernel
+    does not tell (not Linux)."""
+
     def status(field):
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)) / 2**10
+        return (
+            next(
+                int(line.split()[1])
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith(field)
+            )
+            / 2**10
+        )
+
     gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)                   # freed memory goes back, or the next call would reuse it unseen
+    # freed memory goes back, or the next call would reuse it unseen
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")                   # VmHWM starts again from what is resident now
+        # VmHWM starts again from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
     except OSError:
         return function(), float("nan")
@@ -67,21 +87,44 @@ def memory_added(function):
 
 
 def compare(case, functions, options, difference=None, target=None, note=""):
-    """functions {name: call}, ours first -> one row per peer. difference(ours, peer) of results should be small; target is the ratio to reach."""
+    """functions {name: call}, ours first -> one row per peer. difference(ours, peer) of results
+    should be small; target is the ratio to reach."""
     (mine, _), *others = functions.items()
     results, memory, seconds = {}, {}, {name: [] for name in functions}
     for name, call in functions.items():
         torch.set_num_threads(options.threads)
         results[name], memory[name] = memory_added(call)
-    apart = {name: None if difference is None else float(difference(results[mine], results[name])) for name, _ in others}
+    apart = {
+        name: None if difference is None else float(difference(results[mine], results[name]))
+        for name, _ in others
+    }
     results.clear()
     for turn in range(options.repeats):
-        for name in list(functions)[::1 if turn % 2 else -1]:
+        for name in list(functions)[:: 1 if turn % 2 else -1]:
             seconds[name].append(timed(functions[name], options.threads)[0])
     half = {name: statistics.median(s) for name, s in seconds.items()}
-    common = {"case": case, "ours": mine, "ours_s": half[mine], "ours_mb": memory[mine], "repeats": options.repeats, "note": note}
-    return shown([common | {"peer": name, "peer_s": half[name], "peer_mb": memory[name], "difference": apart[name], "target": target,
-                            "ratio": statistics.median(p / o for o, p in zip(seconds[mine], seconds[name]))} for name, _ in others])
+    common = {
+        "case": case,
+        "ours": mine,
+        "ours_s": half[mine],
+        "ours_mb": memory[mine],
+        "repeats": options.repeats,
+        "note": note,
+    }
+    return shown(
+        [
+            common
+            | {
+                "peer": name,
+                "peer_s": half[name],
+                "peer_mb": memory[name],
+                "difference": apart[name],
+                "target": target,
+                "ratio": statistics.median(p / o for o, p in zip(seconds[mine], seconds[name])),
+            }
+            for name, _ in others
+        ]
+    )
 
 
 def shown(rows):
@@ -96,27 +139,52 @@ HEAD = ("case", "ours", "s", "MB", "peer", "s", "MB", "times faster", "differenc
 
 def cells(row):
     """The words of one row of the table."""
+
     def number(name, form):
         return "" if row.get(name) is None or np.isnan(row[name]) else format(row[name], form)
+
     ratio = number("ratio", ".2f")
     if ratio and row.get("target"):
         ratio += f" (target {row['target']:g}{'' if row['ratio'] >= row['target'] else ', missed'})"
-    return [row["case"], row.get("ours", ""), number("ours_s", ".4g"), number("ours_mb", ".0f"), row.get("peer", ""), number("peer_s", ".4g"),
-            number("peer_mb", ".0f"), ratio, number("difference", ".1e"), row.get("note", "")]
+    return [
+        row["case"],
+        row.get("ours", ""),
+        number("ours_s", ".4g"),
+        number("ours_mb", ".0f"),
+        row.get("peer", ""),
+        number("peer_s", ".4g"),
+        number("peer_mb", ".0f"),
+        ratio,
+        number("difference", ".1e"),
+        row.get("note", ""),
+    ]
 
 
 def markdown(records):
     """The tables of all parts."""
-    out = ["# Speed beside the peers", "", "Written by bench.py. Above 1 ours is faster. Compare ratios, not seconds."]
+    out = [
+        "# Speed beside the peers",
+        "",
+        "Written by bench.py. Above 1 ours is faster. Compare ratios, not seconds.",
+    ]
     for name, r in records.items():
         rows = [HEAD, ["---"] * len(HEAD), *(cells(row) for row in r["rows"])]
-        out += ["", f"## {name}", "", f"{r['threads']} threads, {r['processors']} processors, load average {r['load_before']:.1f} before and "
-                f"{r['load_after']:.1f} after; torch {r['versions']['torch']}; {r['date']}{', quick' if r['quick'] else ''}", ""]
+        out += [
+            "",
+            f"## {name}",
+            "",
+            f"{r['threads']} threads, {r['processors']} processors, load average "
+            f"{r['load_before']:.1f} before and "
+            f"{r['load_after']:.1f} after; torch {r['versions']['torch']}; "
+            f"{r['date']}{', quick' if r['quick'] else ''}",
+            "",
+        ]
         out += ["| " + " | ".join(words) + " |" for words in rows]
     return "\n".join([*out, ""])
 
 
 # Data
+
 
 def real(*parts):
     """Path of real data under PLAINST_DATA, or None."""
@@ -130,10 +198,13 @@ def visium_folder(options, scratch):
     if folder:
         return folder, "151673"
     n, g = (300, 200) if options.quick else (3600, 8500)
-    return simulate.write_visium(simulate.simulate_cortex(n, g, image_px=600), Path(scratch) / "simulated"), f"simulated {n} x {g}"
+    return simulate.write_visium(
+        simulate.simulate_cortex(n, g, image_px=600), Path(scratch) / "simulated"
+    ), f"simulated {n} x {g}"
 
 
 # (a) graph layers
+
 
 def attention(options, scratch):
     """Graph attention, GCN and the weighted gather, 128 wide, 4 heads, forward + backward."""
@@ -151,7 +222,17 @@ def layers_at(xy, k, name, options):
     """Rows of the three layers on one graph, or one that says why not."""
     need = len(xy) * (k + 1) * 128 * 4 * 4 / 2**30
     if need > LIMIT_GB:
-        return shown([{"case": name, "note": f"left out: a peer that holds about four (edges, 128) tensors at once needs {need:.0f} GB"}])
+        return shown(
+            [
+                {
+                    "case": name,
+                    "note": (
+                        "left out: a peer that holds about four (edges, 128) tensors at once "
+                        f"needs {need:.0f} GB"
+                    ),
+                }
+            ]
+        )
     x, rows = torch.randn(len(xy), 128, generator=torch.Generator().manual_seed(0)), []
     for layer, functions in peers.graph_layers(data.knn_table(xy, k)).items():
         target = (2 if k <= 18 else 1) if layer == "graph attention" else None
@@ -162,8 +243,10 @@ def layers_at(xy, k, name, options):
 
 # (b) training
 
+
 def epoch_of(model, loss, evaluate):
-    """A function that makes one epoch: loss of the training mode, backward, step, then a pass of the evaluation mode."""
+    """A function that makes one epoch: loss of the training mode, backward, step, then a pass of
+    the evaluation mode."""
     step = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
     def epoch():
@@ -174,6 +257,7 @@ def epoch_of(model, loss, evaluate):
         model.eval()
         with torch.no_grad():
             return evaluate(model)
+
     return epoch
 
 
@@ -181,45 +265,92 @@ def fusion_epochs(x, labels, table):
     """{name: one epoch} of gat_fusion full, ours and with torch_geometric's layers."""
     graph, rows = gat_fusion.Neighbours(table), labels >= 0
     ours = gat_fusion.GatFusion("full", x.shape[1], int(labels.max()) + 1)
-    models = {"gat_fusion full": ours, "the same with GATConv, TransformerConv": peers.peer_fusion(ours, table)}
+    models = {
+        "gat_fusion full": ours,
+        "the same with GATConv, TransformerConv": peers.peer_fusion(ours, table),
+    }
 
     def loss(model):
         return F.cross_entropy(model(x, graph)[0][rows], labels[rows])
+
     return {name: epoch_of(m, loss, lambda m: m(x, graph)) for name, m in models.items()}
 
 
 def stage1_epochs(x, xy):
     """{name: one epoch} of multist Stage I, which has no evaluation pass."""
     config = multist.Config()
-    graph, ours = peers.directed(multist.Graph(xy, config.k)), multist.AutoEncoder(x.shape[1], config)
-    models = {"multist Stage I": ours, "the same with GCNConv, cached": peers.PeerAutoEncoder(ours, config)}
+    graph, ours = (
+        peers.directed(multist.Graph(xy, config.k)),
+        multist.AutoEncoder(x.shape[1], config),
+    )
+    models = {
+        "multist Stage I": ours,
+        "the same with GCNConv, cached": peers.PeerAutoEncoder(ours, config),
+    }
 
     def loss(model):
         return sum(multist.stage1_terms(model, None, x, graph, config).values())
+
     return {name: epoch_of(m, loss, lambda m: None) for name, m in models.items()}
 
 
 def training(options, scratch):
-    """One epoch with our layers and with the ecosystem's; whole training as the sum of inputs, graph and the most epochs that the defaults make."""
+    """One epoch with our layers and with the ecosystem's; whole training as the sum of inputs,
+    graph and the most epochs that the defaults make."""
     folder, name = visium_folder(options, scratch)
     slide = data.load_visium(folder)
     rows = compare(f"inputs and graph, {name}", preparations(slide)["both"], options)
     prepared = rows[0]
-    x, labels = (torch.as_tensor(a) for a in (data.Expression().fit(slide.counts, slide.genes).transform(slide.counts, slide.genes), slide.labels))
+    x, labels = (
+        torch.as_tensor(a)
+        for a in (
+            data.Expression().fit(slide.counts, slide.genes).transform(slide.counts, slide.genes),
+            slide.labels,
+        )
+    )
     components = torch.as_tensor(multist.preprocess(slide, multist.Config()))
-    for method, n, epochs in (("gat_fusion", gat_fusion.Config().epochs, fusion_epochs(x, labels, data.knn_table(slide.xy, 6))),
-                              ("multist Stage I", multist.Config().epochs, stage1_epochs(components, slide.xy))):
-        epoch, = compare(f"{method}, one epoch, {name}", epochs, options)
+    for method, n, epochs in (
+        (
+            "gat_fusion",
+            gat_fusion.Config().epochs,
+            fusion_epochs(x, labels, data.knn_table(slide.xy, 6)),
+        ),
+        ("multist Stage I", multist.Config().epochs, stage1_epochs(components, slide.xy)),
+    ):
+        (epoch,) = compare(f"{method}, one epoch, {name}", epochs, options)
         ours, peer = (prepared[who] + n * epoch[who] for who in ("ours_s", "peer_s"))
-        rows += [epoch, *shown([{"case": f"{method}, whole: inputs + graph + {n} epochs, {name}", "ours": "plainst", "ours_s": ours, "peer_s": peer,
-                                 "peer": "scanpy, torch_geometric", "ratio": peer / ours, "note": "sum of the medians, not run as one"}])]
-    return rows + shown([{"case": "cmrcnet, stformer, spatia", "note": "left out: torch_geometric and scanpy have no counterpart of their layers"}])
+        rows += [
+            epoch,
+            *shown(
+                [
+                    {
+                        "case": f"{method}, whole: inputs + graph + {n} epochs, {name}",
+                        "ours": "plainst",
+                        "ours_s": ours,
+                        "peer_s": peer,
+                        "peer": "scanpy, torch_geometric",
+                        "ratio": peer / ours,
+                        "note": "sum of the medians, not run as one",
+                    }
+                ]
+            ),
+        ]
+    return rows + shown(
+        [
+            {
+                "case": "cmrcnet, stformer, spatia",
+                "note": "left out: torch_geometric and scanpy have no counterpart of their layers",
+            }
+        ]
+    )
 
 
 # (c) loaders
 
+
 def loaders(options, scratch):
-    """Reading the same files, from the page cache. Ours also checks counts, barcodes and the fit of image and positions."""
+    """Reading the same files, from the page cache. Ours also checks counts, barcodes and the fit of
+    image and positions."""
     scanpy, anndata, path = peers.dev("scanpy"), peers.dev("anndata"), Path(scratch) / "slice.h5ad"
     folder, name = visium_folder(options, scratch)
     matrix = folder / "filtered_feature_bc_matrix.h5"
@@ -234,21 +365,51 @@ def loaders(options, scratch):
 
     def apart(a, b):
         return abs(a - b).max()
-    return [*compare(f"10x HDF5, {name}", {"read_10x_h5": lambda: data.read_10x_h5(matrix)[0],
-                                           "scanpy.read_10x_h5": lambda: peers.quietly(lambda: scanpy.read_10x_h5(matrix).X)}, options, apart),
-            *compare(f"Visium folder with image, {name}",
-                     {"load_visium": visium, "read_10x_h5, pandas, imread": lambda: peers.visium_by_hand(folder)},
-                     options, lambda a, b: apart(a[0], b[0]) + apart(a[1], b[1])),
-            *compare(f"h5ad, {name}", {"load_h5ad": lambda: data.load_h5ad(path).counts, "anndata.read_h5ad": lambda: anndata.read_h5ad(path).X},
-                     options, apart)]
+
+    return [
+        *compare(
+            f"10x HDF5, {name}",
+            {
+                "read_10x_h5": lambda: data.read_10x_h5(matrix)[0],
+                "scanpy.read_10x_h5": lambda: peers.quietly(lambda: scanpy.read_10x_h5(matrix).X),
+            },
+            options,
+            apart,
+        ),
+        *compare(
+            f"Visium folder with image, {name}",
+            {
+                "load_visium": visium,
+                "read_10x_h5, pandas, imread": lambda: peers.visium_by_hand(folder),
+            },
+            options,
+            lambda a, b: apart(a[0], b[0]) + apart(a[1], b[1]),
+        ),
+        *compare(
+            f"h5ad, {name}",
+            {
+                "load_h5ad": lambda: data.load_h5ad(path).counts,
+                "anndata.read_h5ad": lambda: anndata.read_h5ad(path).X,
+            },
+            options,
+            apart,
+        ),
+    ]
 
 
 # (d) preprocessing
 
+
 def preparations(slide, n_top=3000, n_pcs=50):
-    """{step: {name: call}}: counts -> principal components, positions -> normalised graph, and both; ours first."""
+    """{step: {name: call}}: counts -> principal components, positions -> normalised graph, and
+    both; ours first."""
+
     def ours():
-        return data.Expression(n_top).fit(slide.counts, slide.genes).pca(slide.counts, slide.genes, n_pcs)
+        return (
+            data.Expression(n_top)
+            .fit(slide.counts, slide.genes)
+            .pca(slide.counts, slide.genes, n_pcs)
+        )
 
     def our_graph():
         return data.normalised_knn_graph(slide.xy, 6)[0]
@@ -258,8 +419,15 @@ def preparations(slide, n_top=3000, n_pcs=50):
 
     def their_graph():
         return peers.sklearn_graph(slide.xy, 6)
-    return {"expression": {"data.Expression": ours, "scanpy.pp": theirs}, "graph": {"data.normalised_knn_graph": our_graph, "sklearn, scipy": their_graph},
-            "both": {"data": lambda: (ours(), our_graph()), "scanpy.pp, sklearn, scipy": lambda: (theirs(), their_graph())}}
+
+    return {
+        "expression": {"data.Expression": ours, "scanpy.pp": theirs},
+        "graph": {"data.normalised_knn_graph": our_graph, "sklearn, scipy": their_graph},
+        "both": {
+            "data": lambda: (ours(), our_graph()),
+            "scanpy.pp, sklearn, scipy": lambda: (theirs(), their_graph()),
+        },
+    }
 
 
 def preprocessing(options, scratch):
@@ -272,22 +440,43 @@ def preprocessing(options, scratch):
 
     def edges_apart(a, b):
         return ((a != 0) != (b != 0)).nnz / a.nnz
-    return [*compare(f"filter, normalise, log1p, HVG, z-score, PCA, {name}", calls["expression"], options, components_apart,
-                     note="difference: 1 - correlation of components"),
-            *compare(f"spatial graph, k = 6, {name}", calls["graph"], options, edges_apart, note="difference: share of edges; ties on the lattice"),
-            *compare(f"both, {name}", calls["both"], options, target=2)]
+
+    return [
+        *compare(
+            f"filter, normalise, log1p, HVG, z-score, PCA, {name}",
+            calls["expression"],
+            options,
+            components_apart,
+            note="difference: 1 - correlation of components",
+        ),
+        *compare(
+            f"spatial graph, k = 6, {name}",
+            calls["graph"],
+            options,
+            edges_apart,
+            note="difference: share of edges; ties on the lattice",
+        ),
+        *compare(f"both, {name}", calls["both"], options, target=2),
+    ]
 
 
 # (e) retrieval
 
+
 def embeddings(options):
-    """Keys and queries (n, d) float32 of a trained model, or simulated ones in 32 clusters; what they are."""
+    """Keys and queries (n, d) float32 of a trained model, or simulated ones in 32 clusters; what
+    they are."""
     folder = None if options.quick else real("her2st")
     if folder:
         return *peers.trained_embeddings(folder), "her2st embeddings"
     rng = np.random.default_rng(0)
     centre = rng.normal(size=(32, 32 if options.quick else 256))
-    drawn = ((centre[rng.integers(32, size=n)] + 0.5 * rng.normal(size=(n, centre.shape[1]))).astype(np.float32) for n in (1000, 300))
+    drawn = (
+        (centre[rng.integers(32, size=n)] + 0.5 * rng.normal(size=(n, centre.shape[1]))).astype(
+            np.float32
+        )
+        for n in (1000, 300)
+    )
     return *drawn, "simulated embeddings"
 
 
@@ -297,16 +486,33 @@ def neighbours_apart(a, b):
 
 
 def exact_rows(queries, keys, k, options, name):
-    """Exact search of a fifth of the queries beside one bare chunked matmul + topk and scikit-learn's brute force."""
-    part, unit = queries[:max(1, len(queries) // 5)], F.normalize(keys, dim=1)
-    brute = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(unit.numpy())    # on unit vectors distance orders as cosine does
+    """Exact search of a fifth of the queries beside one bare chunked matmul + topk and
+    scikit-learn's brute force."""
+    part, unit = queries[: max(1, len(queries) // 5)], F.normalize(keys, dim=1)
+    # on unit vectors distance orders as cosine does
+    brute = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(unit.numpy())
 
     def bare():
-        return torch.cat([(F.normalize(q, dim=1) @ unit.T).topk(k).indices for q in part.split(max(1, cmrcnet.TILE // len(keys)))])
-    return compare(f"exact, {len(part):,} queries x {len(keys):,} {name} x {keys.shape[1]}, k = {k}",
-                   {"exact_topk": lambda: cmrcnet.exact_topk(part, keys, k)[1],
-                    "sklearn brute force": lambda: brute.kneighbors(F.normalize(part, dim=1).numpy(), return_distance=False),
-                    "bare matmul + topk": bare}, options, neighbours_apart, note="difference: share of neighbours")
+        return torch.cat(
+            [
+                (F.normalize(q, dim=1) @ unit.T).topk(k).indices
+                for q in part.split(max(1, cmrcnet.TILE // len(keys)))
+            ]
+        )
+
+    return compare(
+        f"exact, {len(part):,} queries x {len(keys):,} {name} x {keys.shape[1]}, k = {k}",
+        {
+            "exact_topk": lambda: cmrcnet.exact_topk(part, keys, k)[1],
+            "sklearn brute force": lambda: brute.kneighbors(
+                F.normalize(part, dim=1).numpy(), return_distance=False
+            ),
+            "bare matmul + topk": bare,
+        },
+        options,
+        neighbours_apart,
+        note="difference: share of neighbours",
+    )
 
 
 def retrieval(options, scratch):
@@ -317,26 +523,56 @@ def retrieval(options, scratch):
     for kind in ("noise", "interpolated"):
         keys, share = peers.replicate(real_keys, n_keys, kind, 0)
         queries, _ = peers.replicate(real_queries, n_queries, kind, 1)
-        if not rows:                                                    # the time of an exact search does not depend on the values
+        # the time of an exact search does not depend on the values
+        if not rows:
             rows += exact_rows(queries, keys, k, options, name)
-        exact, part = cmrcnet.exact_topk(queries[::10], keys, k)[1], queries[:max(1, len(queries) // 5)]
+        exact, part = (
+            cmrcnet.exact_topk(queries[::10], keys, k)[1],
+            queries[: max(1, len(queries) // 5)],
+        )
         build_s, index = timed(lambda keys=keys: cmrcnet.InvertedFile(keys), options.threads)
         curve, recall = [], 0.0
         for probe in (1, 8) if options.quick else (1, 4, 8, 16, 32, 64, 96, 128, 192):
             if recall > 0.99:
                 break
-            exact_s = timed(lambda: cmrcnet.exact_topk(part, keys, k), options.threads)[0] * len(queries) / len(part)  # noqa: B023 - called at once
+            exact_s = (
+                timed(partial(cmrcnet.exact_topk, part, keys, k), options.threads)[0]
+                * len(queries)
+                / len(part)
+            )  # noqa: B023 - called at once
             s, (_, found) = timed(lambda: index.topk(queries, k, probe), options.threads)  # noqa: B023
             recall = metrics.recall_at_k(found[::10].numpy(), exact.numpy())
             curve.append((s, recall))
-            rows += shown([{"case": f"inverted file, {n_queries:,} queries x {n_keys:,} keys, {kind}, probe {probe} of {len(index.centre):,} lists",
-                            "ours": "InvertedFile", "ours_s": s, "peer": "exact_topk", "peer_s": exact_s, "ratio": exact_s / s, "recall": recall,
-                            "changed_variance": share, "build_s": build_s,
-                            "note": f"recall {recall:.3f}; one call; built in {build_s:.1f} s; exact: 5 x a fifth, just before"}])
+            rows += shown(
+                [
+                    {
+                        "case": (
+                            f"inverted file, {n_queries:,} queries x {n_keys:,} keys, {kind}, "
+                            f"probe {probe} of {len(index.centre):,} lists"
+                        ),
+                        "ours": "InvertedFile",
+                        "ours_s": s,
+                        "peer": "exact_topk",
+                        "peer_s": exact_s,
+                        "ratio": exact_s / s,
+                        "recall": recall,
+                        "changed_variance": share,
+                        "build_s": build_s,
+                        "note": (
+                            f"recall {recall:.3f}; one call; built in {build_s:.1f} s; exact: 5 x "
+                            "a fifth, just before"
+                        ),
+                    }
+                ]
+            )
         axis.plot(*zip(*curve), "o-", label=f"inverted file, {kind}")
     axis.axvline(exact_s, color="black", linestyle=":", label="exact")
     axis.axhline(0.95, color="gray", linewidth=0.5)
-    axis.set(xscale="log", xlabel=f"seconds for {n_queries:,} queries, {n_keys:,} keys", ylabel=f"recall@{k}")
+    axis.set(
+        xscale="log",
+        xlabel=f"seconds for {n_queries:,} queries, {n_keys:,} keys",
+        ylabel=f"recall@{k}",
+    )
     axis.legend(fontsize=7)
     figure.savefig(options.out / "cmrcnet_recall.png", dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -345,55 +581,104 @@ def retrieval(options, scratch):
 
 # (f) ceilings
 
+
 def best(function, options):
-    """Least seconds of some calls after a warm-up: what the machine can do, not what it does on average."""
+    """Least seconds of some calls after a warm-up: what the machine can do, not what it does on
+    average."""
     function()
     return min(timed(function, options.threads)[0] for _ in range(options.repeats))
 
 
 def hot_loops(options):
-    """(name, call, floating-point operations, bytes) of the hot loops. Bytes: every gathered row once a gather, every other array once a use."""
+    """(name, call, floating-point operations, bytes) of the hot loops. Bytes: every gathered row
+    once a gather, every other array once a use."""
     n, k, generator = 300 if options.quick else 36_000, 6, torch.Generator().manual_seed(0)
     xy, d, heads = np.random.default_rng(0).random((n, 2)), 128, 4
     x = torch.randn(n, d, generator=generator)
-    table, layer = gat_fusion.Neighbours(data.knn_table(xy, k)), gat_fusion.GraphAttention(d, d, heads, 0.0)
+    table, layer = (
+        gat_fusion.Neighbours(data.knn_table(xy, k)),
+        gat_fusion.GraphAttention(d, d, heads, 0.0),
+    )
     places = n * (k + 1)
-    yield (f"gat_fusion graph attention, {n:,} spots, k = {k}", lambda: peers.forward_backward(lambda h: layer(h, table)[0], x),
-           6 * n * d * d + 6 * places * d, 4 * (3 * places * d + 10 * n * d + 10 * places * heads) + 8 * 4 * places * heads)
+    yield (
+        f"gat_fusion graph attention, {n:,} spots, k = {k}",
+        lambda: peers.forward_backward(lambda h: layer(h, table)[0], x),
+        6 * n * d * d + 6 * places * d,
+        4 * (3 * places * d + 10 * n * d + 10 * places * heads) + 8 * 4 * places * heads,
+    )
     graph, h = multist.Graph(xy, k), torch.randn(n, 64, generator=generator)
     edges = len(graph.columns)
-    yield (f"multist graph convolution, {n:,} spots x 64", lambda: peers.forward_backward(lambda h: multist.graph_product(h, graph), h),
-           2 * 2 * edges * 64, 2 * (edges * (64 * 4 + 8 + 4) + n * 64 * 4) + 4 * n * 64 * 4)
+    yield (
+        f"multist graph convolution, {n:,} spots x 64",
+        lambda: peers.forward_backward(lambda h: multist.graph_product(h, graph), h),
+        2 * 2 * edges * 64,
+        2 * (edges * (64 * 4 + 8 + 4) + n * 64 * 4) + 4 * n * 64 * 4,
+    )
     config = multist.Config()
     tiles = multist.Tiles(xy, config.m, "cpu")
     hand, own, near, offset = tiles.gather(tiles.batches(config.batch)[0])
     wide, attend = config.fused_dim, multist.CrossAttention(config.fused_dim, config.heads)
     tokens, b = torch.randn(len(hand), wide, generator=generator), len(own)
-    yield (f"multist cross-attention, {b} queries, {len(hand)} tokens, m = {config.m}",
-           lambda: peers.forward_backward(lambda t: attend(t[own], t, near, offset)[0], tokens),
-           3 * 2 * (4 * (b + len(hand)) * wide**2 + 4 * b * config.m * wide), 4 * 2 * (8 * b * config.m * wide + 12 * (b + len(hand)) * wide))
+    yield (
+        f"multist cross-attention, {b} queries, {len(hand)} tokens, m = {config.m}",
+        lambda: peers.forward_backward(lambda t: attend(t[own], t, near, offset)[0], tokens),
+        3 * 2 * (4 * (b + len(hand)) * wide**2 + 4 * b * config.m * wide),
+        4 * 2 * (8 * b * config.m * wide + 12 * (b + len(hand)) * wide),
+    )
     m, q = (3000, 200) if options.quick else (200_000, 1_000)
     keys, queries = (torch.randn(rows, 256, generator=generator) for rows in (m, q))
-    yield (f"cmrcnet exact retrieval, {q:,} x {m:,} x 256", lambda: cmrcnet.exact_topk(queries, keys, 50),
-           2 * q * m * 256, 4 * (m * 256 * 3 + 2 * q * m))
+    yield (
+        f"cmrcnet exact retrieval, {q:,} x {m:,} x 256",
+        lambda: cmrcnet.exact_topk(queries, keys, 50),
+        2 * q * m * 256,
+        4 * (m * 256 * 3 + 2 * q * m),
+    )
 
 
 def ceilings(options, scratch):
-    """Matmul and copy ceilings of this machine, and the share of the nearer one that the hot loops reach."""
+    """Matmul and copy ceilings of this machine, and the share of the nearer one that the hot loops
+    reach."""
     n, size = (256, 2**20) if options.quick else (2048, 2**27)
     a, b, source, to = torch.rand(n, n), torch.rand(n, n), torch.ones(size), torch.empty(size)
     matmul_s, copy_s = (best(call, options) for call in (lambda: a @ b, lambda: to.copy_(source)))
     flops, rate = 2 * n**3 / matmul_s, 2 * 4 * size / copy_s
-    rows = [{"case": f"ceiling: float32 matmul {n}", "ours_s": matmul_s, "gflops": flops / 1e9, "note": f"{flops / 1e9:.0f} GFLOP/s"},
-            {"case": f"ceiling: copy of {4 * size / 2**20:.0f} MB", "ours_s": copy_s, "gbytes": rate / 1e9,
-             "note": f"{rate / 1e9:.1f} GB/s, read + write"}]
+    rows = [
+        {
+            "case": f"ceiling: float32 matmul {n}",
+            "ours_s": matmul_s,
+            "gflops": flops / 1e9,
+            "note": f"{flops / 1e9:.0f} GFLOP/s",
+        },
+        {
+            "case": f"ceiling: copy of {4 * size / 2**20:.0f} MB",
+            "ours_s": copy_s,
+            "gbytes": rate / 1e9,
+            "note": f"{rate / 1e9:.1f} GB/s, read + write",
+        },
+    ]
     shown(rows)
     for name, call, operations, moved in hot_loops(options):
         call()
         s = statistics.median(timed(call, options.threads)[0] for _ in range(options.repeats))
-        bound, share = max(("matmul", operations / flops / s), ("copy", moved / rate / s), key=lambda p: p[1])
-        rows += shown([{"case": name, "ours_s": s, "gflop": operations / 1e9, "gbyte": moved / 1e9, "bound": bound, "share": share,
-                        "note": f"{share:.0%} of the {bound} ceiling ({operations / 1e9:.2f} GFLOP, {moved / 1e9:.2f} GB)"}])
+        bound, share = max(
+            ("matmul", operations / flops / s), ("copy", moved / rate / s), key=lambda p: p[1]
+        )
+        rows += shown(
+            [
+                {
+                    "case": name,
+                    "ours_s": s,
+                    "gflop": operations / 1e9,
+                    "gbyte": moved / 1e9,
+                    "bound": bound,
+                    "share": share,
+                    "note": (
+                        f"{share:.0%} of the {bound} ceiling ({operations / 1e9:.2f} GFLOP, "
+                        f"{moved / 1e9:.2f} GB)"
+                    ),
+                }
+            ]
+        )
     return rows
 
 
@@ -409,37 +694,82 @@ def measure(name, options):
     print(f"{name}:", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         rows = PARTS[name](options, scratch)
-    rows = [{k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()} for row in rows]
-    record = {"part": name, "rows": rows, "quick": options.quick, "threads": options.threads, "processors": os.cpu_count(),
-              "load_before": before, "load_after": os.getloadavg()[0], "peak_rss_mb": run.peak_rss_mb(), "versions": run.versions(),
-              "git_commit": run.git_commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
-    run.write_atomically(options.out / f"{name}.json", lambda f: f.write(json.dumps(record, indent=1, allow_nan=False).encode()))
+    rows = [
+        {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+        for row in rows
+    ]
+    record = {
+        "part": name,
+        "rows": rows,
+        "quick": options.quick,
+        "threads": options.threads,
+        "processors": os.cpu_count(),
+        "load_before": before,
+        "load_after": os.getloadavg()[0],
+        "peak_rss_mb": run.peak_rss_mb(),
+        "versions": run.versions(),
+        "git_commit": run.git_commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+    run.write_atomically(
+        options.out / f"{name}.json",
+        lambda f: f.write(json.dumps(record, indent=1, allow_nan=False).encode()),
+    )
 
 
 def main(argv=None):
-    """Measure the parts asked for; print and write the table of all parts that are in the folder."""
+    """Measure the parts asked for; print and write the table of all parts that are in the
+    folder."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=[*PARTS, "all"])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs: the numbers mean nothing")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the records and the table")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, to see that it runs: the numbers mean nothing",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder of the records and the table"
+    )
     parser.add_argument("--repeats", type=int, default=0, help="turns; 0: 5, or 2 with --quick")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 leaves its default")
-    parser.add_argument("--spots", type=int, nargs="+", default=[3_600, 36_000, 360_000], help="attention: spots; 3600 is 151673 where it is there")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of torch; 0 leaves its default"
+    )
+    parser.add_argument(
+        "--spots",
+        type=int,
+        nargs="+",
+        default=[3_600, 36_000, 360_000],
+        help="attention: spots; 3600 is 151673 where it is there",
+    )
     parser.add_argument("--queries", type=int, default=5_000, help="retrieval: queries")
     parser.add_argument("--keys", type=int, default=500_000, help="retrieval: keys")
     options = parser.parse_args(argv)
     options.repeats = options.repeats or (2 if options.quick else 5)
-    if min(options.repeats, options.queries, options.keys, *(n // 100 for n in options.spots)) < 1 or options.threads < 0:
-        raise DataError("--repeats, --queries and --keys must be at least 1, --spots 100, --threads 0 or more: correct them")
+    if (
+        min(options.repeats, options.queries, options.keys, *(n // 100 for n in options.spots)) < 1
+        or options.threads < 0
+    ):
+        raise DataError(
+            "--repeats, --queries and --keys must be at least 1, --spots 100, --threads 0 or "
+            "more: correct them"
+        )
     options.threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{options.out} cannot be made ({error.strerror}): choose another --out") from error
+        raise DataError(
+            f"{options.out} cannot be made ({error.strerror}): choose another --out"
+        ) from error
     for name in PARTS if options.part == "all" else [options.part]:
         measure(name, options)
-    text = markdown({name: json.loads((options.out / f"{name}.json").read_text()) for name in PARTS if (options.out / f"{name}.json").is_file()})
+    text = markdown(
+        {
+            name: json.loads((options.out / f"{name}.json").read_text())
+            for name in PARTS
+            if (options.out / f"{name}.json").is_file()
+        }
+    )
     run.write_atomically(options.out / "bench.md", lambda f: f.write(text.encode()))
     print(text + str(options.out / "bench.md"))
     return 0

@@ -1,7 +1,9 @@
-"""What bench.py measures against: torch_geometric's layers with our weights, scanpy's preprocessing, reading by hand; and the embeddings to search.
+"""What bench.py measures against: torch_geometric's layers with our weights, scanpy's
+preprocessing, reading by hand; and the embeddings to search.
 
 Needs requirements-dev.txt; nothing but bench.py and its tests imports this file.
 """
+
 import copy
 import json
 import tempfile
@@ -30,13 +32,17 @@ def dev(name):
             warnings.simplefilter("ignore")
             return __import__(name, fromlist=["_"])
     except ImportError as error:
-        raise DataError(f"this part of bench.py needs {name.split('.')[0]}: pip install -r requirements-dev.txt") from error
+        raise DataError(
+            f"this part of bench.py needs {name.split('.')[0]}: pip install -r requirements-dev.txt"
+        ) from error
 
 
 def edge_index(table):
     """(N, k) table -> edges (2, N k) of torch_geometric: from the neighbour to the spot."""
     table = torch.as_tensor(table)
-    return torch.stack([table.flatten(), torch.arange(len(table)).repeat_interleave(table.shape[1])])
+    return torch.stack(
+        [table.flatten(), torch.arange(len(table)).repeat_interleave(table.shape[1])]
+    )
 
 
 def with_loops(edges, n):
@@ -46,16 +52,25 @@ def with_loops(edges, n):
 
 def copied_gat(ours, **flags):
     """GATConv with the weights of a gat_fusion.GraphAttention."""
-    peer = dev("torch_geometric.nn").GATConv(ours.project.in_features, ours.u.shape[1], heads=ours.heads, dropout=ours.dropout.p, **flags)
+    peer = dev("torch_geometric.nn").GATConv(
+        ours.project.in_features, ours.u.shape[1], heads=ours.heads, dropout=ours.dropout.p, **flags
+    )
     with torch.no_grad():
-        for to, of in ((peer.lin.weight, ours.project.weight), (peer.att_src, ours.u[None]), (peer.att_dst, ours.v[None]), (peer.bias, ours.bias)):
+        for to, of in (
+            (peer.lin.weight, ours.project.weight),
+            (peer.att_src, ours.u[None]),
+            (peer.att_dst, ours.v[None]),
+            (peer.bias, ours.bias),
+        ):
             to.copy_(of)
     return peer
 
 
 def copied_gcn(weight, bias=None, **flags):
     """GCNConv with a given weight (out, in) and bias or none."""
-    peer = dev("torch_geometric.nn").GCNConv(weight.shape[1], weight.shape[0], bias=bias is not None, **flags)
+    peer = dev("torch_geometric.nn").GCNConv(
+        weight.shape[1], weight.shape[0], bias=bias is not None, **flags
+    )
     with torch.no_grad():
         peer.lin.weight.copy_(weight)
         if bias is not None:
@@ -64,23 +79,51 @@ def copied_gcn(weight, bias=None, **flags):
 
 
 def graph_layers(table):
-    """{layer: {name: function of x (N, 128)}}, ours first, all with the same weights. The peers' work that one graph needs only once is done here."""
+    """{layer: {name: function of x (N, 128)}}, ours first, all with the same weights. The peers'
+    work that one graph needs only once is done here."""
     n, k = table.shape
     graph, edges = gat_fusion.Neighbours(table), edge_index(table)
     loops = with_loops(edges, n)
     gat, gcn = gat_fusion.GraphAttention(128, 128, 4, 0.0), gat_fusion.GraphConvolution(128, 128)
     default, ready = copied_gat(gat), copied_gat(gat, add_self_loops=False)
-    plain, cached, csr = (copied_gcn(gcn.project.weight, gcn.bias, cached=c) for c in (False, True, True))
-    adjacency = quietly(lambda: torch.sparse_coo_tensor(edges.flip(0), torch.ones(n * k), (n, n)).coalesce().to_sparse_csr())
+    plain, cached, csr = (
+        copied_gcn(gcn.project.weight, gcn.bias, cached=c) for c in (False, True, True)
+    )
+    adjacency = quietly(
+        lambda: (
+            torch.sparse_coo_tensor(edges.flip(0), torch.ones(n * k), (n, n))
+            .coalesce()
+            .to_sparse_csr()
+        )
+    )
     weights = torch.rand(n, 1, k + 1, generator=torch.Generator().manual_seed(0))
-    ordered = torch.cat([weights[:, 0, 1:].flatten(), weights[:, 0, 0]])            # places of the table -> order of `loops`
-    their_sum, our_sum = dev("torch_geometric.nn").SimpleConv(aggr="sum"), gat_fusion.weighted_neighbour_sum
-    return {"graph attention": {"GraphAttention": lambda x: gat(x, graph)[0], "GATConv": lambda x: default(x, edges),
-                                "GATConv, loops added beforehand": lambda x: ready(x, loops)},
-            "GCN": {"GraphConvolution": lambda x: gcn(x, graph)[0], "GCNConv": lambda x: plain(x, edges),
-                    "GCNConv, cached": lambda x: cached(x, edges), "GCNConv, cached, CSR": lambda x: csr(x, adjacency)},
-            "weighted kNN gather": {"weighted_neighbour_sum": lambda x: our_sum(x[:, None], weights.detach().requires_grad_(), graph.own)[:, 0],
-                                    "SimpleConv, edge weights": lambda x: their_sum(x, loops, ordered.detach().requires_grad_())}}
+    # places of the table -> order of `loops`
+    ordered = torch.cat([weights[:, 0, 1:].flatten(), weights[:, 0, 0]])
+    their_sum, our_sum = (
+        dev("torch_geometric.nn").SimpleConv(aggr="sum"),
+        gat_fusion.weighted_neighbour_sum,
+    )
+    return {
+        "graph attention": {
+            "GraphAttention": lambda x: gat(x, graph)[0],
+            "GATConv": lambda x: default(x, edges),
+            "GATConv, loops added beforehand": lambda x: ready(x, loops),
+        },
+        "GCN": {
+            "GraphConvolution": lambda x: gcn(x, graph)[0],
+            "GCNConv": lambda x: plain(x, edges),
+            "GCNConv, cached": lambda x: cached(x, edges),
+            "GCNConv, cached, CSR": lambda x: csr(x, adjacency),
+        },
+        "weighted kNN gather": {
+            "weighted_neighbour_sum": lambda x: our_sum(
+                x[:, None], weights.detach().requires_grad_(), graph.own
+            )[:, 0],
+            "SimpleConv, edge weights": lambda x: their_sum(
+                x, loops, ordered.detach().requires_grad_()
+            ),
+        },
+    }
 
 
 def forward_backward(layer, x):
@@ -92,7 +135,8 @@ def forward_backward(layer, x):
 
 
 def largest_difference(a, b):
-    """Largest absolute difference of outputs and gradients, relative to the largest value of each."""
+    """Largest absolute difference of outputs and gradients, relative to the largest value of
+    each."""
     return max(((u - v).abs().max() / v.abs().max()).item() for u, v in zip(a, b))
 
 
@@ -108,14 +152,21 @@ class PeerGraphAttention(nn.Module):
 
 
 class PeerCrossAttention(nn.Module):
-    """gat_fusion.CrossAttentionLayer with torch_geometric's TransformerConv in place of its attention, same weights."""
+    """gat_fusion.CrossAttentionLayer with torch_geometric's TransformerConv in place of its
+    attention, same weights."""
 
     def __init__(self, ours, edges):
         super().__init__()
         dim = ours.query.in_features
         self.rest, self.edges = ours, edges
-        self.conv = dev("torch_geometric.nn").TransformerConv(dim, dim // ours.heads, ours.heads, root_weight=False, dropout=ours.dropout.p)
-        for to, of in ((self.conv.lin_query, ours.query), (self.conv.lin_key, ours.key), (self.conv.lin_value, ours.value)):
+        self.conv = dev("torch_geometric.nn").TransformerConv(
+            dim, dim // ours.heads, ours.heads, root_weight=False, dropout=ours.dropout.p
+        )
+        for to, of in (
+            (self.conv.lin_query, ours.query),
+            (self.conv.lin_key, ours.key),
+            (self.conv.lin_value, ours.value),
+        ):
             to.load_state_dict(of.state_dict())
 
     def forward(self, z, s, graph):
@@ -125,19 +176,23 @@ class PeerCrossAttention(nn.Module):
 
 
 def peer_fusion(ours, table):
-    """A GatFusion (full, cross) whose graph layers are torch_geometric's, with the weights of `ours`."""
+    """A GatFusion (full, cross) whose graph layers are torch_geometric's, with the weights of
+    `ours`."""
     peer, edges = copy.deepcopy(ours), edge_index(table)
-    peer.spatial.convs = nn.ModuleList(PeerGraphAttention(c, edges, len(table)) for c in peer.spatial.convs)
+    peer.spatial.convs = nn.ModuleList(
+        PeerGraphAttention(c, edges, len(table)) for c in peer.spatial.convs
+    )
     peer.cross = nn.ModuleList(PeerCrossAttention(c, edges) for c in peer.cross)
     return peer
 
 
 class PeerEncoder(multist.Encoder):
-    """multist.Encoder (serial) with torch_geometric's GCNConv, normalisation cached, for its two convolutions."""
+    """multist.Encoder (serial) with torch_geometric's GCNConv, normalisation cached, for its two
+    convolutions."""
 
     def forward(self, x, graph):
-        f = self.mlp(x)                                                 # (N, 16)
-        h = self.convs[0](self.drop(f), graph.directed)                 # (N, 64)
+        f = self.mlp(x)  # (N, 16)
+        h = self.convs[0](self.drop(f), graph.directed)  # (N, 64)
         return torch.cat([f, self.convs[1](self.drop(F.relu(h)), graph.directed)], 1)
 
 
@@ -148,13 +203,16 @@ def directed(graph):
 
 
 class PeerAutoEncoder(multist.AutoEncoder):
-    """multist.AutoEncoder with torch_geometric's GCNConv for its three graph convolutions, same weights."""
+    """multist.AutoEncoder with torch_geometric's GCNConv for its three graph convolutions, same
+    weights."""
 
     def __init__(self, ours, config):
         super().__init__(len(ours.m), config)
         self.encoder = PeerEncoder(len(ours.m), config.branches, config.dropout)
         self.load_state_dict(ours.state_dict())
-        self.encoder.convs = nn.ModuleList(copied_gcn(w.weight, cached=True) for w in (self.encoder.w1, self.encoder.w2))
+        self.encoder.convs = nn.ModuleList(
+            copied_gcn(w.weight, cached=True) for w in (self.encoder.w1, self.encoder.w2)
+        )
         self.conv = copied_gcn(self.decoder.weight, cached=True)
 
     def decode(self, z, graph):
@@ -162,23 +220,37 @@ class PeerAutoEncoder(multist.AutoEncoder):
 
 
 def visium_by_hand(folder):
-    """Counts (N, G), positions (N, 2), image of a Space Ranger folder. scanpy.read_visium is deprecated and wants both images: this is less work."""
-    spatial, matrix = folder / "spatial", quietly(lambda: dev("scanpy").read_10x_h5(folder / "filtered_feature_bc_matrix.h5"))
+    """Counts (N, G), positions (N, 2), image of a Space Ranger folder. scanpy.read_visium is
+    deprecated and wants both images: this is less work."""
+    spatial, matrix = (
+        folder / "spatial",
+        quietly(lambda: dev("scanpy").read_10x_h5(folder / "filtered_feature_bc_matrix.h5")),
+    )
     places = dev("pandas").read_csv(spatial / "tissue_positions_list.csv", header=None, index_col=0)
     json.loads((spatial / "scalefactors_json.json").read_text())
-    picture = next(spatial / name for name in ("tissue_hires_image.png", "tissue_lowres_image.png") if (spatial / name).exists())
-    return matrix.X, places.loc[matrix.obs_names, [5, 4]].to_numpy(float), dev("matplotlib.pyplot").imread(picture)
+    picture = next(
+        spatial / name
+        for name in ("tissue_hires_image.png", "tissue_lowres_image.png")
+        if (spatial / name).exists()
+    )
+    return (
+        matrix.X,
+        places.loc[matrix.obs_names, [5, 4]].to_numpy(float),
+        dev("matplotlib.pyplot").imread(picture),
+    )
 
 
 def quietly(function):
-    """Result of a call without its warnings: scanpy's of gene symbols that stand twice and of densifying, torch's of CSR tensors."""
+    """Result of a call without its warnings: scanpy's of gene symbols that stand twice and of
+    densifying, torch's of CSR tensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function()
 
 
 def scanpy_expression(slide, n_top, n_pcs):
-    """(N, n_pcs) principal components: the usual scanpy lines, with the settings of data.Expression."""
+    """(N, n_pcs) principal components: the usual scanpy lines, with the settings of
+    data.Expression."""
     scanpy = dev("scanpy")
     a = dev("anndata").AnnData(slide.counts.astype(np.float32))
     scanpy.pp.filter_genes(a, min_cells=3)
@@ -192,42 +264,77 @@ def scanpy_expression(slide, n_top, n_pcs):
 
 
 def sklearn_graph(xy, k):
-    """D^-1/2 (A + I) D^-1/2 (N, N) CSR as squidpy.gr.spatial_neighbors (coord_type generic) makes the neighbours, symmetrised by union."""
+    """D^-1/2 (A + I) D^-1/2 (N, N) CSR as squidpy.gr.spatial_neighbors (coord_type generic) makes
+    the neighbours, symmetrised by union."""
     distance = NearestNeighbors(n_neighbors=k).fit(xy).kneighbors_graph(mode="distance")
-    a = sp.csr_matrix((np.ones_like(distance.data), distance.indices, distance.indptr), distance.shape)
+    a = sp.csr_matrix(
+        (np.ones_like(distance.data), distance.indices, distance.indptr), distance.shape
+    )
     a = a.maximum(a.T) + sp.identity(len(xy), format="csr")
     d = sp.diags(1 / np.sqrt(np.asarray(a.sum(1)).ravel()))
     return (d @ a @ d).tocsr()
 
 
 def trained_embeddings(folder):
-    """Gene keys (1008, 256) of the training spots and image queries (325, 256) of A2, of a model of the default flags but 256 wide."""
+    """Gene keys (1008, 256) of the training spots and image queries (325, 256) of A2, of a model of
+    the default flags but 256 wide."""
     with tempfile.TemporaryDirectory() as runs:
-        cmrcnet.main(["--data", str(folder), "--fold", "0", "--backbone", "features", "--dim", "256", "--reconstruction", "none", "--val", "none",
-                      "--epochs", "15", "--runs", runs, "--cache", runs])
+        cmrcnet.main(
+            [
+                "--data",
+                str(folder),
+                "--fold",
+                "0",
+                "--backbone",
+                "features",
+                "--dim",
+                "256",
+                "--reconstruction",
+                "none",
+                "--val",
+                "none",
+                "--epochs",
+                "15",
+                "--runs",
+                runs,
+                "--cache",
+                runs,
+            ]
+        )
         path = next(Path(runs).rglob("run.json")).parent
         with h5py.File(path / "atlas.h5", "r") as f:
             return f["keys"][:], np.load(path / "arrays.npz")["embedding"]
 
 
 def replicate(real, n, kind, seed):
-    """(n, d) float32 copies of the rows of `real` in turn, and the variance of the change over the variance of `real`.
+    """(n, d) float32 copies of the rows of `real` in turn, and the variance of the change over the
+    variance of `real`.
 
-    noise: a real embedding plus Gaussian noise with the covariance of the real ones around the centre of their k-means cluster; interpolated: a
-    random place between a real embedding and one of its ten nearest, so it stays where the real ones are.
+    noise: a real embedding plus Gaussian noise with the covariance of the real ones around the
+    centre of their k-means cluster; interpolated: a random place between a real embedding and one
+    of its ten nearest, so it stays where the real ones are.
     """
     rng, n_clusters = np.random.default_rng(seed), min(32, len(real) // 8)
     unit = real / np.linalg.norm(real, axis=1, keepdims=True)
-    near = np.argsort(-(unit @ unit.T), axis=1)[:, 1:11]                # (N, 10)
+    near = np.argsort(-(unit @ unit.T), axis=1)[:, 1:11]  # (N, 10)
     owner = KMeans(n_clusters, n_init=2, random_state=seed).fit(real)
-    rest = real - owner.cluster_centers_[owner.labels_]                 # (N, d) spread within clusters
+    # (N, d) spread within clusters
+    rest = real - owner.cluster_centers_[owner.labels_]
     out, change = np.empty((n, real.shape[1]), np.float32), 0.0
     for start in range(0, n, 20000):
         row = np.arange(start, min(start + 20000, n)) % len(real)
-        delta = rng.random((len(row), 1)) * (real[near[row, rng.integers(0, 10, len(row))]] - real[row])
-        for c in range(n_clusters) if kind == "noise" else ():          # sum of g_j r_j / sqrt(n) has the cluster's covariance
-            here, members = np.flatnonzero(owner.labels_[row] == c), np.flatnonzero(owner.labels_ == c)
-            delta[here] = rng.normal(size=(len(here), len(members))) @ rest[members] / len(members) ** 0.5
-        out[start:start + len(row)] = real[row] + delta
-        change += (delta ** 2).sum() / n
+        delta = rng.random((len(row), 1)) * (
+            real[near[row, rng.integers(0, 10, len(row))]] - real[row]
+        )
+        # sum of g_j r_j / sqrt(n) has the cluster's covariance
+        for c in range(n_clusters) if kind == "noise" else ():
+            here, members = (
+                np.flatnonzero(owner.labels_[row] == c),
+                np.flatnonzero(owner.labels_ == c),
+            )
+            delta[here] = (
+                rng.normal(size=(len(here), len(members))) @ rest[members] / len(members) ** 0.5
+            )
+        out[start : start + len(row)] = real[row] + delta
+        change += (delta**2).sum() / n
     return torch.from_numpy(out), float(change / ((real - real.mean(0)) ** 2).sum(1).mean())

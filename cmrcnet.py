@@ -1,17 +1,24 @@
-"""Gene expression from H&E by retrieval: contrastive learning of patch and expression, with cross-modal mask reconstruction.
+"""Gene expression from H&E by retrieval: contrastive learning of patch and expression, with
+cross-modal mask reconstruction.
 
-    patch --ViT--> tokens (B, 50, 768) --mean, head--> z (B, 256)    expression (B, G) --head--> h (B, 256)    contrastive loss of z and h
-    tokens --Linear, mask half--> query of cross-attention; key/value are 8 gene tokens; two residual cross-attention blocks --> r, and r = z
-    prediction: mean expression of the k training spots whose h has the largest cosine with z of the new patch
+    patch --ViT--> tokens (B, 50, 768) --mean, head--> z (B, 256)    expression (B, G) --head--> h
+    (B, 256)    contrastive loss of z and h tokens --Linear, mask half--> query of cross-attention;
+    key/value are 8 gene tokens; two residual cross-attention blocks --> r, and r = z
+    prediction: mean expression of the k training spots whose h has the largest cosine with z of the
+    new patch
 
-Every run scores the model beside the predictors it has to beat (train mean, ridge, kNN, image-only retrieval, contrastive loss alone) on the
-same slides; see docs/cmrcnet.md.
+Every run scores the model beside the predictors it has to beat (train mean, ridge, kNN, image-only
+retrieval, contrastive loss alone) on the same slides; see docs/cmrcnet.md.
 
-    python cmrcnet.py --data datasets/her2st --fold 0                               # frozen features on CPU, the ViT on a GPU
-    python cmrcnet.py --data datasets/her2st --split section --slice C2             # the other sections of its patient train: leaks the patient
+    # frozen features on CPU, the ViT on a GPU
+    python cmrcnet.py --data datasets/her2st --fold 0
+    # the other sections of its patient train: leaks the patient
+    python cmrcnet.py --data datasets/her2st --split section --slice C2
     torchrun --nproc_per_node=2 cmrcnet.py --data datasets/her2st --backbone released
-    python cmrcnet.py --data new_slides --predict runs/.../model.pt                 # reads the atlas.h5 beside it, trains nothing
+    # reads the atlas.h5 beside it, trains nothing
+    python cmrcnet.py --data new_slides --predict runs/.../model.pt
 """
+
 import copy
 import hashlib
 import io
@@ -44,14 +51,27 @@ from data import DataError
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-PRESETS = {"vit": {"dim": 256, "snn": 2048, "n_hvg": 1000, "lr": 1e-4, "epochs": 60},
-           "features": {"dim": 128, "snn": 512, "n_hvg": 200, "lr": 1e-3, "epochs": 30}}
-VITS = {"released": (224, 32, 768, 8, 8), "base": (224, 32, 768, 12, 12), "tiny": (112, 16, 192, 4, 6)}    # pixels, patch, width, layers, heads
+PRESETS = {
+    "vit": {"dim": 256, "snn": 2048, "n_hvg": 1000, "lr": 1e-4, "epochs": 60},
+    "features": {"dim": 128, "snn": 512, "n_hvg": 200, "lr": 1e-3, "epochs": 30},
+}
+# pixels, patch, width, layers, heads
+VITS = {
+    "released": (224, 32, 768, 8, 8),
+    "base": (224, 32, 768, 12, 12),
+    "tiny": (112, 16, 192, 4, 6),
+}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MARKERS = {"breast": "ERBB2 ESR1 PGR EPCAM KRT5 KRT7 KRT8 KRT14 ACTA2 PECAM1 CD3E CD4 CD8A MS4A1 CD68 LUM",
-           "colorectal": "EPCAM CEACAM5 MUC2 KRT20 CDX2 OLFM4 LGR5 PECAM1 CD3E CD4 CD8A MS4A1 CD68 LUM COL1A1 ACTA2"}     # stated before any training
-CONTROLS = re.compile("(NegControl|BLANK|antisense|Unassigned|Deprecated)", re.IGNORECASE)                # probes of panels that are no genes
-TILE = 1 << 26                                                          # most cosines held at once
+MARKERS = {
+    "breast": "ERBB2 ESR1 PGR EPCAM KRT5 KRT7 KRT8 KRT14 ACTA2 PECAM1 CD3E CD4 CD8A MS4A1 CD68 LUM",
+    # stated before any training
+    "colorectal": (
+        "EPCAM CEACAM5 MUC2 KRT20 CDX2 OLFM4 LGR5 PECAM1 CD3E CD4 CD8A MS4A1 CD68 LUM COL1A1 ACTA2"
+    ),
+}
+# probes of panels that are no genes
+CONTROLS = re.compile("(NegControl|BLANK|antisense|Unassigned|Deprecated)", re.IGNORECASE)
+TILE = 1 << 26  # most cosines held at once
 
 
 @dataclass
@@ -61,45 +81,57 @@ class Config(run.Config):
     data: str = "datasets/her2st"
     "HEST-benchmark task folder (or HEST-1k folder); with --predict also a folder of patches (*.h5)"
     split: Literal["folds", "patient", "section", "sample"] = "folds"
-    """folds: splits/{train,test}_<fold>.csv; patient: --patient is held out; section: --slice is, its patient's others train; sample: --slice is,
-    all others train (published). The last two may leak the patient, which the record says"""
+    """folds: splits/{train,test}_<fold>.csv; patient: --patient is held out; section: --slice is,
+    its patient's others train; sample: --slice is, all others train (published). The last two may
+    leak the patient, which the record says"""
     fold: int = 0
     "which of the folder's splits"
     patient: str = ""
     "patient held out by --split patient"
     genes: str = "task"
-    """genes scored as pcc_mean. task: the folder's var_50genes.json; a number: so many most variable genes of the training slides; or a JSON list
-    of names. With --predict, genes to read out: task (those of the run), all, or a JSON list"""
+    """genes scored as pcc_mean. task: the folder's var_50genes.json; a number: so many most
+    variable genes of the training slides; or a JSON list of names. With --predict, genes to read
+    out: task (those of the run), all, or a JSON list"""
     target: Literal["cp10k", "log1p"] = "cp10k"
-    "log1p of counts per 10,000, or of raw counts as the HEST benchmark has it (then a spot's depth is part of the answer)"
+    """log1p of counts per 10,000, or of raw counts as the HEST benchmark has it (then a spot's
+    depth is part of the answer)"""
     min_counts: int = 100
     "spots with fewer counts are tissue but are neither trained on nor scored"
     n_hvg: int = 0
-    "genes that the gene branch sees: union of so many highly variable genes of each training slide; 0: 1,000 as released, 200 with frozen features"
+    """genes that the gene branch sees: union of so many highly variable genes of each training
+    slide; 0: 1,000 as released, 200 with frozen features"""
     oracle_genes: bool = False
-    "the published rule: highly variable genes of all slides, test included, and HEG / HVG lists from each test slide's truth"
+    """the published rule: highly variable genes of all slides, test included, and HEG / HVG lists
+    from each test slide's truth"""
     markers: str = "breast"
     "marker list: breast, colorectal, or names joined by commas; those not measured are left out"
     backbone: Literal["auto", "features", "released", "base", "tiny"] = "auto"
-    "frozen features, or a ViT: 8 layers x 8 heads as released, ViT-B/32 (12 x 12), 4 x 6 on 112 pixels. auto: released on CUDA, features on CPU"
+    """frozen features, or a ViT: 8 layers x 8 heads as released, ViT-B/32 (12 x 12), 4 x 6 on 112
+    pixels. auto: released on CUDA, features on CPU"""
     weights: str = ""
-    "ViT-B/32 checkpoint (timm or transformers keys; .safetensors, .pt, .bin) to start --backbone base from"
+    """ViT-B/32 checkpoint (timm or transformers keys; .safetensors, .pt, .bin) to start --backbone
+    base from"""
     encoder: str = "handmade"
-    "frozen features: handmade, a Hugging Face vision model, or features files: a .npy/.npz path, {sample} stands for the slide's name"
+    """frozen features: handmade, a Hugging Face vision model, or features files: a .npy/.npz path,
+    {sample} stands for the slide's name"""
     cache: str = ""
     "folder for image features; empty: <data>/.features where that can be written"
     scale: Literal["train", "slide", "both"] = "both"
-    "features are z-scored by the training spots, by the slide's own spots (no label is used), or both, side by side"
+    """features are z-scored by the training spots, by the slide's own spots (no label is used), or
+    both, side by side"""
     gene_scale: Literal["none", "train", "slide"] = "none"
-    "expression vector of the gene branch: log1p as it is (released), z-scored over the training spots, or within each slide"
+    """expression vector of the gene branch: log1p as it is (released), z-scored over the training
+    spots, or within each slide"""
     dim: int = 0
     "width of the embeddings; 0: 256 as released, 128 with frozen features"
     snn: int = 0
-    "width of the self-normalising gene block, snn / dim gene tokens; 0: 2,048 as released, 512 with frozen features"
+    """width of the self-normalising gene block, snn / dim gene tokens; 0: 2,048 as released, 512
+    with frozen features"""
     tau: float = 0.0
     "temperature; 0: 1 in the released loss, 0.1 with --norm_sim"
     norm_sim: bool = False
-    "similarities are cosines: the smoothed targets are then smooth; in the released form they are one-hot"
+    """similarities are cosines: the smoothed targets are then smooth; in the released form they are
+    one-hot"""
     reconstruction: Literal["mse", "cosine", "none"] = "mse"
     "distance between the reconstructed and the image embedding; none: contrastive loss alone"
     mask_rate: float = 0.5
@@ -111,7 +143,8 @@ class Config(run.Config):
     augment: bool = True
     "flips and quarter turns of training patches (ViT only)"
     shuffle_pairs: bool = False
-    "control: image and expression of the training spots are paired at random, over all training slides"
+    """control: image and expression of the training spots are paired at random, over all training
+    slides"""
     k: int = 50
     "neighbours averaged"
     weighting: Literal["mean", "softmax"] = "mean"
@@ -123,16 +156,19 @@ class Config(run.Config):
     probe: int = 8
     "lists read for a query"
     lr: float = 0.0
-    "peak AdamW learning rate, a cosine falls to a tenth of it; 0: 0.0001 as released, 0.001 with frozen features"
+    """peak AdamW learning rate, a cosine falls to a tenth of it; 0: 0.0001 as released, 0.001 with
+    frozen features"""
     weight_decay: float = 1e-3
     "AdamW weight decay"
     batch: int = 64
     "spots of a step over all processes: the contrastive loss is over all of them"
     epochs: int = 0
-    "most passes over the training spots, how many there are is chosen by --val; 0: 60 as released, 30 with frozen features"
+    """most passes over the training spots, how many there are is chosen by --val; 0: 60 as
+    released, 30 with frozen features"""
     val: Literal["groups", "random", "none"] = "groups"
-    """chooses the number of epochs inside the training slides: cross-validation over patients (slides where there is one patient, tiles where there
-    is one slide), a random fifth of the spots (released), or no choice"""
+    """chooses the number of epochs inside the training slides: cross-validation over patients
+    (slides where there is one patient, tiles where there is one slide), a random fifth of the spots
+    (released), or no choice"""
     folds: int = 5
     "folds of --val groups, at most"
     save_every: int = 0
@@ -145,12 +181,14 @@ class Config(run.Config):
     "atlas for --predict; empty: atlas.h5 beside the checkpoint"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Randomness by row of the global batch: one process or several, the same masks
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class GlobalRows:
-    """Random numbers for the rows [start, start + n) of a global batch of `total`: every process draws for all rows and keeps its own."""
+    """Random numbers for the rows [start, start + n) of a global batch of `total`: every process
+    draws for all rows and keeps its own."""
 
     def __init__(self):
         self.start, self.n, self.total, self.generator = 0, 0, 0, None
@@ -161,11 +199,14 @@ class GlobalRows:
 
     def rand(self, *tail):
         """(n, *tail) uniform."""
-        return torch.rand(self.total, *tail, generator=self.generator, device=self.generator.device)[self.start:self.start + self.n]
+        return torch.rand(
+            self.total, *tail, generator=self.generator, device=self.generator.device
+        )[self.start : self.start + self.n]
 
 
 class Drop(nn.Module):
-    """Dropout with rate p, row by row of the global batch; `alpha`: keeps mean 0 and variance 1 (Klambauer et al. 2017, Sec. 3)."""
+    """Dropout with rate p, row by row of the global batch; `alpha`: keeps mean 0 and variance 1
+    (Klambauer et al. 2017, Sec. 3)."""
 
     def __init__(self, p, rows, alpha=False):
         super().__init__()
@@ -177,17 +218,19 @@ class Drop(nn.Module):
         keep = self.rows.rand(*x.shape[1:]) >= self.p
         if not self.alpha:
             return x * keep / (1 - self.p)
-        low = -1.7580993408473766                                       # -lambda alpha of SELU
-        scale = ((1 - self.p) * (1 + self.p * low ** 2)) ** -0.5
+        low = -1.7580993408473766  # -lambda alpha of SELU
+        scale = ((1 - self.p) * (1 + self.p * low**2)) ** -0.5
         return scale * (torch.where(keep, x, low) - low * self.p)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Network
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class Block(nn.Module):
-    """Pre-norm transformer block, Vaswani et al. 2017: x + SA(LN x), then x + MLP(LN x), width 4D, GELU; (B, T, D) -> (B, T, D)."""
+    """Pre-norm transformer block, Vaswani et al. 2017: x + SA(LN x), then x + MLP(LN x), width 4D,
+    GELU; (B, T, D) -> (B, T, D)."""
 
     def __init__(self, dim, heads, rows, dropout=0.0):
         super().__init__()
@@ -198,13 +241,17 @@ class Block(nn.Module):
         self.drop = Drop(dropout, rows)
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)      # (B, H, T, d) each
-        x = x + self.drop(self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+        # (B, H, T, d) each
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.drop(
+            self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        )
         return x + self.drop(self.fc2(self.drop(F.gelu(self.fc1(self.norm2(x))))))
 
 
 class ViT(nn.Module):
-    """Dosovitskiy et al. 2021: uint8 (B, px, px, 3) -> tokens (B, 1 + (px / patch)^2, D) after the last LayerNorm, class token first."""
+    """Dosovitskiy et al. 2021: uint8 (B, px, px, 3) -> tokens (B, 1 + (px / patch)^2, D) after the
+    last LayerNorm, class token first."""
 
     def __init__(self, px, patch, dim, layers, heads, rows):
         super().__init__()
@@ -225,20 +272,28 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.pos, std=0.02)
 
     def forward(self, image):
-        x = (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std                             # (B, 3, px, px)
-        x = self.patch(x).flatten(2).transpose(1, 2)                    # (B, 49, D)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos                                # (B, 50, D)
+        # (B, 3, px, px)
+        x = (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        x = self.patch(x).flatten(2).transpose(1, 2)  # (B, 49, D)
+        # (B, 50, D)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
 
 class Head(nn.Module):
-    """Projection head of BLEEP (Xie et al. 2023): p = W1 x, LN(Drop(W2 GELU(p)) + p); (B, in) -> (B, d). Not L2-normalised."""
+    """Projection head of BLEEP (Xie et al. 2023): p = W1 x, LN(Drop(W2 GELU(p)) + p); (B, in) ->
+    (B, d). Not L2-normalised."""
 
     def __init__(self, dim_in, dim, rows, dropout):
         super().__init__()
-        self.w1, self.w2, self.norm, self.drop = nn.Linear(dim_in, dim), nn.Linear(dim, dim), nn.LayerNorm(dim), Drop(dropout, rows)
+        self.w1, self.w2, self.norm, self.drop = (
+            nn.Linear(dim_in, dim),
+            nn.Linear(dim, dim),
+            nn.LayerNorm(dim),
+            Drop(dropout, rows),
+        )
 
     def forward(self, x):
         p = self.w1(x)
@@ -246,26 +301,34 @@ class Head(nn.Module):
 
 
 class ResidualCrossAttention(nn.Module):
-    """Block on image tokens x (B, T, d), then x + (v1 + softmax(q k' / sqrt(d_h)) v2): what is not masked goes past the attention on the genes.
+    """Block on image tokens x (B, T, d), then x + (v1 + softmax(q k' / sqrt(d_h)) v2): what is not
+    masked goes past the attention on the genes.
 
-    q = Drop(ReLU(Wq x)), k = Drop(ReLU(Wk y)), v1 = W1 q, v2 = W2 k: values are of the already transformed q and k; no output projection.
+    q = Drop(ReLU(Wq x)), k = Drop(ReLU(Wk y)), v1 = W1 q, v2 = W2 k: values are of the already
+    transformed q and k; no output projection.
     """
 
     def __init__(self, dim, rows, dropout, heads=8):
         super().__init__()
-        self.heads, self.block, self.drop = heads, Block(dim, heads, rows, dropout), Drop(0.25, rows)
+        self.heads, self.block, self.drop = (
+            heads,
+            Block(dim, heads, rows, dropout),
+            Drop(0.25, rows),
+        )
         self.wq, self.wk, self.w1, self.w2 = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, x, y):
         """x (B, T, d), gene tokens y (B, n, d) -> (B, T, d)."""
         x = self.block(x)
         q, k = self.drop(F.relu(self.wq(x))), self.drop(F.relu(self.wk(y)))
-        heads = [a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, self.w2(k))]          # (B, H, ., d_h)
+        # (B, H, ., d_h)
+        heads = [a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, self.w2(k))]
         return x + self.w1(q) + F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
 
 class Reconstruction(nn.Module):
-    """Image tokens (B, T, D_in), masked, and expression (B, G) -> reconstructed image embedding r (B, d)."""
+    """Image tokens (B, T, D_in), masked, and expression (B, G) -> reconstructed image embedding r
+    (B, d)."""
 
     def __init__(self, dim_in, n_genes, dim, snn, rows, mask_rate, share, dropout):
         super().__init__()
@@ -274,12 +337,16 @@ class Reconstruction(nn.Module):
         self.image = nn.Linear(dim_in, dim)
         self.cross = nn.MultiheadAttention(dim, 4, batch_first=True)
         block = ResidualCrossAttention(dim, rows, dropout)
-        self.fuse = nn.ModuleList([block, block if share else ResidualCrossAttention(dim, rows, dropout)])
+        self.fuse = nn.ModuleList(
+            [block, block if share else ResidualCrossAttention(dim, rows, dropout)]
+        )
 
     def forward(self, tokens, s):
-        y = self.gene_drop(F.elu(self.genes(s))).unflatten(-1, (self.n_tokens, -1))                       # (B, 8, d) gene tokens
-        x = self.masked(self.image(tokens))                             # (B, T, d)
-        x = self.cross(x, y, y, need_weights=False)[0]                  # replaces the image tokens: no residual here
+        # (B, 8, d) gene tokens
+        y = self.gene_drop(F.elu(self.genes(s))).unflatten(-1, (self.n_tokens, -1))
+        x = self.masked(self.image(tokens))  # (B, T, d)
+        # replaces the image tokens: no residual here
+        x = self.cross(x, y, y, need_weights=False)[0]
         for block in self.fuse:
             x = block(x, y)
         return x.mean(1)
@@ -290,7 +357,8 @@ class Reconstruction(nn.Module):
 
 
 class CMRC(nn.Module):
-    """Both branches. dim_in: width of frozen features, or the name of a ViT; n_genes: length of the expression vector."""
+    """Both branches. dim_in: width of frozen features, or the name of a ViT; n_genes: length of the
+    expression vector."""
 
     def __init__(self, dim_in, n_genes, config):
         super().__init__()
@@ -299,11 +367,24 @@ class CMRC(nn.Module):
         width = VITS[dim_in][2] if isinstance(dim_in, str) else dim_in
         self.image_head = Head(width, config.dim, self.rows, config.dropout)
         self.gene_head = Head(n_genes, config.dim, self.rows, config.dropout)
-        self.rebuild = None if config.reconstruction == "none" else Reconstruction(
-            width, n_genes, config.dim, config.snn, self.rows, config.mask_rate, config.share, config.dropout)
+        self.rebuild = (
+            None
+            if config.reconstruction == "none"
+            else Reconstruction(
+                width,
+                n_genes,
+                config.dim,
+                config.snn,
+                self.rows,
+                config.mask_rate,
+                config.share,
+                config.dropout,
+            )
+        )
 
     def image(self, image):
-        """Features (B, F) or uint8 patches (B, px, px, 3) -> tokens (B, T, D), z (B, d) of their mean, class token included."""
+        """Features (B, F) or uint8 patches (B, px, px, 3) -> tokens (B, T, D), z (B, d) of their
+        mean, class token included."""
         tokens = image[:, None] if self.vit is None else self.vit(image)
         return tokens, self.image_head(tokens.mean(1))
 
@@ -318,8 +399,15 @@ def parameter_table(model):
     parts = {"vit": model.vit, "image_head": model.image_head, "gene_head": model.gene_head}
     if model.rebuild is not None:
         r = model.rebuild
-        parts |= {"gene_tokens": r.genes, "image_tokens": r.image, "cross_attention": r.cross, "residual_blocks": r.fuse}
-    return {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items() if m is not None}
+        parts |= {
+            "gene_tokens": r.genes,
+            "image_tokens": r.image,
+            "cross_attention": r.cross,
+            "residual_blocks": r.fuse,
+        }
+    return {
+        name: sum(p.numel() for p in m.parameters()) for name, m in parts.items() if m is not None
+    }
 
 
 def read_tensors(path):
@@ -328,32 +416,55 @@ def read_tensors(path):
         if Path(path).suffix == ".safetensors":
             from safetensors import SafetensorError
             from safetensors.torch import load_file
+
             try:
                 return load_file(path)
             except SafetensorError as error:
                 raise ValueError(error) from error
-        found = data.read_checkpoint(path, "checkpoint of tensors", remedy="give a timm or transformers ViT-B/32 file")
+        found = data.read_checkpoint(
+            path, "checkpoint of tensors", remedy="give a timm or transformers ViT-B/32 file"
+        )
         found = found["state_dict"] if isinstance(found.get("state_dict"), dict) else found
         return {k: v for k, v in found.items() if torch.is_tensor(v)}
     except ImportError as error:
-        raise DataError(f"{path} needs the package safetensors: install the extra [pretrained], or give a .pt file") from error
+        raise DataError(
+            f"{path} needs the package safetensors: install the extra [pretrained], or give a "
+            ".pt file"
+        ) from error
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0]}): give a timm or transformers ViT-B/32 file") from error
+        raise DataError(
+            f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0]}): give a "
+            "timm or transformers ViT-B/32 file"
+        ) from error
 
 
-RENAME = [(r"^(vit|model|module|backbone|visual)\.", ""), (r"^encoder\.", ""), (r"^embeddings\.", ""), (r"^(layers?|blocks)\.", "blocks."),
-          (r"^(patch_embeddings\.projection|patch_embed\.proj)\.", "patch."), (r"^cls_token$", "cls"), (r"^(position_embeddings|pos_embed)$", "pos"),
-          (r"^layernorm\.", "norm."), (r"layernorm_before", "norm1"), (r"layernorm_after", "norm2"),
-          (r"attention\.output\.dense|attention\.o_proj|attn\.proj", "proj"), (r"attention\.attention\.|attention\.(?=[qkv]_proj)", ""),
-          (r"attn\.qkv", "qkv"),
-          (r"\b(q_proj|query)\b", "q"), (r"\b(k_proj|key)\b", "k"), (r"\b(v_proj|value)\b", "v"),
-          (r"intermediate\.dense|mlp\.fc1", "fc1"), (r"(?<!\w)output\.dense|mlp\.fc2", "fc2")]
+RENAME = [
+    (r"^(vit|model|module|backbone|visual)\.", ""),
+    (r"^encoder\.", ""),
+    (r"^embeddings\.", ""),
+    (r"^(layers?|blocks)\.", "blocks."),
+    (r"^(patch_embeddings\.projection|patch_embed\.proj)\.", "patch."),
+    (r"^cls_token$", "cls"),
+    (r"^(position_embeddings|pos_embed)$", "pos"),
+    (r"^layernorm\.", "norm."),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"attention\.output\.dense|attention\.o_proj|attn\.proj", "proj"),
+    (r"attention\.attention\.|attention\.(?=[qkv]_proj)", ""),
+    (r"attn\.qkv", "qkv"),
+    (r"\b(q_proj|query)\b", "q"),
+    (r"\b(k_proj|key)\b", "k"),
+    (r"\b(v_proj|value)\b", "v"),
+    (r"intermediate\.dense|mlp\.fc1", "fc1"),
+    (r"(?<!\w)output\.dense|mlp\.fc2", "fc2"),
+]
 
 
 def vit_state(found, model):
-    """Checkpoint tensors by timm or transformers names -> state_dict of `ViT`. Raises DataError with the first tensor that does not fit."""
+    """Checkpoint tensors by timm or transformers names -> state_dict of `ViT`. Raises DataError
+    with the first tensor that does not fit."""
     state = {}
     for name, value in found.items():
         for old, new in RENAME:
@@ -367,37 +478,47 @@ def vit_state(found, model):
     layers = len({n.split(".")[1] for n in state if n.startswith("blocks.")})
     wrong = [n for n in own if n not in state or state[n].shape != own[n].shape]
     if wrong or layers != len(model.blocks):
-        raise DataError(f"the checkpoint has {layers} layers and {wrong[0] if wrong else 'every tensor'} "
-                        f"{'is lacking or of another shape' if wrong else 'fits'}, the ViT has {len(model.blocks)} layers: "
-                        "give a ViT-B/32 checkpoint for 224 pixels and --backbone base")
+        raise DataError(
+            f"the checkpoint has {layers} layers and {wrong[0] if wrong else 'every tensor'} "
+            f"{'is lacking or of another shape' if wrong else 'fits'}, the ViT has "
+            f"{len(model.blocks)} layers: "
+            "give a ViT-B/32 checkpoint for 224 pixels and --backbone base"
+        )
     return {n: state[n] for n in own}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Losses
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def contrastive(z, h, tau=1.0, norm_sim=False):
-    """l (B,) of the pairs z, h (B, d): smoothed-target cross entropy in both directions (BLEEP, Xie et al. 2023, Eq. 2-5).
+    """l (B,) of the pairs z, h (B, d): smoothed-target cross entropy in both directions (BLEEP, Xie
+    et al. 2023, Eq. 2-5).
 
-    S = h z' / tau, T = softmax_rows((z z' + h h') / 2 * tau); l_i = (CE(S_i, T_i) + CE(S'_i, T'_i)) / 2, gradient also through T.
-    norm_sim: cosines, and T is divided by tau as S is. On LayerNorm outputs |z|^2 is about d, so that the released T is one-hot.
+    S = h z' / tau, T = softmax_rows((z z' + h h') / 2 * tau); l_i = (CE(S_i, T_i) + CE(S'_i, T'_i))
+    / 2, gradient also through T.
+    norm_sim: cosines, and T is divided by tau as S is. On LayerNorm outputs |z|^2 is about d, so
+    that the released T is one-hot.
     """
     if norm_sim:
         z, h = F.normalize(z, dim=-1), F.normalize(h, dim=-1)
-    s = h @ z.T / tau                                                   # (B, B) rows genes, columns images
+    # (B, B) rows genes, columns images
+    s = h @ z.T / tau
     t = ((z @ z.T + h @ h.T) / 2 * (1 / tau if norm_sim else tau)).softmax(1)
     return (-(t * s.log_softmax(1)).sum(1) - (t.T * s.T.log_softmax(1)).sum(1)) / 2
 
 
 def reconstruction_error(r, z, kind):
-    """Per pair (B,): mean squared error over the channels, or 1 - cosine. z is not detached: both sides learn."""
+    """Per pair (B,): mean squared error over the channels, or 1 - cosine. z is not detached: both
+    sides learn."""
     return (r - z).square().mean(1) if kind == "mse" else 1 - F.cosine_similarity(r, z, dim=1)
 
 
 def gather(local, rank, world):
-    """(n, c) of every process -> (n world, c). Only this process's rows carry a gradient: where every process computes the same loss of all rows, the
-    sum of the processes' gradients is the gradient of one process with the global batch, and nothing has to travel backwards."""
+    """(n, c) of every process -> (n world, c). Only this process's rows carry a gradient: where
+    every process computes the same loss of all rows, the sum of the processes' gradients is the
+    gradient of one process with the global batch, and nothing has to travel backwards."""
     if world == 1:
         return local
     parts = [torch.empty_like(local) for _ in range(world)]
@@ -407,9 +528,10 @@ def gather(local, rank, world):
 
 
 def loss_of(out, config, rank=0, world=1):
-    """mean log(1 + l) + log(1 + mean error) over the global batch; the mean l for the log of training, and the error."""
+    """mean log(1 + l) + log(1 + mean error) over the global batch; the mean l for the log of
+    training, and the error."""
     packed = gather(torch.cat([a.float() for a in out if a is not None], 1), rank, world)
-    z, h, *r = packed.split(config.dim, 1)                              # (B, d) each
+    z, h, *r = packed.split(config.dim, 1)  # (B, d) each
     pair = contrastive(z, h, config.tau or (0.1 if config.norm_sim else 1.0), config.norm_sim)
     loss, error = pair.log1p().mean(), torch.zeros((), device=z.device)
     if r:
@@ -418,12 +540,14 @@ def loss_of(out, config, rank=0, world=1):
     return loss, pair.mean().detach(), error.detach()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Retrieval
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def exact_topk(queries, keys, k, tile=TILE):
-    """Cosine top-k: queries (Q, d), keys (M, d) -> similarity (Q, k), index (Q, k), best first. At most `tile` cosines are held at once."""
+    """Cosine top-k: queries (Q, d), keys (M, d) -> similarity (Q, k), index (Q, k), best first. At
+    most `tile` cosines are held at once."""
     queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
     step = max(1, min(len(queries), tile // len(keys)))
     found = [(q @ keys.T).topk(k) for q in queries.split(step)]
@@ -431,85 +555,131 @@ def exact_topk(queries, keys, k, tile=TILE):
 
 
 class InvertedFile:
-    """Keys (M, d) in k-means lists of which a query reads the `probe` nearest (Sivic & Zisserman 2003): M probe / lists cosines a query, not M.
+    """Keys (M, d) in k-means lists of which a query reads the `probe` nearest (Sivic & Zisserman
+    2003): M probe / lists cosines a query, not M.
 
-    Search goes list by list: the queries that probe a list meet its keys, which lie together, in one matrix product.
+    Search goes list by list: the queries that probe a list meet its keys, which lie together, in
+    one matrix product.
     """
 
     def __init__(self, keys, lists=0, seed=0, sample=65536):
         keys = F.normalize(keys, dim=-1)
         lists = min(lists or int(2 * len(keys) ** 0.5), len(keys))
-        rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(keys))[:max(sample, 32 * lists)])
-        means = MiniBatchKMeans(lists, batch_size=max(4096, 2 * lists), n_init=1, max_iter=20, init="random", random_state=seed)
+        rows = torch.from_numpy(
+            np.random.default_rng(seed).permutation(len(keys))[: max(sample, 32 * lists)]
+        )
+        means = MiniBatchKMeans(
+            lists,
+            batch_size=max(4096, 2 * lists),
+            n_init=1,
+            max_iter=20,
+            init="random",
+            random_state=seed,
+        )
         centre = torch.from_numpy(means.fit(keys[rows].cpu().numpy()).cluster_centers_)
-        self.centre = F.normalize(centre.to(keys), dim=-1)              # (lists, d)
-        owner = exact_topk(keys, self.centre, 1)[1][:, 0]               # (M,)
+        self.centre = F.normalize(centre.to(keys), dim=-1)  # (lists, d)
+        owner = exact_topk(keys, self.centre, 1)[1][:, 0]  # (M,)
         self.order = owner.argsort(stable=True)
-        self.keys = keys[self.order]                                    # a list is a run of rows
+        self.keys = keys[self.order]  # a list is a run of rows
         self.first = F.pad(torch.bincount(owner, minlength=lists).cumsum(0), (1, 0)).tolist()
 
     def topk(self, queries, k, probe, step=32768):
-        """Like `exact_topk`; a place beyond the keys of the probed lists has index -1 and similarity -inf."""
+        """Like `exact_topk`; a place beyond the keys of the probed lists has index -1 and
+        similarity -inf."""
         queries = F.normalize(queries, dim=-1)
         found = [self._topk(q, k, min(probe, len(self.centre))) for q in queries.split(step)]
         return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
     def scores(self, queries, lists):
-        """For every list: the places of the (query, list) pairs in lists (Q, p) flattened, cosines (n, keys of the list), the list's first row."""
-        pair = lists.flatten().argsort(stable=True)                     # pairs by list
+        """For every list: the places of the (query, list) pairs in lists (Q, p) flattened, cosines
+        (n, keys of the list), the list's first row."""
+        pair = lists.flatten().argsort(stable=True)  # pairs by list
         ends = torch.bincount(lists.flatten(), minlength=len(self.centre)).cumsum(0).tolist()
         who = torch.div(pair, lists.shape[1], rounding_mode="floor")
         for start, stop, low, high in zip([0, *ends], ends, self.first, self.first[1:]):
             if stop > start and high > low:
-                yield pair[start:stop], who[start:stop], queries[who[start:stop]] @ self.keys[low:high].T, low
+                yield (
+                    pair[start:stop],
+                    who[start:stop],
+                    queries[who[start:stop]] @ self.keys[low:high].T,
+                    low,
+                )
 
     def _topk(self, queries, k, probe, near=8):
-        """The nearest lists give every query k candidates; of the other lists only what beats the worst of those is kept, which is little."""
-        probed = (queries @ self.centre.T).topk(probe).indices          # (Q, probe), nearest list first
+        """The nearest lists give every query k candidates; of the other lists only what beats the
+        worst of those is kept, which is little."""
+        # (Q, probe), nearest list first
+        probed = (queries @ self.centre.T).topk(probe).indices
         near = min(near, probe)
         best = queries.new_full((len(queries) * near, k), float("-inf"))
         row = torch.full((len(queries) * near, k), -1, dtype=torch.int32, device=queries.device)
         for pair, _, s, low in self.scores(queries, probed[:, :near]):
             top = s.topk(min(k, s.shape[1]), sorted=False)
-            best[pair, :s.shape[1]], row[pair, :s.shape[1]] = top.values, (top.indices + low).int()
-        best, at = best.view(len(queries), -1).topk(k)                  # (Q, k)
+            best[pair, : s.shape[1]], row[pair, : s.shape[1]] = (
+                top.values,
+                (top.indices + low).int(),
+            )
+        best, at = best.view(len(queries), -1).topk(k)  # (Q, k)
         row = row.view(len(queries), -1).gather(1, at).long()
-        found = [(torch.arange(len(queries), device=queries.device).repeat_interleave(k), best.flatten(), row.flatten())]
+        found = [
+            (
+                torch.arange(len(queries), device=queries.device).repeat_interleave(k),
+                best.flatten(),
+                row.flatten(),
+            )
+        ]
         for _, who, s, low in self.scores(queries, probed[:, near:]) if probe > near else ():
             i, j = torch.nonzero(s > best[who, -1:], as_tuple=True)
             found.append((who[i], s[i, j], j + low))
         who, value, row = (torch.cat(parts) for parts in zip(*found))
         order = value.argsort(descending=True, stable=True)
-        order = order[who[order].argsort(stable=True)]                  # by query, best first
-        count = torch.bincount(who, minlength=len(queries))             # at least k each
-        at = order[(count.cumsum(0) - count)[:, None] + torch.arange(k, device=queries.device)]           # (Q, k)
+        order = order[who[order].argsort(stable=True)]  # by query, best first
+        count = torch.bincount(who, minlength=len(queries))  # at least k each
+        # (Q, k)
+        at = order[(count.cumsum(0) - count)[:, None] + torch.arange(k, device=queries.device)]
         return value[at], torch.where(row[at] >= 0, self.order[row[at].clamp(min=0)], -1)
 
 
 def search(config, queries, keys):
-    """Top-k by --index -> similarity, index (Q, k), recall of the inverted file on at most 1,000 of the queries (nan for the exact search)."""
+    """Top-k by --index -> similarity, index (Q, k), recall of the inverted file on at most 1,000 of
+    the queries (nan for the exact search)."""
     k = config.k
     if config.index == "exact":
         return *exact_topk(queries, keys, k), float("nan")
     found = InvertedFile(keys, config.lists, config.seed).topk(queries, k, config.probe)
     rows = torch.linspace(0, len(queries) - 1, min(len(queries), 1000)).long()
-    recall = metrics.recall_at_k(found[1][rows].cpu().numpy(), exact_topk(queries[rows], keys, k)[1].cpu().numpy())
+    recall = metrics.recall_at_k(
+        found[1][rows].cpu().numpy(), exact_topk(queries[rows], keys, k)[1].cpu().numpy()
+    )
     return *found, recall
 
 
 def read_out(similarity, index, values, weighting="mean"):
-    """Expression of the k neighbours (Q, G): plain mean, or softmax(cosine / 0.05). similarity, index (Q, k), -1 = none; values (M, G) any kind."""
+    """Expression of the k neighbours (Q, G): plain mean, or softmax(cosine / 0.05). similarity,
+    index (Q, k), -1 = none; values (M, G) any kind."""
     similarity, index = similarity.float().cpu(), index.cpu()
-    weight = torch.where(index < 0, float("-inf"), similarity / 0.05 if weighting == "softmax" else torch.zeros_like(similarity)).softmax(1).numpy()
+    weight = (
+        torch.where(
+            index < 0,
+            float("-inf"),
+            similarity / 0.05 if weighting == "softmax" else torch.zeros_like(similarity),
+        )
+        .softmax(1)
+        .numpy()
+    )
     index = index.clamp(min=0).numpy()
-    pick = sp.csr_matrix((weight.ravel(), index.ravel(), np.arange(0, index.size + 1, index.shape[1])), shape=(len(index), values.shape[0]))
-    out = pick @ values                                                 # (Q, G)
+    pick = sp.csr_matrix(
+        (weight.ravel(), index.ravel(), np.arange(0, index.size + 1, index.shape[1])),
+        shape=(len(index), values.shape[0]),
+    )
+    out = pick @ values  # (Q, G)
     return (out.toarray() if sp.issparse(out) else out).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Slides -> tensors
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Sample:
@@ -518,12 +688,16 @@ class Sample:
     name: str
     patient: str
     slide: data.Slide
-    frozen: torch.Tensor                                                # (S, F) frozen features as they are
-    x: torch.Tensor = None                                              # (S, F') what the image branch sees: scaled features, or uint8 (S, px, px, 3)
-    s: torch.Tensor = None                                              # (S, I) expression vector
-    y: np.ndarray = None                                                # (S, G) expression to read out
-    measured: np.ndarray = None                                         # (G,) bool
-    scored: np.ndarray = None                                           # (S,) bool, spots with enough counts
+    # (S, F) frozen features as they are
+    frozen: torch.Tensor
+    # (S, F') what the image branch sees: scaled features, or uint8 (S, px, px, 3)
+    x: torch.Tensor = None
+    s: torch.Tensor = None  # (S, I) expression vector
+    # (S, G) expression to read out
+    y: np.ndarray = None
+    measured: np.ndarray = None  # (G,) bool
+    # (S,) bool, spots with enough counts
+    scored: np.ndarray = None
 
 
 def is_file(encoder):
@@ -533,53 +707,92 @@ def is_file(encoder):
 def frozen_features(config, slide):
     """(S, F) float32. Raises DataError on NaN and on patches that are not RGB."""
     if slide.patches is not None and slide.patches.shape[-1] != 3:
-        raise DataError(f"{slide.patches.path} holds patches of shape {slide.patches.shape[1:]}: they must be uint8 RGB, (h, w, 3)")
+        raise DataError(
+            f"{slide.patches.path} holds patches of shape {slide.patches.shape[1:]}: they "
+            "must be uint8 RGB, (h, w, 3)"
+        )
     encoder = config.encoder.replace("{sample}", slide.sample)
-    x = data.image_features(slide, encoder, cache=config.cache or Path(config.data) / ".features", device=str(run.pick_device(config.device)))
+    x = data.image_features(
+        slide,
+        encoder,
+        cache=config.cache or Path(config.data) / ".features",
+        device=str(run.pick_device(config.device)),
+    )
     if not np.isfinite(x).all():
-        raise DataError(f"the features of slide {slide.sample} from {encoder} hold NaN or infinity: make them again")
+        raise DataError(
+            f"the features of slide {slide.sample} from {encoder} hold NaN or infinity: make "
+            "them again"
+        )
     return torch.from_numpy(np.ascontiguousarray(x))
 
 
 def pixels(slide, px):
-    """(S, px, px, 3) uint8 patches, resized where they have another size; 150 kB a spot at 224 pixels stay in memory."""
+    """(S, px, px, 3) uint8 patches, resized where they have another size; 150 kB a spot at 224
+    pixels stay in memory."""
     if slide.patches is None:
-        raise DataError(f"slide {slide.sample} has no patches: give a HEST folder with patches/, or --backbone features")
+        raise DataError(
+            f"slide {slide.sample} has no patches: give a HEST folder with patches/, or "
+            "--backbone features"
+        )
     out = torch.empty(slide.n_spots, px, px, 3, dtype=torch.uint8)
     for rows in torch.arange(slide.n_spots).split(256):
-        p = torch.from_numpy(slide.patches[rows.numpy()])               # (n, h, w, 3)
+        p = torch.from_numpy(slide.patches[rows.numpy()])  # (n, h, w, 3)
         if p.shape[1:3] != (px, px):
-            p = F.interpolate(p.permute(0, 3, 1, 2).float(), size=(px, px), mode="bilinear", antialias=True).round().clamp(0, 255).permute(0, 2, 3, 1)
+            p = (
+                F.interpolate(
+                    p.permute(0, 3, 1, 2).float(), size=(px, px), mode="bilinear", antialias=True
+                )
+                .round()
+                .clamp(0, 255)
+                .permute(0, 2, 3, 1)
+            )
         out[rows] = p.to(torch.uint8)
     return out
 
 
 def shared_genes(slides):
-    """Genes that all slides measure, without the control probes of panels, sorted (a set's order changes from run to run)."""
+    """Genes that all slides measure, without the control probes of panels, sorted (a set's order
+    changes from run to run)."""
     genes = [str(g) for g in data.common_genes(slides) if not CONTROLS.match(g)]
     if not genes:
-        raise DataError(f"slides {', '.join(s.sample for s in slides)} share control probes only: check the panels")
+        raise DataError(
+            f"slides {', '.join(s.sample for s in slides)} share control probes only: check "
+            "the panels"
+        )
     return sorted(genes)
 
 
 def log_expression(slide, genes, target="cp10k"):
-    """(S, len(genes)) CSR of log1p values of genes that the slide measures; the library is of all its genes."""
+    """(S, len(genes)) CSR of log1p values of genes that the slide measures; the library is of all
+    its genes."""
     column = {g: j for j, g in reversed(list(enumerate(slide.genes)))}
-    values = data.normalise_log1p(slide.counts, slide.library_size) if target == "cp10k" else slide.counts.astype(np.float32).log1p()
+    values = (
+        data.normalise_log1p(slide.counts, slide.library_size)
+        if target == "cp10k"
+        else slide.counts.astype(np.float32).log1p()
+    )
     return values.tocsc()[:, [column[g] for g in genes]].tocsr()
 
 
 def keep_rows(slide, min_counts):
     """(S,) bool, spots with enough counts. Raises DataError for a slide with fewer than two."""
-    library = np.asarray(slide.counts.sum(1)).ravel() if slide.library_size is None else slide.library_size
+    library = (
+        np.asarray(slide.counts.sum(1)).ravel()
+        if slide.library_size is None
+        else slide.library_size
+    )
     keep = library >= min_counts
     if keep.sum() < 2:
-        raise DataError(f"slide {slide.sample} has {keep.sum()} spots with {min_counts} counts or more: leave it out or lower --min_counts")
+        raise DataError(
+            f"slide {slide.sample} has {keep.sum()} spots with {min_counts} counts or more: "
+            "leave it out or lower --min_counts"
+        )
     return keep
 
 
 def input_genes(slides, n_hvg, min_counts):
-    """Union of the n_hvg highly variable genes of every slide among those that all measure, sorted."""
+    """Union of the n_hvg highly variable genes of every slide among those that all measure,
+    sorted."""
     genes = np.array(shared_genes(slides))
     chosen = set()
     for s in slides:
@@ -589,12 +802,18 @@ def input_genes(slides, n_hvg, min_counts):
 
 
 def gene_lists(slides, genes, min_counts, target, markers, n=50):
-    """{heg, hvg, marker: names} out of `genes`: largest mean log expression, largest variance over the spots of `slides`; the stated markers."""
-    x = sp.vstack([log_expression(s, genes, target)[keep_rows(s, min_counts)] for s in slides]).tocsr()
+    """{heg, hvg, marker: names} out of `genes`: largest mean log expression, largest variance over
+    the spots of `slides`; the stated markers."""
+    x = sp.vstack(
+        [log_expression(s, genes, target)[keep_rows(s, min_counts)] for s in slides]
+    ).tocsr()
     mean, var = data.mean_var(x)
     wanted = MARKERS[markers].split() if markers in MARKERS else markers.split(",")
-    return {"heg": [genes[j] for j in np.argsort(-mean, kind="stable")[:n]], "hvg": [genes[j] for j in np.argsort(-var, kind="stable")[:n]],
-            "marker": [g for g in wanted if g in set(genes)]}
+    return {
+        "heg": [genes[j] for j in np.argsort(-mean, kind="stable")[:n]],
+        "hvg": [genes[j] for j in np.argsort(-var, kind="stable")[:n]],
+        "marker": [g for g in wanted if g in set(genes)],
+    }
 
 
 class Scaler:
@@ -608,7 +827,10 @@ class Scaler:
         out = {}
         for name in ("frozen", "s"):
             a = torch.cat([getattr(s, name)[s.scored] for s in samples]).double()
-            out |= {f"{name}_mean": a.mean(0).float(), f"{name}_std": a.std(0, correction=0).clamp(min=1e-6).float()}
+            out |= {
+                f"{name}_mean": a.mean(0).float(),
+                f"{name}_std": a.std(0, correction=0).clamp(min=1e-6).float(),
+            }
         return cls(out)
 
     def apply(self, sample, config):
@@ -616,29 +838,47 @@ class Scaler:
         out, t = copy.copy(sample), self.tensors
         if config.backbone == "features":
             x = sample.frozen
-            views = {"train": (x - t["frozen_mean"]) / t["frozen_std"], "slide": (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-6)}
-            out.x = torch.cat([views["train"], views["slide"]], 1) if config.scale == "both" else views[config.scale]
+            views = {
+                "train": (x - t["frozen_mean"]) / t["frozen_std"],
+                "slide": (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-6),
+            }
+            out.x = (
+                torch.cat([views["train"], views["slide"]], 1)
+                if config.scale == "both"
+                else views[config.scale]
+            )
         if sample.s is not None and config.gene_scale != "none":
             own = sample.s[sample.scored]
-            mean, std = (t["s_mean"], t["s_std"]) if config.gene_scale == "train" else (own.mean(0), own.std(0, correction=0))
-            out.s = ((sample.s - mean) / std.clamp(min=0.1)).clamp(-10, 10)                             # a gene seen once is not worth 30 sigma
+            mean, std = (
+                (t["s_mean"], t["s_std"])
+                if config.gene_scale == "train"
+                else (own.mean(0), own.std(0, correction=0))
+            )
+            # a gene seen once is not worth 30 sigma
+            out.s = ((sample.s - mean) / std.clamp(min=0.1)).clamp(-10, 10)
         return out
 
 
 class Pairs:
-    """Scored spots of several samples: image, expression vector, values; the unit of training and the rows of the atlas."""
+    """Scored spots of several samples: image, expression vector, values; the unit of training and
+    the rows of the atlas."""
 
     def __init__(self, samples):
         rows = [np.flatnonzero(s.scored) for s in samples]
         self.names = [s.name for s in samples]
-        self.slide = np.repeat(np.arange(len(samples)), [len(r) for r in rows])                          # (N,)
+        # (N,)
+        self.slide = np.repeat(np.arange(len(samples)), [len(r) for r in rows])
         self.row, self.x = np.concatenate(rows), [s.x for s in samples]
-        self.s = torch.cat([s.s[r] for s, r in zip(samples, rows)])     # (N, I)
-        self.features = torch.cat([s.x[r] for s, r in zip(samples, rows)]) if samples[0].x.ndim == 2 else None      # pictures are not copied
-        y = np.concatenate([s.y[r] for s, r in zip(samples, rows)])     # (N, G)
+        self.s = torch.cat([s.s[r] for s, r in zip(samples, rows)])  # (N, I)
+        # pictures are not copied
+        self.features = (
+            torch.cat([s.x[r] for s, r in zip(samples, rows)]) if samples[0].x.ndim == 2 else None
+        )
+        y = np.concatenate([s.y[r] for s, r in zip(samples, rows)])  # (N, G)
         there = np.stack([s.measured for s in samples])[self.slide]
         mean = (y * there).sum(0, dtype=np.float64) / np.maximum(there.sum(0), 1)
-        self.y = np.where(there, y, mean.astype(np.float32))            # a gene that a slide lacks stands there at the mean of the others
+        # a gene that a slide lacks stands there at the mean of the others
+        self.y = np.where(there, y, mean.astype(np.float32))
 
     def __len__(self):
         return len(self.row)
@@ -650,13 +890,14 @@ class Pairs:
         return torch.stack([self.x[i][j] for i, j in zip(self.slide[rows], self.row[rows])])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def turned(image, rows):
     """Random flips and quarter turns of square patches (n, px, px, 3), as released."""
-    u = rows.rand(3)                                                    # (n, 3)
+    u = rows.rand(3)  # (n, 3)
     for axis in (1, 2):
         image = torch.where((u[:, axis - 1] < 0.5)[:, None, None, None], image.flip(axis), image)
     turns = (u[:, 2] * 4).long()
@@ -667,18 +908,26 @@ def turned(image, rows):
 
 @torch.no_grad()
 def embed(model, config, x=None, s=None, batch=1024):
-    """z (S, d) of images x, or h (S, d) of expression s; float32, on the model's device; eval mode."""
+    """z (S, d) of images x, or h (S, d) of expression s; float32, on the model's device; eval
+    mode."""
     model.eval()
     device = next(model.parameters()).device
     out = []
     for part in (s if x is None else x).split(batch):
         with run.autocast(config, device):
-            out.append((model.gene_head(part.to(device)) if x is None else model.image(part.to(device))[1]).float())
+            out.append(
+                (
+                    model.gene_head(part.to(device))
+                    if x is None
+                    else model.image(part.to(device))[1]
+                ).float()
+            )
     return torch.cat(out)
 
 
 def retrieve(model, config, keys, values, samples):
-    """keys (M, d), values (M, G) -> predicted expression (S, G) of every sample, the similarity, index and queries of each, recall of the index."""
+    """keys (M, d), values (M, G) -> predicted expression (S, G) of every sample, the similarity,
+    index and queries of each, recall of the index."""
     queries = [embed(model, config, x=s.x) for s in samples]
     similarity, index, recall = search(config, torch.cat(queries), keys)
     sizes = [len(q) for q in queries]
@@ -689,9 +938,13 @@ def retrieve(model, config, keys, values, samples):
 def validation_score(model, config, pairs, samples, n_targets):
     """Mean over held-out slides of the mean PCC of the target genes."""
     found = []
-    for s, pred in zip(samples, retrieve(model, config, embed(model, config, s=pairs.s), pairs.y, samples)[0]):
+    for s, pred in zip(
+        samples, retrieve(model, config, embed(model, config, s=pairs.s), pairs.y, samples)[0]
+    ):
         cols = np.flatnonzero(s.measured[:n_targets])
-        found.append(metrics.pcc_summary(s.y[s.scored][:, cols], pred[s.scored][:, cols])["pcc_mean"])
+        found.append(
+            metrics.pcc_summary(s.y[s.scored][:, cols], pred[s.scored][:, cols])["pcc_mean"]
+        )
     return float(np.nanmean(found)) if np.isfinite(found).any() else -np.inf
 
 
@@ -701,14 +954,18 @@ def learning_rate(epoch, config):
 
 
 def epoch_of(net, model, optimiser, pairs, config, record, generator):
-    """One pass. Returns loss, mean l of the pairs and reconstruction error, averaged over the steps; the same with one process or several."""
+    """One pass. Returns loss, mean l of the pairs and reconstruction error, averaged over the
+    steps; the same with one process or several."""
     batch = min(config.batch, len(pairs) // record.world * record.world)
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(generator.initial_seed()))
+    order = torch.randperm(
+        len(pairs), generator=torch.Generator().manual_seed(generator.initial_seed())
+    )
     total = torch.zeros(3, device=record.device)
-    steps = order[:len(order) // batch * batch].split(batch)            # the last, incomplete batch is dropped
+    # the last, incomplete batch is dropped
+    steps = order[: len(order) // batch * batch].split(batch)
     for rows in steps:
         model.rows.set(record.rank, record.world, batch, generator)
-        mine = rows[model.rows.start:model.rows.start + model.rows.n].numpy()
+        mine = rows[model.rows.start : model.rows.start + model.rows.n].numpy()
         image = pairs.image(mine).to(record.device)
         if model.vit is not None and config.augment:
             image = turned(image, model.rows)
@@ -716,23 +973,31 @@ def epoch_of(net, model, optimiser, pairs, config, record, generator):
             out = net(image, pairs.s[mine].to(record.device))
         loss, pair, error = loss_of(out, config, record.rank, record.world)
         optimiser.zero_grad()
-        (loss * record.world).backward()                                # DDP averages the gradients; the sum is wanted, see `gather`
+        # DDP averages the gradients; the sum is wanted, see `gather`
+        (loss * record.world).backward()
         optimiser.step()
         total += torch.stack([loss.detach(), pair, error])
-    found = (total / len(steps)).tolist()                               # the only place where the host waits for the device
+    # the only place where the host waits for the device
+    found = (total / len(steps)).tolist()
     if not np.isfinite(found[0]):
-        raise DataError(f"the loss is {found[0]}: lower --lr, or check the inputs for extreme values")
+        raise DataError(
+            f"the loss is {found[0]}: lower --lr, or check the inputs for extreme values"
+        )
     return found
 
 
 def train_one(make, pairs, val, config, record, epochs, number, n_targets, saved=None, save=None):
-    """One model. Every epoch seeds itself, so that going on from `saved` gives what an uninterrupted run gives.
+    """One model. Every epoch seeds itself, so that going on from `saved` gives what an
+    uninterrupted run gives.
 
-    Returns the model and its history [(loss, mean l, reconstruction error, validation score or nan)].
+    Returns the model and its history [(loss, mean l, reconstruction error, validation score or
+    nan)].
     """
     torch.manual_seed(1_000_003 * config.seed + number)
     model = run.compiled(make().to(record.device), config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
+    )
     history = []
     if saved is not None:
         model.load_state_dict(saved["model"])
@@ -740,90 +1005,172 @@ def train_one(make, pairs, val, config, record, epochs, number, n_targets, saved
         history = [tuple(h) for h in saved["history"]]
     net = nn.parallel.DistributedDataParallel(model) if record.world > 1 else model
     for epoch in run.progress(range(len(history), epochs), "epochs"):
-        generator = torch.Generator(record.device).manual_seed(1_000_003 * config.seed + 1009 * (number + 1) + epoch)
+        generator = torch.Generator(record.device).manual_seed(
+            1_000_003 * config.seed + 1009 * (number + 1) + epoch
+        )
         model.train()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(epoch, config)
         found = epoch_of(net, model, optimiser, pairs, config, record, generator)
-        history.append((*found, validation_score(model, config, pairs, val, n_targets) if val else float("nan")))
+        history.append(
+            (
+                *found,
+                validation_score(model, config, pairs, val, n_targets) if val else float("nan"),
+            )
+        )
         if save is not None and config.save_every and (epoch + 1) % config.save_every == 0:
-            save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "history": history})
+            save(
+                {
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "history": history,
+                }
+            )
     return model, history
 
 
 def inner_folds(samples, config):
-    """[(fit, validation samples)] inside the training slides: other patients, else other slides, else tiles of an only slide; or a random fifth."""
+    """[(fit, validation samples)] inside the training slides: other patients, else other slides,
+    else tiles of an only slide; or a random fifth."""
     if config.val == "none":
         return []
 
-    def parts(held):                                                    # held: {slide: (S,) bool of validation spots}
+    # held: {slide: (S,) bool of validation spots}
+    def parts(held):
         fit, val = ([copy.copy(s) for s in samples] for _ in range(2))
         for f, v in zip(fit, val):
             f.scored, v.scored = f.scored & ~held[f.name], v.scored & held[v.name]
         return [[s for s in side if s.scored.sum() > 1] for side in (fit, val)]
+
     rng = np.random.default_rng(config.seed)
     if config.val == "random":
         return [parts({s.name: rng.random(len(s.scored)) < 0.2 for s in samples})]
-    names = [s.patient for s in samples] if len({s.patient for s in samples}) > 1 else [s.name for s in samples]
+    names = (
+        [s.patient for s in samples]
+        if len({s.patient for s in samples}) > 1
+        else [s.name for s in samples]
+    )
     groups = sorted(set(names), key=names.index)
     n = min(config.folds, len(groups))
     if n > 1:
-        out = [parts({s.name: np.full(len(s.scored), groups.index(g) % n == f) for s, g in zip(samples, names)}) for f in range(n)]
+        out = [
+            parts(
+                {
+                    s.name: np.full(len(s.scored), groups.index(g) % n == f)
+                    for s, g in zip(samples, names)
+                }
+            )
+            for f in range(n)
+        ]
     else:
         xy = samples[0].slide.xy
-        tile = ((xy - xy.min(0)) / data.lattice_pitch(xy) // 4).astype(int)                              # 4 x 4 pitches
-        out = [parts({samples[0].name: (tile[:, 0] + 2 * tile[:, 1]) % 5 == f}) for f in range(min(config.folds, 5))]
-    return [(fit, val) for fit, val in out if fit and val and sum(s.scored.sum() for s in fit) >= config.k]
+        # 4 x 4 pitches
+        tile = ((xy - xy.min(0)) / data.lattice_pitch(xy) // 4).astype(int)
+        out = [
+            parts({samples[0].name: (tile[:, 0] + 2 * tile[:, 1]) % 5 == f})
+            for f in range(min(config.folds, 5))
+        ]
+    return [
+        (fit, val)
+        for fit, val in out
+        if fit and val and sum(s.scored.sum() for s in fit) >= config.k
+    ]
 
 
 def smooth(curve, reach=2):
-    """Mean over `reach` epochs before and after: the best epoch of a few slides is then not the luckiest one."""
+    """Mean over `reach` epochs before and after: the best epoch of a few slides is then not the
+    luckiest one."""
     kernel = np.ones(2 * reach + 1)
-    return np.convolve(curve, kernel, "same") / np.convolve(np.ones_like(curve), kernel, "same") if len(curve) >= len(kernel) else np.asarray(curve)
+    return (
+        np.convolve(curve, kernel, "same") / np.convolve(np.ones_like(curve), kernel, "same")
+        if len(curve) >= len(kernel)
+        else np.asarray(curve)
+    )
 
 
 def train(make, samples, config, record, n_targets, latest=None, origin=None):
-    """Validation inside the training slides chooses the number of epochs, then one model is trained on all of them.
+    """Validation inside the training slides chooses the number of epochs, then one model is trained
+    on all of them.
 
-    Returns the model, the histories (folds, then the model), the best validation score (nan without). latest: path of latest.pt or None;
-    origin: what the run is made of (checksum of its files, slides, genes), which must not change between a checkpoint and --resume.
+    Returns the model, the histories (folds, then the model), the best validation score (nan
+    without). latest: path of latest.pt or None;
+    origin: what the run is made of (checksum of its files, slides, genes), which must not change
+    between a checkpoint and --resume.
     """
     saved = {"done": [], "going": None}
     if latest is not None and config.resume:
         saved = load_checkpoint(latest)
         if saved["config"] != resumable(config):
-            raise DataError(f"{latest} was written with other flags: use the same flags, or leave --resume away")
+            raise DataError(
+                f"{latest} was written with other flags: use the same flags, or leave --resume away"
+            )
         if saved.get("data") != origin:
-            raise DataError(f"{latest} was written from other files, slides or genes: use the same, or leave --resume away")
-    done, jobs, epochs, best = list(saved["done"]), inner_folds(samples, config), config.epochs, float("nan")
+            raise DataError(
+                f"{latest} was written from other files, slides or genes: use the same, or "
+                "leave --resume away"
+            )
+    done, jobs, epochs, best = (
+        list(saved["done"]),
+        inner_folds(samples, config),
+        config.epochs,
+        float("nan"),
+    )
     for number, (fit, val) in enumerate([*jobs, (samples, [])]):
         if number == len(jobs) and jobs:
-            curve = smooth(np.mean([[h[-1] for h in history] for history in done], axis=0))              # (epochs,)
+            # (epochs,)
+            curve = smooth(np.mean([[h[-1] for h in history] for history in done], axis=0))
             epochs, best = int(curve.argmax()) + 1, float(curve.max())
         if number < len(done):
             continue
 
         def save(state):
             if record.rank == 0:
-                run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "data": origin, "done": done, "going": state}, f))
-        model, history = train_one(make, Pairs(fit), val, config, record, epochs, number, n_targets,
-                                   saved["going"] if number == len(saved["done"]) else None, save if latest is not None else None)
+                run.write_atomically(
+                    latest,
+                    lambda f: torch.save(
+                        {"config": resumable(config), "data": origin, "done": done, "going": state},
+                        f,
+                    ),
+                )
+
+        model, history = train_one(
+            make,
+            Pairs(fit),
+            val,
+            config,
+            record,
+            epochs,
+            number,
+            n_targets,
+            saved["going"] if number == len(saved["done"]) else None,
+            save if latest is not None else None,
+        )
         done.append(history)
     warn_when_guessing(done[-1], min(config.batch, sum(int(s.scored.sum()) for s in samples)))
     return model, done, best
 
 
 def warn_when_guessing(history, batch):
-    """Print a warning where the contrastive loss of the last epoch is still that of random guessing, log(batch)."""
+    """Print a warning where the contrastive loss of the last epoch is still that of random
+    guessing, log(batch)."""
     last, guess = history[-1][1], np.log(batch)
     if last > 0.95 * guess:
-        print(f"warning: the contrastive loss is {last:.2f}, random guessing has log({batch}) = {guess:.2f}: image and expression have not been "
-              "matched; train longer, raise --lr, or check the pairing", flush=True)
+        print(
+            f"warning: the contrastive loss is {last:.2f}, random guessing has log({batch}) = "
+            f"{guess:.2f}: image and expression have not been "
+            "matched; train longer, raise --lr, or check the pairing",
+            flush=True,
+        )
 
 
 def resumable(config):
     """The flags that must not change between a checkpoint and --resume."""
-    return {k: v for k, v in vars(config).items() if k not in ("resume", "save_every", "runs", "device", "threads", "cache", "predict", "atlas")}
+    return {
+        k: v
+        for k, v in vars(config).items()
+        if k
+        not in ("resume", "save_every", "runs", "device", "threads", "cache", "predict", "atlas")
+    }
 
 
 def load_checkpoint(path):
@@ -831,13 +1178,20 @@ def load_checkpoint(path):
     return data.read_checkpoint(path, "whole cmrcnet checkpoint", ["config"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Atlas: keys and values of the training spots in one HDF5 file
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def encoder_name(config):
     """What turns a patch into the model's input: the ViT, or the frozen encoder."""
-    return f"vit:{config.backbone}" if config.backbone != "features" else "file" if is_file(config.encoder) else config.encoder
+    return (
+        f"vit:{config.backbone}"
+        if config.backbone != "features"
+        else "file"
+        if is_file(config.encoder)
+        else config.encoder
+    )
 
 
 def fingerprint(weights, inputs):
@@ -849,11 +1203,20 @@ def fingerprint(weights, inputs):
 
 
 def write_atlas(file, keys, values, genes, pairs, config, inputs, mark):
-    """keys (M, d), values (M, G) CSR over `genes`, of the spots of `pairs`; to an open binary file."""
+    """keys (M, d), values (M, G) CSR over `genes`, of the spots of `pairs`; to an open binary
+    file."""
     held = io.BytesIO()
     with h5py.File(held, "w") as f:
-        f.attrs.update({"encoder": encoder_name(config), "fingerprint": mark, "target": config.target})
-        for name, a in {"keys": keys, "data": values.data, "indices": values.indices, "indptr": values.indptr, "slide": pairs.slide}.items():
+        f.attrs.update(
+            {"encoder": encoder_name(config), "fingerprint": mark, "target": config.target}
+        )
+        for name, a in {
+            "keys": keys,
+            "data": values.data,
+            "indices": values.indices,
+            "indptr": values.indptr,
+            "slide": pairs.slide,
+        }.items():
             f.create_dataset(name, data=a, compression="gzip", compression_opts=1)
         for name, names in {"genes": genes, "inputs": inputs, "slides": pairs.names}.items():
             f.create_dataset(name, data=np.array(names, dtype="S"))
@@ -861,47 +1224,83 @@ def write_atlas(file, keys, values, genes, pairs, config, inputs, mark):
 
 
 def read_atlas(path, saved, known):
-    """keys tensor (M, d), values (M, G) CSR, genes. Raises DataError for a damaged atlas, or one of other genes, another encoder or model."""
+    """keys tensor (M, d), values (M, G) CSR, genes. Raises DataError for a damaged atlas, or one of
+    other genes, another encoder or model."""
     with data.open_h5(path, "a whole cmrcnet atlas, the atlas.h5 that lies beside model.pt") as f:
         keys = torch.from_numpy(data.read_array(f["keys"], "f"))
-        genes, inputs = (data.read_array(f[n], "S").astype(str).tolist() for n in ("genes", "inputs"))
-        values = sp.csr_matrix(tuple(data.read_array(f[n], kinds) for n, kinds in (("data", "f"), ("indices", "i"), ("indptr", "i"))),
-                               shape=(len(keys), len(genes)))
-        values.check_format()                                           # a column out of range would be read from beyond the memory
-        if keys.ndim != 2 or not (torch.isfinite(keys).all() and np.isfinite(values.data).all()) or values.indptr[-1] != len(values.data):
+        genes, inputs = (
+            data.read_array(f[n], "S").astype(str).tolist() for n in ("genes", "inputs")
+        )
+        values = sp.csr_matrix(
+            tuple(
+                data.read_array(f[n], kinds)
+                for n, kinds in (("data", "f"), ("indices", "i"), ("indptr", "i"))
+            ),
+            shape=(len(keys), len(genes)),
+        )
+        # a column out of range would be read from beyond the memory
+        values.check_format()
+        if (
+            keys.ndim != 2
+            or not (torch.isfinite(keys).all() and np.isfinite(values.data).all())
+            or values.indptr[-1] != len(values.data)
+        ):
             raise ValueError("keys or values are not finite or of another shape")
         encoder, mark = str(f.attrs["encoder"]), str(f.attrs["fingerprint"])
-    for what, there, here in ((f"another encoder ({encoder})", encoder, encoder_name(known)),
-                              (f"other genes ({len(inputs)})", inputs, saved["inputs"]), ("another model", mark, saved["fingerprint"])):
+    for what, there, here in (
+        (f"another encoder ({encoder})", encoder, encoder_name(known)),
+        (f"other genes ({len(inputs)})", inputs, saved["inputs"]),
+        ("another model", mark, saved["fingerprint"]),
+    ):
         if there != here:
-            raise DataError(f"{path} was made with {what} than the checkpoint: give the atlas.h5 that lies beside its model.pt")
+            raise DataError(
+                f"{path} was made with {what} than the checkpoint: give the atlas.h5 that "
+                "lies beside its model.pt"
+            )
     return keys, values, genes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Baselines and scores
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def official_ridge(x, y, pca=None):
-    """Ridge of the HEST benchmark (Jaume et al. 2024): alpha = 100 / (dim x genes), no intercept, lsqr; after z-score + PCA, or on x as it is."""
+    """Ridge of the HEST benchmark (Jaume et al. 2024): alpha = 100 / (dim x genes), no intercept,
+    lsqr; after z-score + PCA, or on x as it is."""
     dim = min(pca or x.shape[1], *x.shape)
-    ridge = Ridge(alpha=100 / (dim * y.shape[1]), fit_intercept=False, solver="lsqr", max_iter=1000, random_state=0)
-    return (ridge if pca is None else make_pipeline(StandardScaler(), PCA(dim, random_state=0), ridge)).fit(x, y)
+    ridge = Ridge(
+        alpha=100 / (dim * y.shape[1]),
+        fit_intercept=False,
+        solver="lsqr",
+        max_iter=1000,
+        random_state=0,
+    )
+    return (
+        ridge if pca is None else make_pipeline(StandardScaler(), PCA(dim, random_state=0), ridge)
+    ).fit(x, y)
 
 
 def classical_baselines(fit, test, pairs, n_targets):
-    """{name: [prediction (S, G) per test sample]} on the frozen features; `_scaled`: on what the image branch sees, where that is features.
-    The ridges are fitted on the target genes as in the benchmark, whose alpha depends on their number, and on the other genes apart."""
+    """{name: [prediction (S, G) per test sample]} on the frozen features; `_scaled`: on what the
+    image branch sees, where that is features. The ridges are fitted on the target genes as in the
+    benchmark, whose alpha depends on their number, and on the other genes apart."""
     out = {"train_mean": [np.tile(pairs.y.mean(0), (len(s.frozen), 1)) for s in test]}
     y = pairs.y.astype(np.float64)
 
     def knn(x, y):
-        return make_pipeline(StandardScaler(), KNeighborsRegressor(min(30, len(y)), weights="distance")).fit(x, y)
+        return make_pipeline(
+            StandardScaler(), KNeighborsRegressor(min(30, len(y)), weights="distance")
+        ).fit(x, y)
 
     def add(name, column, make):
         x = torch.cat([getattr(s, column)[s.scored] for s in fit]).double().numpy()
         models = [make(x, part) for part in (y[:, :n_targets], y[:, n_targets:]) if part.shape[1]]
-        out[name] = [np.concatenate([m.predict(getattr(s, column).double().numpy()) for m in models], 1) for s in test]
+        out[name] = [
+            np.concatenate([m.predict(getattr(s, column).double().numpy()) for m in models], 1)
+            for s in test
+        ]
+
     add("ridge_pca256", "frozen", lambda x, y: official_ridge(x, y, 256))
     add("ridge_raw", "frozen", official_ridge)
     add("knn", "frozen", knn)
@@ -912,33 +1311,49 @@ def classical_baselines(fit, test, pairs, n_targets):
 
 
 def slide_accuracy(embedding, slide, seed=0):
-    """Balanced accuracy of telling the training slides apart from an embedding, by 5-fold logistic regression on at most 2,000 spots: 1 / slides
-    where it holds no trace of the slide. nan where there is one slide."""
+    """Balanced accuracy of telling the training slides apart from an embedding, by 5-fold logistic
+    regression on at most 2,000 spots: 1 / slides where it holds no trace of the slide. nan where
+    there is one slide."""
     rows = np.random.default_rng(seed).permutation(len(slide))[:2000]
     code, count = np.unique(slide[rows], return_counts=True)
     rows = rows[np.isin(slide[rows], code[count >= 5])]
     if len(np.unique(slide[rows])) < 2:
         return float("nan")
     classes, true = np.unique(slide[rows], return_inverse=True)
-    prob = cross_val_predict(make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)), embedding[rows], true, cv=5,
-                             method="predict_proba")
+    prob = cross_val_predict(
+        make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)),
+        embedding[rows],
+        true,
+        cv=5,
+        method="predict_proba",
+    )
     return metrics.classification(true, prob)["balanced_accuracy"]
 
 
 def simulated_rates(root, samples, genes):
-    """[noise-free log1p of counts per 10,000 (S, G)] of a task that simulate.py wrote (truth.npz beside it), None for any other."""
+    """[noise-free log1p of counts per 10,000 (S, G)] of a task that simulate.py wrote (truth.npz
+    beside it), None for any other."""
     if not (Path(root) / "truth.npz").is_file():
         return None
-    there, base, weights, *programs = data.read_npz(Path(root) / "truth.npz", "genes", "base", "weights", *(f"z_{s.name}" for s in samples))
+    there, base, weights, *programs = data.read_npz(
+        Path(root) / "truth.npz", "genes", "base", "weights", *(f"z_{s.name}" for s in samples)
+    )
     column = [there.tolist().index(g) for g in genes]
-    return [np.log1p(m / m.sum(1, keepdims=True) * 1e4)[:, column] for m in (np.exp(base + z @ weights) for z in programs)]
+    return [
+        np.log1p(m / m.sum(1, keepdims=True) * 1e4)[:, column]
+        for m in (np.exp(base + z @ weights) for z in programs)
+    ]
 
 
 def score(samples, predictions, genes, n_targets, lists, rates=None):
-    """metrics.pcc_summary of the target genes over the scored spots; pcc_heg, pcc_hvg, pcc_marker of the lists; gene_gene_* on the HEG list.
+    """metrics.pcc_summary of the target genes over the scored spots; pcc_heg, pcc_hvg, pcc_marker
+    of the lists; gene_gene_* on the HEG list.
     rates: also the PCC with the noise-free rates of simulated slides (rate_pcc)."""
     rows = [s.scored for s in samples]
-    true, pred = (np.concatenate([np.asarray(a, np.float32)[r] for a, r in zip(side, rows)]) for side in ([s.y for s in samples], predictions))
+    true, pred = (
+        np.concatenate([np.asarray(a, np.float32)[r] for a, r in zip(side, rows)])
+        for side in ([s.y for s in samples], predictions)
+    )
     mask = np.concatenate([np.tile(s.measured, (r.sum(), 1)) for s, r in zip(samples, rows)])
     slide = np.repeat([s.name for s in samples], [r.sum() for r in rows])
     t = slice(0, n_targets)
@@ -950,29 +1365,49 @@ def score(samples, predictions, genes, n_targets, lists, rates=None):
             cols = [column[g] for g in lists[s.name][name] if s.measured[column[g]]]
             here = slide == s.name
             if cols:
-                scores.append(metrics.pcc_summary(true[here][:, cols], pred[here][:, cols])["pcc_mean"])
-                agreement.append(metrics.gene_gene_agreement(true[here][:, cols], pred[here][:, cols]))
+                scores.append(
+                    metrics.pcc_summary(true[here][:, cols], pred[here][:, cols])["pcc_mean"]
+                )
+                agreement.append(
+                    metrics.gene_gene_agreement(true[here][:, cols], pred[here][:, cols])
+                )
         found[f"pcc_{name}"] = float(np.mean(scores)) if scores else float("nan")
         if name == "heg":
-            found |= {f"gene_gene_{k}": float(np.mean([a[k] for a in agreement])) for k in (agreement or [{}])[0]}
+            found |= {
+                f"gene_gene_{k}": float(np.mean([a[k] for a in agreement]))
+                for k in (agreement or [{}])[0]
+            }
     if rates is not None:
-        found["rate_pcc"] = metrics.pcc_summary(np.concatenate([v[r] for v, r in zip(rates, rows)])[:, t], pred[:, t], slide, mask[:, t])["pcc_mean"]
+        found["rate_pcc"] = metrics.pcc_summary(
+            np.concatenate([v[r] for v, r in zip(rates, rows)])[:, t], pred[:, t], slide, mask[:, t]
+        )["pcc_mean"]
     return found
 
 
 def line(name, s):
     """One row of the printed table."""
-    shown = ("pcc_mean", "pcc_heg", "pcc_hvg", "pcc_marker", "variance_ratio_median", "rmse", "gene_gene_pearson", "rate_pcc")
+    shown = (
+        "pcc_mean",
+        "pcc_heg",
+        "pcc_hvg",
+        "pcc_marker",
+        "variance_ratio_median",
+        "rmse",
+        "gene_gene_pearson",
+        "rate_pcc",
+    )
     return f"{name:<18}" + "  ".join(f"{k} {s[k]:6.3f}" for k in shown if k in s)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Task:
-    """What a run trains on and is scored on; genes are read out, targets first; lists {test slide: {heg, hvg, marker: names}}."""
+    """What a run trains on and is scored on; genes are read out, targets first; lists {test slide:
+    {heg, hvg, marker: names}}."""
 
     fit: list
     test: list
@@ -991,79 +1426,172 @@ class Task:
 def check(config):
     """Raises DataError naming the flag that has an impossible value."""
     one, zero = run.AT_LEAST_ONE, run.AT_LEAST_ZERO
-    run.check_flags(config, {
-        "fold": zero, "min_counts": zero, "n_hvg": zero, "dim": zero, "snn": zero, "tau": zero, "mask_rate": (lambda v: 0 <= v <= 1, "from 0 to 1"),
-        "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"), "k": one, "lists": zero, "probe": one, "lr": zero, "weight_decay": zero,
-        "batch": (lambda v: v >= 2, "2 or more, a contrastive loss tells a spot from others"), "epochs": zero, "folds": one, "save_every": zero})
+    run.check_flags(
+        config,
+        {
+            "fold": zero,
+            "min_counts": zero,
+            "n_hvg": zero,
+            "dim": zero,
+            "snn": zero,
+            "tau": zero,
+            "mask_rate": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+            "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+            "k": one,
+            "lists": zero,
+            "probe": one,
+            "lr": zero,
+            "weight_decay": zero,
+            "batch": (lambda v: v >= 2, "2 or more, a contrastive loss tells a spot from others"),
+            "epochs": zero,
+            "folds": one,
+            "save_every": zero,
+        },
+    )
     if config.weights and config.backbone != "base":
-        raise DataError(f"--weights {config.weights} is a ViT-B/32 checkpoint: give --backbone base with it")
+        raise DataError(
+            f"--weights {config.weights} is a ViT-B/32 checkpoint: give --backbone base with it"
+        )
 
 
 def resolved(config):
-    """The flags with `auto` and 0 replaced by what they stand for. Raises DataError for widths that do not fit each other."""
+    """The flags with `auto` and 0 replaced by what they stand for. Raises DataError for widths that
+    do not fit each other."""
     out = copy.copy(config)
     if out.backbone == "auto":
         out.backbone = "released" if run.pick_device(out.device).type == "cuda" else "features"
     for name, value in PRESETS["features" if out.backbone == "features" else "vit"].items():
         setattr(out, name, getattr(out, name) or value)
     if out.dim % 8 or out.snn % out.dim:
-        raise DataError(f"--dim is {out.dim} and --snn {out.snn}: 8 heads must divide dim, and dim snn")
+        raise DataError(
+            f"--dim is {out.dim} and --snn {out.snn}: 8 heads must divide dim, and dim snn"
+        )
     return out
 
 
 def enough(n, k, what):
     """Raise DataError where there are fewer spots than neighbours to average."""
     if n < k:
-        raise DataError(f"{what} has {n} spots with enough counts, fewer than --k {k}: choose a smaller --k or more training slides")
+        raise DataError(
+            f"{what} has {n} spots with enough counts, fewer than --k {k}: choose a smaller "
+            "--k or more training slides"
+        )
 
 
 def variant(config):
-    """Folder name of the run: split where it is not the folder's own, backbone, and every other flag that is not at its default."""
-    told = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "split", "fold", "patient", "backbone", "cache", "predict",
-            "atlas", "save_every", "resume"}
-    words, default = [config.split] * (config.split != "folds") + [config.backbone], resolved(Config(backbone=config.backbone))
+    """Folder name of the run: split where it is not the folder's own, backbone, and every other
+    flag that is not at its default."""
+    told = {
+        "data",
+        "slice",
+        "seed",
+        "device",
+        "threads",
+        "deterministic",
+        "runs",
+        "split",
+        "fold",
+        "patient",
+        "backbone",
+        "cache",
+        "predict",
+        "atlas",
+        "save_every",
+        "resume",
+    }
+    words, default = (
+        [config.split] * (config.split != "folds") + [config.backbone],
+        resolved(Config(backbone=config.backbone)),
+    )
     for name, value in vars(config).items():
         if name not in told and value != getattr(default, name):
             text = str(value)
-            plain = "".join(c if c.isalnum() or c in "._+" else "_" for c in Path(text).name.replace(",", "+"))
-            words.append(f"{name}-{plain}" + (f"_{hashlib.sha256(text.encode()).hexdigest()[:8]}" if "/" in text else ""))
+            plain = "".join(
+                c if c.isalnum() or c in "._+" else "_" for c in Path(text).name.replace(",", "+")
+            )
+            words.append(
+                f"{name}-{plain}"
+                + (f"_{hashlib.sha256(text.encode()).hexdigest()[:8]}" if "/" in text else "")
+            )
     return "-".join(words)
 
 
 def load(config, train_names, test_names):
-    """Task of the slides by name; prints what was filtered. The values of test slides reach nothing that is fitted, but for --oracle_genes."""
+    """Task of the slides by name; prints what was filtered. The values of test slides reach nothing
+    that is fitted, but for --oracle_genes."""
     need = config.backbone != "features" or not is_file(config.encoder)
     slides = {n: data.load_hest(config.data, n, patches=need) for n in [*train_names, *test_names]}
     fit, keep = [slides[n] for n in train_names], config.min_counts
     targets, shared = data.target_genes(config.genes, fit, config.data, keep), shared_genes(fit)
     inputs = input_genes(list(slides.values()) if config.oracle_genes else fit, config.n_hvg, keep)
-    lists = dict.fromkeys(test_names, None if config.oracle_genes else gene_lists(fit, shared, keep, config.target, config.markers))
+    lists = dict.fromkeys(
+        test_names,
+        None
+        if config.oracle_genes
+        else gene_lists(fit, shared, keep, config.target, config.markers),
+    )
     for n in test_names if config.oracle_genes else ():
-        lists[n] = gene_lists([slides[n]], [g for g in shared if g in set(slides[n].genes)], keep, config.target, config.markers)
-    genes = list(dict.fromkeys([*targets, *(g for found in lists.values() for names in found.values() for g in names)]))
+        lists[n] = gene_lists(
+            [slides[n]],
+            [g for g in shared if g in set(slides[n].genes)],
+            keep,
+            config.target,
+            config.markers,
+        )
+    genes = list(
+        dict.fromkeys(
+            [*targets, *(g for found in lists.values() for names in found.values() for g in names)]
+        )
+    )
     samples = {}
     for n, slide in slides.items():
-        s = samples[n] = Sample(n, slide.patient, slide, frozen_features(config, slide), scored=keep_rows(slide, keep))
+        s = samples[n] = Sample(
+            n, slide.patient, slide, frozen_features(config, slide), scored=keep_rows(slide, keep)
+        )
         s.y, _, _, s.measured = data.target_expression(slide, genes, config.target)
-        s.s = torch.from_numpy(log_expression(slide, inputs).toarray()) if n in train_names else None
+        s.s = (
+            torch.from_numpy(log_expression(slide, inputs).toarray()) if n in train_names else None
+        )
         s.x = pixels(slide, VITS[config.backbone][0]) if config.backbone != "features" else None
-        low, absent = (~s.scored).sum(), (~s.measured[:len(targets)]).sum()
+        low, absent = (~s.scored).sum(), (~s.measured[: len(targets)]).sum()
         if low or absent:
-            print(f"{n}: {low} of {len(s.scored)} spots have fewer than {keep} counts and are not scored; {absent} target genes are not on its panel")
-    enough(sum(samples[n].scored.sum() for n in train_names), config.k, f"the training side ({', '.join(train_names)})")
+            print(
+                f"{n}: {low} of {len(s.scored)} spots have fewer than {keep} counts and are "
+                f"not scored; {absent} target genes are not on its panel"
+            )
+    enough(
+        sum(samples[n].scored.sum() for n in train_names),
+        config.k,
+        f"the training side ({', '.join(train_names)})",
+    )
     if config.shuffle_pairs:
         shuffle([samples[n] for n in train_names], config.seed)
     scaler = Scaler.fit([samples[n] for n in train_names])
-    fit, test = ([scaler.apply(samples[n], config) for n in names] for names in (train_names, test_names))
-    return Task(fit, test, genes, len(targets), inputs, lists, scaler, Pairs(fit), simulated_rates(config.data, test, genes))
+    fit, test = (
+        [scaler.apply(samples[n], config) for n in names] for names in (train_names, test_names)
+    )
+    return Task(
+        fit,
+        test,
+        genes,
+        len(targets),
+        inputs,
+        lists,
+        scaler,
+        Pairs(fit),
+        simulated_rates(config.data, test, genes),
+    )
 
 
 def shuffle(samples, seed):
-    """Give every spot the image of another spot of any of the samples (control). Within slides would not do: the slides' means would stay paired."""
+    """Give every spot the image of another spot of any of the samples (control). Within slides
+    would not do: the slides' means would stay paired."""
     sizes = [len(s.frozen) for s in samples]
     rows = torch.from_numpy(np.random.default_rng([seed, 11]).permutation(sum(sizes)))
     for name in ("frozen", "x") if samples[0].x is not None else ("frozen",):
-        for s, part in zip(samples, torch.cat([getattr(s, name) for s in samples])[rows].split(sizes)):
+        for s, part in zip(
+            samples, torch.cat([getattr(s, name) for s in samples])[rows].split(sizes)
+        ):
             setattr(s, name, part)
 
 
@@ -1076,6 +1604,7 @@ def maker(config, dim_in, n_genes):
         if found is not None:
             model.vit.load_state_dict(vit_state(found, model.vit))
         return model
+
     return make
 
 
@@ -1087,19 +1616,40 @@ def main(argv=None):
     if config.predict:
         return predict_folder(config, start)
     config = resolved(config)
-    split, train_names, test_names, part, leaks = data.hest_partition(config.data, config.split, config.fold, config.patient, config.slice)
+    split, train_names, test_names, part, leaks = data.hest_partition(
+        config.data, config.split, config.fold, config.patient, config.slice
+    )
     record = run.Run("cmrcnet", config, part, variant(config), start)
     if config.batch % record.world:
-        raise DataError(f"--batch is {config.batch}, which {record.world} processes cannot share evenly: choose a multiple of {record.world}")
+        raise DataError(
+            f"--batch is {config.batch}, which {record.world} processes cannot share evenly: "
+            f"choose a multiple of {record.world}"
+        )
     task = load(config, train_names, test_names)
-    print(f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; {len(task.pairs)} training spots, {task.n_targets} "
-          f"target genes, {len(task.inputs)} genes in the gene branch, {len(task.lists[test_names[0]]['marker'])} markers measured, "
-          f"{encoder_name(config)}", flush=True)
+    print(
+        f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; "
+        f"{len(task.pairs)} training spots, {task.n_targets} "
+        f"target genes, {len(task.inputs)} genes in the gene branch, "
+        f"{len(task.lists[test_names[0]]['marker'])} markers measured, "
+        f"{encoder_name(config)}",
+        flush=True,
+    )
     predictions = classical_baselines(task.fit, task.test, task.pairs, task.n_targets)
-    make = maker(config, task.fit[0].x.shape[1] if config.backbone == "features" else config.backbone, len(task.inputs))
+    make = maker(
+        config,
+        task.fit[0].x.shape[1] if config.backbone == "features" else config.backbone,
+        len(task.inputs),
+    )
     checksum = data.file_checksum(*used_files(config, [s.slide for s in [*task.fit, *task.test]]))
-    model, histories, val = train(make, task.fit, config, record, task.n_targets, record.folder / "latest.pt",
-                                [checksum, train_names, test_names, [str(g) for g in [*task.genes, *task.inputs]]])
+    model, histories, val = train(
+        make,
+        task.fit,
+        config,
+        record,
+        task.n_targets,
+        record.folder / "latest.pt",
+        [checksum, train_names, test_names, [str(g) for g in [*task.genes, *task.inputs]]],
+    )
     keys, values = embed(model, config, s=task.pairs.s), task.pairs.y
     z = torch.cat([embed(model, config, x=s.x[s.scored]) for s in task.fit])
     predicted, neighbours, recall = retrieve(model, config, keys, values, task.test)
@@ -1107,129 +1657,290 @@ def main(argv=None):
     if config.reconstruction != "none" and config.backbone == "features":
         alone = copy.copy(config)
         alone.reconstruction, alone.resume = "none", False
-        other = train(maker(alone, task.fit[0].x.shape[1], len(task.inputs)), task.fit, alone, record, task.n_targets)[0]
-        predictions["contrastive_only"] = retrieve(other, alone, embed(other, alone, s=task.pairs.s), values, task.test)[0]
+        other = train(
+            maker(alone, task.fit[0].x.shape[1], len(task.inputs)),
+            task.fit,
+            alone,
+            record,
+            task.n_targets,
+        )[0]
+        predictions["contrastive_only"] = retrieve(
+            other, alone, embed(other, alone, s=task.pairs.s), values, task.test
+        )[0]
     others = {name: task.score(p) for name, p in predictions.items()}
-    found = task.score(predicted) | {"val_pcc": val, "recall_at_k": recall} | diagnostics(config, task, histories[-1], z, keys)
+    found = (
+        task.score(predicted)
+        | {"val_pcc": val, "recall_at_k": recall}
+        | diagnostics(config, task, histories[-1], z, keys)
+    )
     found |= {f"gain_over_{name}": found["pcc_mean"] - s["pcc_mean"] for name, s in others.items()}
     report(config, others, found, len(task.fit))
-    write(record, config, task, model, keys, predicted, neighbours, histories, found, others, split, checksum, leaks_patient=leaks,
-          train_slides=train_names, test_slides=test_names)
+    write(
+        record,
+        config,
+        task,
+        model,
+        keys,
+        predicted,
+        neighbours,
+        histories,
+        found,
+        others,
+        split,
+        checksum,
+        leaks_patient=leaks,
+        train_slides=train_names,
+        test_slides=test_names,
+    )
     return 0
 
 
 def used_files(config, slides):
     """Files whose content can change a number of this run: counts, patches or features, weights."""
-    files = [f for s in slides for f in (s.source, s.patches.path if s.patches is not None else s.image_file,
-                                         config.encoder.replace("{sample}", s.sample) if is_file(config.encoder) else "")]
+    files = [
+        f
+        for s in slides
+        for f in (
+            s.source,
+            s.patches.path if s.patches is not None else s.image_file,
+            config.encoder.replace("{sample}", s.sample) if is_file(config.encoder) else "",
+        )
+    ]
     return [str(f) for f in [*dict.fromkeys(files), config.weights] if f]
 
 
 def diagnostics(config, task, history, z, keys):
-    """Scores that say whether to believe the others: losses beside guessing, slides told apart from the embeddings, noise ceiling if simulated."""
-    found = {"contrastive": history[-1][1], "contrastive_guess": float(np.log(min(config.batch, len(task.pairs)))),
-             "reconstruction_error": history[-1][2]}
-    found |= {f"slide_accuracy_{name}": slide_accuracy(a.cpu().numpy(), task.pairs.slide) for name, a in (("image", z), ("gene", keys))}
-    return found | ({} if task.rates is None else {"ceiling_pcc": task.score(task.rates)["pcc_mean"]})
+    """Scores that say whether to believe the others: losses beside guessing, slides told apart from
+    the embeddings, noise ceiling if simulated."""
+    found = {
+        "contrastive": history[-1][1],
+        "contrastive_guess": float(np.log(min(config.batch, len(task.pairs)))),
+        "reconstruction_error": history[-1][2],
+    }
+    found |= {
+        f"slide_accuracy_{name}": slide_accuracy(a.cpu().numpy(), task.pairs.slide)
+        for name, a in (("image", z), ("gene", keys))
+    }
+    return found | (
+        {} if task.rates is None else {"ceiling_pcc": task.score(task.rates)["pcc_mean"]}
+    )
 
 
 def report(config, others, found, n_slides):
     """Print the table."""
     for name, s in [*others.items(), ("cmrcnet", found)]:
         print(line(name, s), flush=True)
-    print(f"gain over image-only retrieval {found['gain_over_image_only']:+.3f}, ridge {found['gain_over_ridge_raw']:+.3f} (raw); "
-          f"slides told apart from z {found['slide_accuracy_image']:.2f}, from h {found['slide_accuracy_gene']:.2f} (chance {1 / n_slides:.2f}); "
-          f"contrastive loss {found['contrastive']:.2f}, guessing {found['contrastive_guess']:.2f}"
-          + (f"; recall@{config.k} of the inverted file {found['recall_at_k']:.3f}" if config.index == "ivf" else ""))
+    print(
+        f"gain over image-only retrieval {found['gain_over_image_only']:+.3f}, ridge "
+        f"{found['gain_over_ridge_raw']:+.3f} (raw); "
+        f"slides told apart from z {found['slide_accuracy_image']:.2f}, from h "
+        f"{found['slide_accuracy_gene']:.2f} (chance {1 / n_slides:.2f}); "
+        f"contrastive loss {found['contrastive']:.2f}, guessing {found['contrastive_guess']:.2f}"
+        + (
+            f"; recall@{config.k} of the inverted file {found['recall_at_k']:.3f}"
+            if config.index == "ivf"
+            else ""
+        )
+    )
 
 
-def write(record, config, task, model, keys, predicted, neighbours, histories, found, others, split, checksum, **more):
+def write(
+    record,
+    config,
+    task,
+    model,
+    keys,
+    predicted,
+    neighbours,
+    histories,
+    found,
+    others,
+    split,
+    checksum,
+    **more,
+):
     """Write the record, the figures, the model and the atlas."""
-    fit, test, genes, pairs, weights = task.fit, task.test, task.genes, task.pairs, {k: v.cpu() for k, v in model.state_dict().items()}
+    fit, test, genes, pairs, weights = (
+        task.fit,
+        task.test,
+        task.genes,
+        task.pairs,
+        {k: v.cpu() for k, v in model.state_dict().items()},
+    )
     mark = fingerprint(weights, task.inputs)
-    saved = {"config": vars(config).copy(), "genes": genes, "inputs": task.inputs, "scaler": task.scaler.tensors, "weights": weights,
-             "fingerprint": mark}
+    saved = {
+        "config": vars(config).copy(),
+        "genes": genes,
+        "inputs": task.inputs,
+        "scaler": task.scaler.tensors,
+        "weights": weights,
+        "fingerprint": mark,
+    }
     shared = shared_genes([s.slide for s in fit])
-    rest = [j for j, g in enumerate(genes) if g not in set(shared)]     # target genes that not every training slide measures
-    values = sp.hstack([sp.csr_matrix(pairs.y[:, rest]), sp.vstack([log_expression(s.slide, shared, config.target)[s.scored] for s in fit])]).tocsr()
+    # target genes that not every training slide measures
+    rest = [j for j, g in enumerate(genes) if g not in set(shared)]
+    values = sp.hstack(
+        [
+            sp.csr_matrix(pairs.y[:, rest]),
+            sp.vstack([log_expression(s.slide, shared, config.target)[s.scored] for s in fit]),
+        ]
+    ).tocsr()
     draw(record, config, task, predicted, histories)
     arrays = arrays_of(test, genes, predicted, neighbours)
-    arrays |= {"true": np.concatenate([s.y for s in test]), "scored": np.concatenate([s.scored for s in test]),
-               "key_slide": np.array(pairs.names)[pairs.slide], "key_row": pairs.row}
-    record.finish(found, others, arrays, sum(p.numel() for p in model.parameters()), split, checksum,
-                  {"model.pt": lambda f: torch.save(saved, f),
-                   "atlas.h5": lambda f: write_atlas(f, keys.cpu().numpy(), values, [*(genes[j] for j in rest), *shared], pairs, config,
-                                                     task.inputs, mark)},
-                  epochs=len(histories[-1]), history=histories[-1], parameters=parameter_table(model),
-                  low_count_spots={s.name: int((~s.scored).sum()) for s in [*fit, *test]},
-                  genes="the folder's list, chosen by its makers on all slides" if config.genes == "task" else "training slides",
-                  gene_lists="oracle" if config.oracle_genes else "training slides", n_markers=len(task.lists[test[0].name]["marker"]), **more)
+    arrays |= {
+        "true": np.concatenate([s.y for s in test]),
+        "scored": np.concatenate([s.scored for s in test]),
+        "key_slide": np.array(pairs.names)[pairs.slide],
+        "key_row": pairs.row,
+    }
+    record.finish(
+        found,
+        others,
+        arrays,
+        sum(p.numel() for p in model.parameters()),
+        split,
+        checksum,
+        {
+            "model.pt": lambda f: torch.save(saved, f),
+            "atlas.h5": lambda f: write_atlas(
+                f,
+                keys.cpu().numpy(),
+                values,
+                [*(genes[j] for j in rest), *shared],
+                pairs,
+                config,
+                task.inputs,
+                mark,
+            ),
+        },
+        epochs=len(histories[-1]),
+        history=histories[-1],
+        parameters=parameter_table(model),
+        low_count_spots={s.name: int((~s.scored).sum()) for s in [*fit, *test]},
+        genes="the folder's list, chosen by its makers on all slides"
+        if config.genes == "task"
+        else "training slides",
+        gene_lists="oracle" if config.oracle_genes else "training slides",
+        n_markers=len(task.lists[test[0].name]["marker"]),
+        **more,
+    )
 
 
 def arrays_of(samples, genes, predicted, neighbours):
-    """What arrays.npz holds: spots of all test slides one below the other; neighbours are rows of the atlas."""
-    return {"slide": np.repeat([s.name for s in samples], [len(s.frozen) for s in samples]),
-            "barcodes": np.concatenate([s.slide.barcodes for s in samples]), "xy": np.concatenate([s.slide.xy for s in samples]),
-            "genes": np.array(genes), "pred": np.concatenate(predicted), "embedding": torch.cat([n[2] for n in neighbours]).cpu().numpy(),
-            "neighbours": torch.cat([n[1][:, :10] for n in neighbours]).cpu().numpy()}
+    """What arrays.npz holds: spots of all test slides one below the other; neighbours are rows of
+    the atlas."""
+    return {
+        "slide": np.repeat([s.name for s in samples], [len(s.frozen) for s in samples]),
+        "barcodes": np.concatenate([s.slide.barcodes for s in samples]),
+        "xy": np.concatenate([s.slide.xy for s in samples]),
+        "genes": np.array(genes),
+        "pred": np.concatenate(predicted),
+        "embedding": torch.cat([n[2] for n in neighbours]).cpu().numpy(),
+        "neighbours": torch.cat([n[1][:, :10] for n in neighbours]).cpu().numpy(),
+    }
 
 
 def wanted_genes(spec, own, there):
-    """Names to read out of an atlas with the genes `there`: task = `own`, all, or a JSON list. Raises DataError for a gene that is not there."""
-    genes = {"task": own, "all": there}[spec] if spec in ("task", "all") else data.read_gene_list(spec)
+    """Names to read out of an atlas with the genes `there`: task = `own`, all, or a JSON list.
+    Raises DataError for a gene that is not there."""
+    genes = (
+        {"task": own, "all": there}[spec] if spec in ("task", "all") else data.read_gene_list(spec)
+    )
     absent = [g for g in genes if g not in set(there)]
     if absent or not genes:
-        raise DataError(f"the atlas lacks {len(absent)} of the {len(genes)} genes asked for ({', '.join(absent[:3])} ...): take them off the list")
+        raise DataError(
+            f"the atlas lacks {len(absent)} of the {len(genes)} genes asked for "
+            f"({', '.join(absent[:3])} ...): take them off the list"
+        )
     return genes
 
 
 def predict_folder(config, start):
-    """Read expression for slides without counts out of the atlas; one folder of results for all of them."""
+    """Read expression for slides without counts out of the atlas; one folder of results for all of
+    them."""
     saved = load_checkpoint(config.predict)
     known = data.saved_flags(config.predict, Config, saved["config"], check)
     with data.checkpoint_fits(config.predict):
-        scaler, genes, inputs, weights = (saved[k] for k in ("scaler", "genes", "inputs", "weights"))
+        scaler, genes, inputs, weights = (
+            saved[k] for k in ("scaler", "genes", "inputs", "weights")
+        )
         dim_in = len(scaler["frozen_mean"])
     given = config.encoder if config.encoder != Config.encoder else known.encoder
     for name in ("data", "slice", "cache", "device", "k", "weighting", "index", "lists", "probe"):
         setattr(known, name, getattr(config, name))
-    keys, values, there = read_atlas(config.atlas or Path(config.predict).with_name("atlas.h5"), saved, known)
+    keys, values, there = read_atlas(
+        config.atlas or Path(config.predict).with_name("atlas.h5"), saved, known
+    )
     known.encoder = given
     enough(len(keys), known.k, "the atlas")
     genes = wanted_genes(config.genes, genes, there)
     column = {g: j for j, g in enumerate(there)}
     values = values.tocsc()[:, [column[g] for g in genes]].tocsr()
-    slides = data.load_patch_folder(known.data, known.slice, known.backbone != "features" or not is_file(known.encoder))
+    slides = data.load_patch_folder(
+        known.data, known.slice, known.backbone != "features" or not is_file(known.encoder)
+    )
     if Path(slides[0].source).suffix == ".npz":
         known.encoder = str(Path(known.data) / "{sample}.npz")
-    record = run.Run("cmrcnet", config, config.slice or "all", f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}", start)
+    record = run.Run(
+        "cmrcnet",
+        config,
+        config.slice or "all",
+        f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}",
+        start,
+    )
     samples = [Sample(s.sample, s.patient, s, frozen_features(known, s)) for s in slides]
     for s in samples:
         if s.frozen.shape[1] != dim_in:
-            raise DataError(f"slide {s.name} has {s.frozen.shape[1]} features ({known.encoder}), the checkpoint {config.predict} was trained on "
-                            f"{dim_in}: make the features with the encoder of the training run")
+            raise DataError(
+                f"slide {s.name} has {s.frozen.shape[1]} features ({known.encoder}), the "
+                f"checkpoint {config.predict} was trained on "
+                f"{dim_in}: make the features with the encoder of the training run"
+            )
         s.x = None if known.backbone == "features" else pixels(s.slide, VITS[known.backbone][0])
     with data.checkpoint_fits(config.predict):
         samples = [Scaler(scaler).apply(s, known) for s in samples]
-        model = CMRC(samples[0].x.shape[1] if known.backbone == "features" else known.backbone, len(inputs), known)
+        model = CMRC(
+            samples[0].x.shape[1] if known.backbone == "features" else known.backbone,
+            len(inputs),
+            known,
+        )
         model.load_state_dict(weights)
     model.to(record.device)
     predicted, neighbours, recall = retrieve(model, known, keys.to(record.device), values, samples)
     draw(record, known, Task([], samples, genes, len(genes), inputs, {}, None, None), predicted, [])
-    record.finish({"recall_at_k": recall}, {}, arrays_of(samples, genes, predicted, neighbours), sum(p.numel() for p in model.parameters()),
-                  checksum=data.file_checksum(config.predict), checkpoint=config.predict)
+    record.finish(
+        {"recall_at_k": recall},
+        {},
+        arrays_of(samples, genes, predicted, neighbours),
+        sum(p.numel() for p in model.parameters()),
+        checksum=data.file_checksum(config.predict),
+        checkpoint=config.predict,
+    )
     return 0
 
 
 def maps(rows, xy):
-    """Figure of maps: rows of (title, values (S,)), each on its own colour scale from the 2nd to the 98th percentile."""
-    figure, axes = plt.subplots(len(rows), max(map(len, rows)), figsize=(2.6 * max(map(len, rows)), 2.7 * len(rows)), squeeze=False)
+    """Figure of maps: rows of (title, values (S,)), each on its own colour scale from the 2nd to
+    the 98th percentile."""
+    figure, axes = plt.subplots(
+        len(rows),
+        max(map(len, rows)),
+        figsize=(2.6 * max(map(len, rows)), 2.7 * len(rows)),
+        squeeze=False,
+    )
     for of_row, row in zip(axes, rows):
         for axis in of_row:
             axis.set_axis_off()
         for axis, (title, values) in zip(of_row, row):
             low, high = np.nanpercentile(values, (2, 98))
-            axis.scatter(*xy.T, c=values, s=max(0.3, 5000 / len(values)), linewidths=0, vmin=low, vmax=high if high > low else low + 1)
+            axis.scatter(
+                *xy.T,
+                c=values,
+                s=max(0.3, 5000 / len(values)),
+                linewidths=0,
+                vmin=low,
+                vmax=high if high > low else low + 1,
+            )
             axis.set_title(title, fontsize=8)
             axis.set_aspect("equal")
             axis.invert_yaxis()
@@ -1237,18 +1948,41 @@ def maps(rows, xy):
 
 
 def draw(record, config, task, predicted, histories):
-    """genes.png: maps of the first slide (five best and five worst genes, truth above prediction); gene_gene.png: correlations of the HEG list;
-    training.png: losses beside log(batch), and validation."""
+    """genes.png: maps of the first slide (five best and five worst genes, truth above prediction);
+    gene_gene.png: correlations of the HEG list; training.png: losses beside log(batch), and
+    validation."""
     s, pred, genes = task.test[0], predicted[0], task.genes
     if s.y is None:
-        record.figure("genes", maps([[(genes[j], pred[:, j]) for j in np.argsort(-pred.std(0))[:5]]], s.slide.xy))
+        record.figure(
+            "genes",
+            maps([[(genes[j], pred[:, j]) for j in np.argsort(-pred.std(0))[:5]]], s.slide.xy),
+        )
         return plt.close("all")
-    r = np.where(s.measured, np.nan_to_num(metrics.pcc(s.y[s.scored], pred[s.scored])), np.nan)[:task.n_targets]
+    r = np.where(s.measured, np.nan_to_num(metrics.pcc(s.y[s.scored], pred[s.scored])), np.nan)[
+        : task.n_targets
+    ]
     order = [j for j in np.argsort(-r) if np.isfinite(r[j])]
     true = np.where(s.scored[:, None], s.y, np.nan)
-    record.figure("genes", maps([[(f"{genes[j]} {what}" + (f", r {r[j]:.2f}" if what == "predicted" else ""), v[:, j]) for j in side]
-                                 for side in (order[:5], order[-5:]) for what, v in (("true", true), ("predicted", pred))], s.slide.xy))
-    column = [j for j, g in enumerate(genes) if g in set(task.lists[s.name]["heg"]) and s.measured[j]]
+    record.figure(
+        "genes",
+        maps(
+            [
+                [
+                    (
+                        f"{genes[j]} {what}" + (f", r {r[j]:.2f}" if what == "predicted" else ""),
+                        v[:, j],
+                    )
+                    for j in side
+                ]
+                for side in (order[:5], order[-5:])
+                for what, v in (("true", true), ("predicted", pred))
+            ],
+            s.slide.xy,
+        ),
+    )
+    column = [
+        j for j, g in enumerate(genes) if g in set(task.lists[s.name]["heg"]) and s.measured[j]
+    ]
     figure, axes = plt.subplots(1, 2, figsize=(9, 4))
     for axis, title, values in zip(axes, ("true", "predicted"), (s.y, pred)):
         x = values[s.scored][:, column]
@@ -1257,7 +1991,11 @@ def draw(record, config, task, predicted, histories):
     record.figure("gene_gene", figure)
     figure, axes = plt.subplots(1, 2, figsize=(8, 3))
     loss, pair, error, _ = zip(*histories[-1])
-    for values, name in ((loss, "loss"), (pair, "contrastive, mean l"), (error, "reconstruction error")):
+    for values, name in (
+        (loss, "loss"),
+        (pair, "contrastive, mean l"),
+        (error, "reconstruction error"),
+    ):
         axes[0].plot(values, label=name)
     axes[0].axhline(np.log(config.batch), color="gray", linestyle=":", label="log(batch): guessing")
     axes[0].set(yscale="log", xlabel="epoch", title="training")

@@ -1,18 +1,23 @@
-"""Cortical layers from expression and spatial context: MLP + graph attention + cross-attention (supervised).
+"""Cortical layers from expression and spatial context: MLP + graph attention + cross-attention
+(supervised).
 
-The system of the public repository "spatial-omics-fusion" (seed of this file), written from its description:
+The system of the public repository "spatial-omics-fusion" (seed of this file), written from its
+description:
 
     X (N, G) --MLP--> E (N, 128) --GAT x 2--> S (N, 128)
                       E ------------ query ------------+
-                      S of the k neighbours - key/value +-> cross-attention x 2 -> Z (N, 128) -> classes
+                      S of the k neighbours - key/value +-> cross-attention x 2 -> Z (N, 128)
+                      -> classes
 
-Training is full-graph: one optimiser step per epoch. Every run prints the predictors that see no gene (coordinates only) first,
-because on randomly held-out spots they are as good as the published networks; see docs/gat_fusion.md.
+Training is full-graph: one optimiser step per epoch. Every run prints the predictors that see no
+gene (coordinates only) first, because on randomly held-out spots they are as good as the published
+networks; see docs/gat_fusion.md.
 
-    python gat_fusion.py --data datasets/dlpfc --slice 151673 --split random --mode full --fusion cross
+    python gat_fusion.py --data datasets/dlpfc --slice 151673 --mode full --fusion cross
     python gat_fusion.py --data datasets/dlpfc --slice 151674 --split slice --train 151673
     python gat_fusion.py --data my_visium_folder --predict runs/.../model.pt
 """
+
 import copy
 import hashlib
 import time
@@ -45,27 +50,47 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 GAT_MODES = {"gat_only", "concat", "full", "embedding", "multimodal"}
 GCN_MODES = {"gcn_only", "gcn_full"}
-GRAPH_ONLY = {"gat_only", "gcn_only"}                                   # the graph layers see the genes, there is no MLP
+# the graph layers see the genes, there is no MLP
+GRAPH_ONLY = {"gat_only", "gcn_only"}
 IMAGE_MODES = {"img_expr", "multimodal"}
 EMBEDDING_MODES = {"embedding_only", "embedding"}
 GENE_FREE = {"majority", "coords_knn", "coords_rbf"}
 BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr")
-MOST_FOR_PCA = 20_000                                                   # with --tile: training spots that the baselines' components are fitted on
-AT_ONCE = 20_000                                                        # spots that a CPU predicts at a time
-SMOOTHED = 36                                                           # neighbours that smoothed_lr averages over
+# with --tile: training spots that the baselines' components are fitted on
+MOST_FOR_PCA = 20_000
+# spots that a CPU predicts at a time
+AT_ONCE = 20_000
+# neighbours that smoothed_lr averages over
+SMOOTHED = 36
 
 
 @dataclass
 class Config(run.Config):
     """Flags of gat_fusion.py; defaults are the published ones unless the help says otherwise."""
 
-    mode: Literal["expr_only", "gat_only", "gcn_only", "concat", "full", "gcn_full", "embedding_only", "embedding", "img_expr", "multimodal",
-                  "coords_knn", "coords_rbf", "majority", "expr_lr", "smoothed_lr"] = "full"
+    mode: Literal[
+        "expr_only",
+        "gat_only",
+        "gcn_only",
+        "concat",
+        "full",
+        "gcn_full",
+        "embedding_only",
+        "embedding",
+        "img_expr",
+        "multimodal",
+        "coords_knn",
+        "coords_rbf",
+        "majority",
+        "expr_lr",
+        "smoothed_lr",
+    ] = "full"
     "which parts are on; the last five are baselines without a network"
     fusion: Literal["cross", "gated"] = "cross"
     "how expression and graph embeddings meet in full, gcn_full, embedding and multimodal"
     split: Literal["random", "blocks", "slice", "donor"] = "random"
-    "random 60/20/20 spots (leaks position), blocks with a buffer, or train on other slices / other donors"
+    """random 60/20/20 spots (leaks position), blocks with a buffer, or train on other slices /
+    other donors"""
     split_seed: int = 42
     "seed of the split, separate from --seed"
     fold: int = 0
@@ -73,25 +98,31 @@ class Config(run.Config):
     n_blocks: int = 5
     "tiles per side for --split blocks"
     buffer: float = 0.0
-    "lattice pitches kept free of training spots around test blocks; 0 means the receptive field of the widest mode, so that all modes share a split"
+    """lattice pitches kept free of training spots around test blocks; 0 means the receptive field
+    of the widest mode, so that all modes share a split"""
     train: str = ""
-    "training slices for --split slice, comma-separated; empty: for slice all others of the donor, for donor all of the other donors"
+    """training slices for --split slice, comma-separated; empty: for slice all others of the donor,
+    for donor all of the other donors"""
     labels: str = ""
     "two-column CSV barcode,label instead of the labels beside the data"
     k: int = 6
     "neighbours of a spot"
     library: Literal["given", "own"] = "given"
-    "library size: the one that came with the data (the file may hold a subset of the genes) if every slide of the run has it, or the files' row sums"
+    """library size: the one that came with the data (the file may hold a subset of the genes) if
+    every slide of the run has it, or the files' row sums"""
     scale: Literal["auto", "train", "slice"] = "auto"
-    "z-score by the training rows, or each slice by its own spots (no label is used); auto: slice where whole slices are held out"
+    """z-score by the training rows, or each slice by its own spots (no label is used); auto: slice
+    where whole slices are held out"""
     n_top_genes: int = 3000
     "highly variable genes, chosen on training rows"
     hvg: Literal["seurat", "seurat_v3", "none"] = "seurat"
     "how they are chosen"
     embedding: str = ""
-    "frozen per-spot vectors for the embedding modes: .npy (rows as in the matrix) or .npz with `embedding` and `barcodes`; {slice} = the slice's name"
+    """frozen per-spot vectors for the embedding modes: .npy (rows as in the matrix) or .npz with
+    `embedding` and `barcodes`; {slice} = the slice's name"""
     encoder: str = "handmade"
-    "image features: handmade, a Hugging Face vision model such as microsoft/resnet-50, or a .npy/.npz file"
+    """image features: handmade, a Hugging Face vision model such as microsoft/resnet-50, or a
+    .npy/.npz file"""
     crop_um: float = 310.0
     "side of the image crop in micrometres (the published 64 hires pixels are 3.1 spot pitches)"
     cache: str = ""
@@ -115,76 +146,106 @@ class Config(run.Config):
     patience: int = 20
     "stop after so many epochs without a better validation ARI"
     tile: int = 0
-    "train and predict on compact tiles of at most so many spots, with all spots that these see through the graph; 0: the whole slide at once"
+    """train and predict on compact tiles of at most so many spots, with all spots that these see
+    through the graph; 0: the whole slide at once"""
     min_shared: float = 0.5
     "with --predict: the least share of the checkpoint's genes that the new slide must have"
     predict: str = ""
-    "checkpoint (model.pt of a run): predict --data with it, train nothing; its own flags are used, but for --embedding and --encoder where given"
+    """checkpoint (model.pt of a run): predict --data with it, train nothing; its own flags are
+    used, but for --embedding and --encoder where given"""
 
 
 def check(config):
     """Raise DataError, naming the flag, for a value that no run can use."""
-    rules = dict.fromkeys(("n_blocks", "k", "n_top_genes", "dim", "hidden", "heads", "layers", "epochs", "patience"), run.AT_LEAST_ONE)
-    rules |= dict.fromkeys(("tile", "buffer", "weight_decay"), run.AT_LEAST_ZERO) | dict.fromkeys(("crop_um", "lr"), run.POSITIVE)
-    rules |= {"split_seed": run.SEED, "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-              "min_shared": (lambda v: 0 <= v <= 1, "from 0 to 1")}
+    rules = dict.fromkeys(
+        ("n_blocks", "k", "n_top_genes", "dim", "hidden", "heads", "layers", "epochs", "patience"),
+        run.AT_LEAST_ONE,
+    )
+    rules |= dict.fromkeys(("tile", "buffer", "weight_decay"), run.AT_LEAST_ZERO) | dict.fromkeys(
+        ("crop_um", "lr"), run.POSITIVE
+    )
+    rules |= {
+        "split_seed": run.SEED,
+        "dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        "min_shared": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    }
     run.check_flags(config, rules)
     if config.dim % config.heads:
         raise DataError(f"--heads is {config.heads}: it must divide --dim {config.dim}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layers
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class Table:
-    """Who attends to whom: index (N, k), all places filled, and empty (N, k) bool or None, the places that do not count."""
+    """Who attends to whom: index (N, k), all places filled, and empty (N, k) bool or None, the
+    places that do not count."""
 
     def __init__(self, index, empty):
         self.index, self.empty = index, empty if empty.any() else None
         self._bags = {}
 
     def bags(self, heads):
-        """Row numbers for embedding bags over (N heads) rows, forward and reversed, made once per number of heads.
+        """Row numbers for embedding bags over (N heads) rows, forward and reversed, made once per
+        number of heads.
 
-        forward (N heads, k): row of (neighbour, head) in the bag of (spot, head). Reversed, bag (head, spot) holds the rows of those who
-        chose the spot: `chosen_by` (heads N k,), `start` (heads N,), and `place` (heads N k,), where their weight stands in (N, heads, k).
+        forward (N heads, k): row of (neighbour, head) in the bag of (spot, head). Reversed, bag
+        (head, spot) holds the rows of those who
+        chose the spot: `chosen_by` (heads N k,), `start` (heads N,), and `place` (heads N k,),
+        where their weight stands in (N, heads, k).
         """
         if heads not in self._bags:
             n, k = self.index.shape
             head = torch.arange(heads, device=self.index.device)[:, None]
-            forward = (self.index[:, None] * heads + head).flatten(0, 1)                # (N heads, k)
-            order = self.index.flatten().argsort(stable=True)                           # (N k,) edges by the spot that is chosen
-            start = F.pad(torch.bincount(self.index.flatten(), minlength=n).cumsum(0), (1, 0))[:-1]    # (N,)
+            # (N heads, k)
+            forward = (self.index[:, None] * heads + head).flatten(0, 1)
+            # (N k,) edges by the spot that is chosen
+            order = self.index.flatten().argsort(stable=True)
+            # (N,)
+            start = F.pad(torch.bincount(self.index.flatten(), minlength=n).cumsum(0), (1, 0))[:-1]
             chooser, slot = order // k, order % k
-            self._bags[heads] = (forward, (chooser * heads + head).flatten(), (start + head * n * k).flatten(),
-                                 (chooser * heads * k + slot + head * k).flatten())
+            self._bags[heads] = (
+                forward,
+                (chooser * heads + head).flatten(),
+                (start + head * n * k).flatten(),
+                (chooser * heads * k + slot + head * k).flatten(),
+            )
         return self._bags[heads]
 
 
 class Neighbours:
-    """A fixed-degree neighbour table (N, k), -1 = empty, as two `Table`s made ready for the layers once.
+    """A fixed-degree neighbour table (N, k), -1 = empty, as two `Table`s made ready for the layers
+    once.
 
-    `own` (N, k+1) starts with the spot itself (graph attention, GCN); `others` (N, k) does not (cross-attention). Empty places point
-    at the spot itself and are masked; a spot with no neighbour at all attends to itself.
+    `own` (N, k+1) starts with the spot itself (graph attention, GCN); `others` (N, k) does not
+    (cross-attention). Empty places point at the spot itself and are masked; a spot with no
+    neighbour at all attends to itself.
     """
 
     def __init__(self, table, device="cpu"):
-        table = torch.as_tensor(table, device=device)                   # (N, k)
-        myself = torch.arange(len(table), device=device)[:, None]       # (N, 1)
+        table = torch.as_tensor(table, device=device)  # (N, k)
+        myself = torch.arange(len(table), device=device)[:, None]  # (N, 1)
         empty = table < 0
-        others = torch.where(empty, myself, table)                      # (N, k)
-        self.own = Table(torch.cat([myself, others], 1), torch.cat([torch.zeros_like(empty[:, :1]), empty], 1))    # (N, k+1)
+        others = torch.where(empty, myself, table)  # (N, k)
+        # (N, k+1)
+        self.own = Table(
+            torch.cat([myself, others], 1), torch.cat([torch.zeros_like(empty[:, :1]), empty], 1)
+        )
         alone = empty.all(1)
-        empty[:, 0] &= ~alone                                           # the isolated spot keeps one place: itself
+        # the isolated spot keeps one place: itself
+        empty[:, 0] &= ~alone
         self.others = Table(others, empty)
 
 
 class Dropout(nn.Module):
-    """Zero a number with probability p in training, divide the others by what is kept of 1 (Srivastava et al. 2014).
+    """Zero a number with probability p in training, divide the others by what is kept of 1
+    (Srivastava et al. 2014).
 
-    It is `nn.Dropout`, which on a CPU draws a float for every number: most of the time of dropout, up to a quarter of an epoch of a large slide.
-    Sixteen random bits are enough: p is rounded to a multiple of 2^-16.
+    It is `nn.Dropout`, which on a CPU draws a float for every number: most of the time of dropout,
+    up to a quarter of an epoch of a large slide. Sixteen random bits are enough: p is rounded to a
+    multiple of 2^-16.
     """
 
     def __init__(self, p):
@@ -195,25 +256,32 @@ class Dropout(nn.Module):
         """x of any shape -> the same shape."""
         if x.device.type != "cpu" or not self.training or not self.p:
             return F.dropout(x, self.p, self.training)
-        dropped = min(round(self.p * 2 ** 16), 2 ** 16 - 1)             # of the 2^16 values of an int16
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-2 ** 63, None)    # a draw holds four
-        lost = bits.view(torch.int16)[:x.numel()].view(x.shape) < dropped - 2 ** 15
-        return x.masked_fill(lost, 0.0).mul_(1 / (1 - dropped / 2 ** 16))
+        # of the 2^16 values of an int16
+        dropped = min(round(self.p * 2**16), 2**16 - 1)
+        # a draw holds four
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(
+            -(2**63), None
+        )
+        lost = bits.view(torch.int16)[: x.numel()].view(x.shape) < dropped - 2**15
+        return x.masked_fill(lost, 0.0).mul_(1 / (1 - dropped / 2**16))
 
 
 def softmax_over_table(scores, empty):
-    """scores (N, heads, k), empty (N, k) bool or None -> weights (N, heads, k) that sum to 1 over the places in use."""
+    """scores (N, heads, k), empty (N, k) bool or None -> weights (N, heads, k) that sum to 1 over
+    the places in use."""
     if empty is not None:
         scores = scores.masked_fill(empty[:, None], float("-inf"))
     return scores.softmax(-1)
 
 
 class WeightedNeighbourSum(torch.autograd.Function):
-    """out[i, h] = sum_j weights[i, h, j] * values[index[i, j], h], forward and backward as weighted embedding bags.
+    """out[i, h] = sum_j weights[i, h, j] * values[index[i, j], h], forward and backward as weighted
+    embedding bags.
 
-    The readable form, which the tests compare with, is `torch.einsum("nhk,nkhd->nhd", weights, values[index])`; it builds an
-    (N, k, heads, d) tensor, and its backward scatters one. Here the gradient of the values is the same sum over the reversed table
-    (every spot collects from those who chose it), so nothing is scattered and the order of additions is fixed.
+    The readable form, which the tests compare with, is `torch.einsum("nhk,nkhd->nhd", weights,
+    values[index])`; it builds an (N, k, heads, d) tensor, and its backward scatters one. Here the
+    gradient of the values is the same sum over the reversed table (every spot collects from those
+    who chose it), so nothing is scattered and the order of additions is fixed.
     """
 
     @staticmethod
@@ -223,19 +291,28 @@ class WeightedNeighbourSum(torch.autograd.Function):
         ctx.save_for_backward(values, weights)
         ctx.table = table
         rows = table.bags(heads)[0]
-        return F.embedding_bag(rows, values.reshape(n * heads, d), per_sample_weights=weights.reshape(rows.shape), mode="sum").view(n, heads, d)
+        return F.embedding_bag(
+            rows,
+            values.reshape(n * heads, d),
+            per_sample_weights=weights.reshape(rows.shape),
+            mode="sum",
+        ).view(n, heads, d)
 
     @staticmethod
     def backward(ctx, grad):
         values, weights = ctx.saved_tensors
         grad = grad.contiguous()
-        return (sum_over_choosers(grad, weights, ctx.table) if ctx.needs_input_grad[0] else None,
-                products_over_table(grad, values, ctx.table) if ctx.needs_input_grad[1] else None, None)
+        return (
+            sum_over_choosers(grad, weights, ctx.table) if ctx.needs_input_grad[0] else None,
+            products_over_table(grad, values, ctx.table) if ctx.needs_input_grad[1] else None,
+            None,
+        )
 
 
 class NeighbourProducts(torch.autograd.Function):
-    """products[i, h, j] = <a[i, h], b[index[i, j], h]>, the scores of an attention; forward and backward are the other way round those of
-    WeightedNeighbourSum. The readable form is `torch.einsum("nhd,nkhd->nhk", a, b[index])`."""
+    """products[i, h, j] = <a[i, h], b[index[i, j], h]>, the scores of an attention; forward and
+    backward are the other way round those of WeightedNeighbourSum. The readable form is
+    `torch.einsum("nhd,nkhd->nhk", a, b[index])`."""
 
     @staticmethod
     def forward(ctx, a, b, table):
@@ -249,74 +326,107 @@ class NeighbourProducts(torch.autograd.Function):
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
         grad = grad.contiguous()
-        return (WeightedNeighbourSum.apply(b, grad, ctx.table) if ctx.needs_input_grad[0] else None,
-                sum_over_choosers(a, grad, ctx.table) if ctx.needs_input_grad[1] else None, None)
+        return (
+            WeightedNeighbourSum.apply(b, grad, ctx.table) if ctx.needs_input_grad[0] else None,
+            sum_over_choosers(a, grad, ctx.table) if ctx.needs_input_grad[1] else None,
+            None,
+        )
 
 
 def sum_over_choosers(values, weights, table):
-    """out[j, h] = sum of weights[i, h, place] values[i, h] over the spots i that chose j: values (N, heads, d), weights (N, heads, k) -> (N, heads, d)."""
+    """out[j, h] = sum of weights[i, h, place] values[i, h] over the spots i that chose j: values
+    (N, heads, d), weights (N, heads, k) -> (N, heads, d)."""
     n, heads, d = values.shape
     _, chosen_by, start, place = table.bags(heads)
-    return F.embedding_bag(chosen_by, values.view(n * heads, d), start, mode="sum",
-                           per_sample_weights=weights.flatten().index_select(0, place)).view(heads, n, d).transpose(0, 1)
+    return (
+        F.embedding_bag(
+            chosen_by,
+            values.view(n * heads, d),
+            start,
+            mode="sum",
+            per_sample_weights=weights.flatten().index_select(0, place),
+        )
+        .view(heads, n, d)
+        .transpose(0, 1)
+    )
 
 
 def products_over_table(a, b, table):
     """<a[i, h], b[index[i, j], h]>: a, b (N, heads, d) contiguous -> (N, heads, k).
 
-    On a CPU these are the entries of a (N heads, N heads) product that the table asks for: nothing is gathered, four times as fast.
+    On a CPU these are the entries of a (N heads, N heads) product that the table asks for: nothing
+    is gathered, four times as fast.
     """
     n, heads, d = a.shape
     if a.is_cuda or a.dtype not in (torch.float32, torch.float64):
-        return (b[table.index] * a[:, None]).sum(-1).transpose(1, 2)    # (N, k, heads, d) -> (N, heads, k)
+        # (N, k, heads, d) -> (N, heads, k)
+        return (b[table.index] * a[:, None]).sum(-1).transpose(1, 2)
     rows = table.bags(heads)[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)                    # torch calls its CSR tensors a beta version, once a process
-        wanted = torch.sparse_csr_tensor(torch.arange(len(rows) + 1) * rows.shape[1], rows.flatten(), a.new_zeros(rows.numel()),
-                                         (n * heads, n * heads), check_invariants=False)
-    products = torch.sparse.sampled_addmm(wanted, a.view(n * heads, d), b.reshape(n * heads, d).T, beta=0.0).values()
-    return products.clone().view(n, heads, -1)                          # --compile stumbles over a view of a sparse tensor
+        # torch calls its CSR tensors a beta version, once a process
+        warnings.simplefilter("ignore", UserWarning)
+        wanted = torch.sparse_csr_tensor(
+            torch.arange(len(rows) + 1) * rows.shape[1],
+            rows.flatten(),
+            a.new_zeros(rows.numel()),
+            (n * heads, n * heads),
+            check_invariants=False,
+        )
+    products = torch.sparse.sampled_addmm(
+        wanted, a.view(n * heads, d), b.reshape(n * heads, d).T, beta=0.0
+    ).values()
+    # --compile stumbles over a view of a sparse tensor
+    return products.clone().view(n, heads, -1)
 
 
 def weighted_neighbour_sum(values, weights, table):
-    """The same with autocast, which leaves the weights float32 and the values not: the sum is made in the type of the weights."""
+    """The same with autocast, which leaves the weights float32 and the values not: the sum is made
+    in the type of the weights."""
     return WeightedNeighbourSum.apply(values.to(weights.dtype), weights, table)
 
 
 def neighbour_products(a, b, table):
-    """Scores <a[i, h], b[index[i, j], h]> in float32 under autocast, too: a, b (N, heads, d) -> (N, heads, k)."""
-    return NeighbourProducts.apply(*(v if v.dtype == torch.float64 else v.float() for v in (a, b)), table)
+    """Scores <a[i, h], b[index[i, j], h]> in float32 under autocast, too: a, b (N, heads, d) -> (N,
+    heads, k)."""
+    return NeighbourProducts.apply(
+        *(v if v.dtype == torch.float64 else v.float() for v in (a, b)), table
+    )
 
 
 class GraphAttention(nn.Module):
     """Graph attention (Velickovic et al. 2018, Eq. 1-5), heads concatenated.
 
-    e_ij = LeakyReLU(u . W h_j + v . W h_i);  alpha_ij = softmax_j e_ij over the neighbours and i itself;  h'_i = sum_j alpha_ij W h_j + b
+    e_ij = LeakyReLU(u . W h_j + v . W h_i);  alpha_ij = softmax_j e_ij over the neighbours and i
+    itself;  h'_i = sum_j alpha_ij W h_j + b
     """
 
     def __init__(self, dim_in, dim_out, heads=4, dropout=0.1):
         super().__init__()
         self.heads, self.dropout = heads, Dropout(dropout)
         self.project = nn.Linear(dim_in, dim_out, bias=False)
-        self.u = nn.Parameter(torch.empty(heads, dim_out // heads))     # scores the neighbour
-        self.v = nn.Parameter(torch.empty(heads, dim_out // heads))     # scores the spot itself
+        self.u = nn.Parameter(torch.empty(heads, dim_out // heads))  # scores the neighbour
+        self.v = nn.Parameter(torch.empty(heads, dim_out // heads))  # scores the spot itself
         self.bias = nn.Parameter(torch.zeros(dim_out))
         for w in (self.project.weight, self.u, self.v):
             nn.init.xavier_uniform_(w)
 
     def forward(self, h, graph):
         """h (N, dim_in) -> (N, dim_out), alpha (N, heads, k+1)."""
-        h = self.project(h)                                             # (N, heads d)
-        to, of = (h @ torch.block_diag(*w[:, :, None]) for w in (self.u, self.v))    # (N, heads) each: head by head the products u . W h and v . W h
-        h, rows = h.view(len(h), self.heads, -1), graph.own.bags(self.heads)[0]      # (N, heads, d); (N heads, k+1)
-        e = to.flatten().index_select(0, rows.flatten()).view(len(h), self.heads, -1)    # (N, heads, k+1)
+        h = self.project(h)  # (N, heads d)
+        # (N, heads) each: head by head the products u . W h and v . W h
+        to, of = (h @ torch.block_diag(*w[:, :, None]) for w in (self.u, self.v))
+        # (N, heads, d); (N heads, k+1)
+        h, rows = h.view(len(h), self.heads, -1), graph.own.bags(self.heads)[0]
+        # (N, heads, k+1)
+        e = to.flatten().index_select(0, rows.flatten()).view(len(h), self.heads, -1)
         alpha = softmax_over_table(F.leaky_relu(e + of[:, :, None], 0.2), graph.own.empty)
         out = weighted_neighbour_sum(h, self.dropout(alpha), graph.own)
-        return out.flatten(1) + self.bias, alpha                        # (N, dim_out)
+        return out.flatten(1) + self.bias, alpha  # (N, dim_out)
 
 
 class GraphConvolution(nn.Module):
-    """H' = D^-1/2 (A + I) D^-1/2 H W + b (Kipf & Welling 2017, Eq. 2), D counting the places in use of each row of the table."""
+    """H' = D^-1/2 (A + I) D^-1/2 H W + b (Kipf & Welling 2017, Eq. 2), D counting the places in use
+    of each row of the table."""
 
     def __init__(self, dim_in, dim_out):
         super().__init__()
@@ -328,59 +438,73 @@ class GraphConvolution(nn.Module):
         """h (N, dim_in) -> (N, dim_out), weights (N, 1, k+1)."""
         index, empty = graph.own.index, graph.own.empty
         used = torch.ones_like(index, dtype=h.dtype) if empty is None else (~empty).to(h.dtype)
-        d = used.sum(1).rsqrt()                                         # (N,)
-        w = (used * d[:, None] * d[index])[:, None]                     # (N, 1, k+1)
-        return weighted_neighbour_sum(self.project(h)[:, None], w, graph.own).squeeze(1) + self.bias, w    # (N, dim_out)
+        d = used.sum(1).rsqrt()  # (N,)
+        w = (used * d[:, None] * d[index])[:, None]  # (N, 1, k+1)
+        # (N, dim_out)
+        return weighted_neighbour_sum(self.project(h)[:, None], w, graph.own).squeeze(
+            1
+        ) + self.bias, w
 
 
 class GraphEncoder(nn.Module):
-    """`layers` blocks of conv -> LayerNorm -> ELU -> dropout, with a residual where the widths agree."""
+    """`layers` blocks of conv -> LayerNorm -> ELU -> dropout, with a residual where the widths
+    agree."""
 
     def __init__(self, kind, dim_in, dim, heads, layers, dropout):
         super().__init__()
         widths = [dim_in] + [dim] * layers
-        self.convs = nn.ModuleList(GraphAttention(a, b, heads, dropout) if kind == "gat" else GraphConvolution(a, b)
-                                   for a, b in zip(widths, widths[1:]))
+        self.convs = nn.ModuleList(
+            GraphAttention(a, b, heads, dropout) if kind == "gat" else GraphConvolution(a, b)
+            for a, b in zip(widths, widths[1:])
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers))
         self.dropout = Dropout(dropout)
 
     def forward(self, h, graph):
         """h (N, dim_in) -> (N, dim), the last layer's attention."""
         for conv, norm in zip(self.convs, self.norms):
-            out, alpha = conv(h, graph)                                 # (N, dim)
+            out, alpha = conv(h, graph)  # (N, dim)
             out = self.dropout(F.elu(norm(out)))
             h = out + h if out.shape == h.shape else out
         return h, alpha
 
 
 class Gated(nn.Module):
-    """g = sigmoid(W [a; b] + c);  f = g a + (1 - g) b;  LN(f + FFN(f)). Without `ffn` it is the image gate: LN(f)."""
+    """g = sigmoid(W [a; b] + c);  f = g a + (1 - g) b;  LN(f + FFN(f)). Without `ffn` it is the
+    image gate: LN(f)."""
 
     def __init__(self, dim, dropout, ffn=True):
         super().__init__()
         self.gate = nn.Linear(2 * dim, dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), Dropout(dropout), nn.Linear(dim, dim)) if ffn else None
+        self.ffn = (
+            nn.Sequential(nn.Linear(dim, dim), nn.GELU(), Dropout(dropout), nn.Linear(dim, dim))
+            if ffn
+            else None
+        )
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, a, b):
         """a, b (N, dim) -> (N, dim)."""
-        g = torch.sigmoid(self.gate(torch.cat([a, b], 1)))              # (N, dim)
+        g = torch.sigmoid(self.gate(torch.cat([a, b], 1)))  # (N, dim)
         f = g * a + (1 - g) * b
         return self.norm(f if self.ffn is None else f + self.ffn(f))
 
 
 class CrossAttentionLayer(nn.Module):
-    """Multi-head attention of a spot's expression (query) over its neighbours' spatial embeddings (key, value), post-norm.
+    """Multi-head attention of a spot's expression (query) over its neighbours' spatial embeddings
+    (key, value), post-norm.
 
-    Keys and values are projected once per spot and gathered afterwards: O(N d^2 + N k d), where projecting the gathered (N, k, d)
-    tensor costs O(N k d^2).
+    Keys and values are projected once per spot and gathered afterwards: O(N d^2 + N k d), where
+    projecting the gathered (N, k, d) tensor costs O(N k d^2).
     """
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
         self.heads, self.dropout = heads, Dropout(dropout)
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), Dropout(dropout), nn.Linear(2 * dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.GELU(), Dropout(dropout), nn.Linear(2 * dim, dim)
+        )
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         for linear in (self.query, self.key, self.value, self.out):
             nn.init.xavier_uniform_(linear.weight)
@@ -389,49 +513,80 @@ class CrossAttentionLayer(nn.Module):
     def forward(self, z, s, graph):
         """z (N, dim) queries, s (N, dim) spatial embeddings -> (N, dim), alpha (N, heads, k)."""
         n, dim = z.shape
-        q, key, value = (f(x).view(n, self.heads, -1) for f, x in ((self.query, z), (self.key, s), (self.value, s)))    # (N, heads, d)
+        # (N, heads, d)
+        q, key, value = (
+            f(x).view(n, self.heads, -1)
+            for f, x in ((self.query, z), (self.key, s), (self.value, s))
+        )
         scores = neighbour_products(q, key, graph.others) / q.shape[-1] ** 0.5
-        alpha = softmax_over_table(scores, graph.others.empty)          # (N, heads, k)
-        a = weighted_neighbour_sum(value, self.dropout(alpha), graph.others).flatten(1)             # (N, dim)
+        alpha = softmax_over_table(scores, graph.others.empty)  # (N, heads, k)
+        # (N, dim)
+        a = weighted_neighbour_sum(value, self.dropout(alpha), graph.others).flatten(1)
         z = self.norm1(z + self.dropout(self.out(a)))
         return self.norm2(z + self.dropout(self.ffn(z))), alpha
 
 
 class GatFusion(nn.Module):
-    """The mode matrix of the paper in one module: which of expression / graph / image encoders exist and how they are fused.
+    """The mode matrix of the paper in one module: which of expression / graph / image encoders
+    exist and how they are fused.
 
-    dim_in: width of the expression input (genes, or the frozen embedding); dim_image: width of the image features.
+    dim_in: width of the expression input (genes, or the frozen embedding); dim_image: width of the
+    image features.
     """
 
-    def __init__(self, mode, dim_in, n_classes, fusion="cross", dim_image=0, dim=128, hidden=256, heads=4, layers=2, dropout=0.1):
+    def __init__(
+        self,
+        mode,
+        dim_in,
+        n_classes,
+        fusion="cross",
+        dim_image=0,
+        dim=128,
+        hidden=256,
+        heads=4,
+        layers=2,
+        dropout=0.1,
+    ):
         super().__init__()
         self.mode, self.fusion = mode, fusion
         self.expression = None
         if mode in EMBEDDING_MODES:
-            self.expression = NormFirst(nn.LayerNorm(dim_in), nn.Linear(dim_in, dim), nn.GELU(), Dropout(dropout))
+            self.expression = NormFirst(
+                nn.LayerNorm(dim_in), nn.Linear(dim_in, dim), nn.GELU(), Dropout(dropout)
+            )
         elif mode not in GRAPH_ONLY:
             self.expression = mlp(dim_in, hidden, dim, dropout)
         self.spatial = None
         if mode in GAT_MODES | GCN_MODES:
             kind = "gcn" if mode in GCN_MODES else "gat"
-            self.spatial = GraphEncoder(kind, dim_in if mode in GRAPH_ONLY else dim, dim, heads, layers, dropout)
+            self.spatial = GraphEncoder(
+                kind, dim_in if mode in GRAPH_ONLY else dim, dim, heads, layers, dropout
+            )
         self.image = mlp(dim_image, dim, dim, dropout) if mode in IMAGE_MODES else None
         fused = mode in {"full", "gcn_full", "embedding", "multimodal"}
-        self.cross = nn.ModuleList(CrossAttentionLayer(dim, heads, dropout) for _ in range(layers)) if fused and fusion == "cross" else None
-        self.gate = Gated(dim, dropout) if (fused and fusion == "gated") or mode == "img_expr" else None
+        self.cross = (
+            nn.ModuleList(CrossAttentionLayer(dim, heads, dropout) for _ in range(layers))
+            if fused and fusion == "cross"
+            else None
+        )
+        self.gate = (
+            Gated(dim, dropout) if (fused and fusion == "gated") or mode == "img_expr" else None
+        )
         self.image_gate = Gated(dim, dropout, ffn=False) if mode == "multimodal" else None
         self.head = nn.Linear(2 * dim if mode == "concat" else dim, n_classes)
 
     def forward(self, x, graph=None, image=None):
-        """x (N, dim_in), graph Neighbours, image (N, dim_image) -> logits (N, C), {"embedding": (N, dim), "attention": (N, heads, k)}."""
-        z = e = x if self.expression is None else self.expression(x)    # (N, dim)
+        """x (N, dim_in), graph Neighbours, image (N, dim_image) -> logits (N, C), {"embedding": (N,
+        dim), "attention": (N, heads, k)}."""
+        z = e = x if self.expression is None else self.expression(x)  # (N, dim)
         attention = None
         if self.spatial is not None:
-            s, attention = self.spatial(e, graph)                       # (N, dim)
-            z = torch.cat([e, s], 1) if self.mode == "concat" else s    # concat: (N, 2 dim)
+            s, attention = self.spatial(e, graph)  # (N, dim)
+            z = torch.cat([e, s], 1) if self.mode == "concat" else s  # concat: (N, 2 dim)
         if self.cross is not None:
             z = e
-            for layer in self.cross:                                    # the same s in every layer, as published
+            # the same s in every layer, as published
+            for layer in self.cross:
                 z, attention = layer(z, s, graph)
         elif self.gate is not None:
             z = self.gate(e, self.image(image) if self.mode == "img_expr" else s)
@@ -441,61 +596,88 @@ class GatFusion(nn.Module):
 
 
 class NormFirst(nn.Sequential):
-    """LayerNorm -> Linear -> whatever follows, with the scale and shift of the norm folded into the linear map: W (g x + b) + c = (W g) x + (W b + c).
+    """LayerNorm -> Linear -> whatever follows, with the scale and shift of the norm folded into the
+    linear map: W (g x + b) + c = (W g) x + (W b + c).
 
-    It is the same function; its gradient needs no (N, dim_in) array, where x comes from the data and asks for none.
+    It is the same function; its gradient needs no (N, dim_in) array, where x comes from the data
+    and asks for none.
     """
 
     def forward(self, x):
         """x (N, dim_in) -> (N, dim)."""
         norm, linear, *rest = self
-        x = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)        # (N, dim_in)
-        x = F.linear(x, linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias)    # (N, hidden)
+        x = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)  # (N, dim_in)
+        # (N, hidden)
+        x = F.linear(x, linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias)
         for layer in rest:
             x = layer(x)
-        return x                                                        # (N, dim)
+        return x  # (N, dim)
 
 
 def mlp(dim_in, hidden, dim, dropout):
     """LayerNorm -> Linear -> GELU -> Dropout -> Linear: (N, dim_in) -> (N, dim)."""
-    return NormFirst(nn.LayerNorm(dim_in), nn.Linear(dim_in, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, dim))
+    return NormFirst(
+        nn.LayerNorm(dim_in),
+        nn.Linear(dim_in, hidden),
+        nn.GELU(),
+        Dropout(dropout),
+        nn.Linear(hidden, dim),
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Baselines: what a network has to beat. Each returns class probabilities (N, C) for all spots
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def majority(task):
     """The largest training class for everyone."""
     counts = np.bincount(task.labels[task.split.train], minlength=task.n_classes)
-    return np.tile(np.eye(task.n_classes)[counts.argmax()], (len(task.labels), 1))    # (N, C)
+    return np.tile(np.eye(task.n_classes)[counts.argmax()], (len(task.labels), 1))  # (N, C)
 
 
 def coords_knn(task):
-    """Inverse-distance vote of the nearest training *labels*; k by validation ARI. No gene is seen."""
+    """Inverse-distance vote of the nearest training *labels*; k by validation ARI. No gene is
+    seen."""
     train = task.split.train
-    tries = [KNeighborsClassifier(k, weights="distance").fit(task.place[train], task.labels[train])
-             for k in (1, 3, 5, 7, 9, 12, 15, 20, 30) if k <= train.sum()]
-    return best_on_validation(task, (spread(m.predict_proba(task.place), m.classes_, task.n_classes) for m in tries))
+    tries = [
+        KNeighborsClassifier(k, weights="distance").fit(task.place[train], task.labels[train])
+        for k in (1, 3, 5, 7, 9, 12, 15, 20, 30)
+        if k <= train.sum()
+    ]
+    return best_on_validation(
+        task, (spread(m.predict_proba(task.place), m.classes_, task.n_classes) for m in tries)
+    )
 
 
 def coords_rbf(task):
-    """RBF-kernel ridge on one-hot labels over positions; bandwidth and ridge by validation ARI. No gene is seen.
+    """RBF-kernel ridge on one-hot labels over positions; bandwidth and ridge by validation ARI. No
+    gene is seen.
 
-    The kernel is cut at 4 bandwidths, so it is a sparse matrix and the solve (conjugate gradients) stays linear in the number of spots.
+    The kernel is cut at 4 bandwidths, so it is a sparse matrix and the solve (conjugate gradients)
+    stays linear in the number of spots.
     """
-    train, onehot = task.split.train, np.eye(task.n_classes)[task.labels[task.split.train]]    # (n, C)
+    # (n, C)
+    train, onehot = task.split.train, np.eye(task.n_classes)[task.labels[task.split.train]]
     pitch = data.lattice_pitch(task.place[task.slide_of == 0])
-    seen, pieces = cKDTree(task.place[train]), np.array_split(task.place, len(task.place) // 50_000 + 1)
+    seen, pieces = (
+        cKDTree(task.place[train]),
+        np.array_split(task.place, len(task.place) // 50_000 + 1),
+    )
 
     def predict(bandwidth, ridge):
         def kernel(a, b):
             d = a.sparse_distance_matrix(b, 4 * bandwidth, output_type="coo_matrix").tocsr()
             d.data = np.exp(-0.5 * (d.data / bandwidth) ** 2)
             return d
+
         square = kernel(seen, seen) + ridge * sp.identity(len(onehot))
-        weights = np.stack([cg(square, y, rtol=1e-6, maxiter=300)[0] for y in onehot.T], 1)    # (n, C)
-        score = np.clip(np.concatenate([kernel(cKDTree(piece), seen) @ weights for piece in pieces]), 1e-6, None)    # (N, C)
+        # (n, C)
+        weights = np.stack([cg(square, y, rtol=1e-6, maxiter=300)[0] for y in onehot.T], 1)
+        # (N, C)
+        score = np.clip(
+            np.concatenate([kernel(cKDTree(piece), seen) @ weights for piece in pieces]), 1e-6, None
+        )
         return score / score.sum(1, keepdims=True)
 
     return best_on_validation(task, (predict(b * pitch, r) for b in (2.0, 3.0) for r in (0.1, 0.3)))
@@ -507,18 +689,21 @@ def expr_lr(task):
 
 
 def smoothed_lr(task):
-    """Logistic regression on 50 principal components averaged over a spot and its 36 nearest spots."""
+    """Logistic regression on 50 principal components averaged over a spot and its 36 nearest
+    spots."""
     return logistic(task, data.neighbour_mean(task.pcs, task.table(SMOOTHED)))
 
 
 def logistic(task, x):
-    """Multinomial logistic regression, fitted on training rows; inverse regularisation by validation ARI. x (N, D) -> (N, C)."""
+    """Multinomial logistic regression, fitted on training rows; inverse regularisation by
+    validation ARI. x (N, D) -> (N, C)."""
     train = task.split.train
     x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-9)
 
     def predict(c):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)         # 300 steps are enough for a baseline; the score says so itself
+            # 300 steps are enough for a baseline; the score says so itself
+            warnings.simplefilter("ignore", ConvergenceWarning)
             model = LogisticRegression(C=c, max_iter=300).fit(x[train], task.labels[train])
         return spread(model.predict_proba(x), model.classes_, task.n_classes)
 
@@ -526,31 +711,38 @@ def logistic(task, x):
 
 
 def best_on_validation(task, candidates):
-    """The candidate (N, C) with the best ARI on the validation spots; the first on ties or where there is no validation spot."""
+    """The candidate (N, C) with the best ARI on the validation spots; the first on ties or where
+    there is no validation spot."""
     val = task.split.val
     candidates = list(candidates)
     if not val.any():
         return candidates[0]
-    return max(candidates, key=lambda p: metrics.clustering(task.labels[val], p[val].argmax(1))["ari"])
+    return max(
+        candidates, key=lambda p: metrics.clustering(task.labels[val], p[val].argmax(1))["ari"]
+    )
 
 
 def spread(prob, classes, n_classes):
-    """Columns of the classes that a model saw -> columns of all classes: (N, len(classes)) -> (N, C)."""
+    """Columns of the classes that a model saw -> columns of all classes: (N, len(classes)) -> (N,
+    C)."""
     out = np.zeros((len(prob), n_classes))
     out[:, classes] = prob
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Task: slides -> inputs, labels, split
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class Task:
-    """All spots of the slides of one run, stacked (the scored slide first), with one label map, one split and block-diagonal graphs.
+    """All spots of the slides of one run, stacked (the scored slide first), with one label map, one
+    split and block-diagonal graphs.
 
-    labels (N,) int, -1 = none; place (N, 2) what a coordinates-only predictor may see: pixels inside one slide, coordinates
-    standardised per slide across slides; slide_of (N,) which slide a spot belongs to; x (N, G) float32 inputs, made on first use;
-    library `given` or `own`, one for all slides; reach the receptive field in lattice pitches.
+    labels (N,) int, -1 = none; place (N, 2) what a coordinates-only predictor may see: pixels
+    inside one slide, coordinates standardised per slide across slides; slide_of (N,) which slide a
+    spot belongs to; x (N, G) float32 inputs, made on first use; library `given` or `own`, one for
+    all slides; reach the receptive field in lattice pitches.
     """
 
     def __init__(self, config, slides):
@@ -558,37 +750,64 @@ class Task:
         self.classes, labels = data.global_labels(slides)
         self.labels, self.n_classes = np.concatenate(labels), len(self.classes)
         self.slide_of = np.repeat(np.arange(len(slides)), [s.n_spots for s in slides])
-        self.place = slides[0].xy if len(slides) == 1 else np.concatenate([(s.xy - s.xy.mean(0)) / s.xy.std(0) for s in slides])    # (N, 2)
+        # (N, 2)
+        self.place = (
+            slides[0].xy
+            if len(slides) == 1
+            else np.concatenate([(s.xy - s.xy.mean(0)) / s.xy.std(0) for s in slides])
+        )
         self.library = agreed_library(config, slides)
-        pitch_um = data.lattice_pitch(slides[0].xy) * (slides[0].um_per_px or 0) or 100.0     # Visium's where the slide does not tell
+        # Visium's where the slide does not tell
+        pitch_um = data.lattice_pitch(slides[0].xy) * (slides[0].um_per_px or 0) or 100.0
         self.reach = receptive_field(config, pitch_um)
         data.check_labels(labels[0], slides[0].sample)
         if config.split == "random":
             self.split = data.random_split(self.labels, config.split_seed)
         elif config.split == "blocks":
             buffer = config.buffer or default_buffer(config, pitch_um)
-            self.split = data.block_split(self.labels, slides[0].xy, config.fold, config.n_blocks, buffer=buffer, seed=config.split_seed, reach=self.reach)
+            self.split = data.block_split(
+                self.labels,
+                slides[0].xy,
+                config.fold,
+                config.n_blocks,
+                buffer=buffer,
+                seed=config.split_seed,
+                reach=self.reach,
+            )
         else:
             self.split = data.holdout_split(slides, self.labels, config.split, config.split_seed)
 
     def table(self, k):
         """(N, k) rows of the k nearest spots, never across slides."""
         start = np.cumsum([0] + [s.n_spots for s in self.slides])
-        return np.concatenate([data.knn_table(s.xy, k, name=s.sample) + at for s, at in zip(self.slides, start)])
+        return np.concatenate(
+            [data.knn_table(s.xy, k, name=s.sample) + at for s, at in zip(self.slides, start)]
+        )
 
     @cached_property
     def expression(self):
         """data.Expression: gene choice and scaler, fitted on training rows."""
         c, genes = self.config, data.common_genes(self.slides)
-        parts = [(s.select_genes(genes), self.split.train[self.slide_of == i]) for i, s in enumerate(self.slides)]
-        sizes = np.concatenate([s.library_size[rows] for s, rows in parts]) if self.library == "given" else None
-        return data.Expression(c.n_top_genes, c.hvg).fit(sp.vstack([s.counts[rows] for s, rows in parts if rows.any()]).tocsr(), genes, sizes)
+        parts = [
+            (s.select_genes(genes), self.split.train[self.slide_of == i])
+            for i, s in enumerate(self.slides)
+        ]
+        sizes = (
+            np.concatenate([s.library_size[rows] for s, rows in parts])
+            if self.library == "given"
+            else None
+        )
+        return data.Expression(c.n_top_genes, c.hvg).fit(
+            sp.vstack([s.counts[rows] for s, rows in parts if rows.any()]).tocsr(), genes, sizes
+        )
 
     @cached_property
     def x(self):
         """(N, G) z-scores, or the frozen vectors (N, D) of the embedding modes."""
         if self.config.mode in EMBEDDING_MODES:
-            return np.concatenate([data.read_embedding(self.config.embedding, s) for s in self.slides])
+            return np.concatenate(
+                [data.read_embedding(self.config.embedding, s) for s in self.slides]
+            )
         return self.z
 
     @cached_property
@@ -599,16 +818,22 @@ class Task:
 
     @cached_property
     def pcs(self):
-        """(N, 50) principal components of the z-scores, fitted on training rows, for the linear baselines."""
+        """(N, 50) principal components of the z-scores, fitted on training rows, for the linear
+        baselines."""
         rows = np.flatnonzero(self.split.train)
-        fit = rows[::len(rows) // MOST_FOR_PCA + 1] if self.config.tile else rows
-        pca = PCA(min(50, len(fit) - 1, self.z.shape[1]), svd_solver="randomized", random_state=0).fit(self.z[fit])
+        fit = rows[:: len(rows) // MOST_FOR_PCA + 1] if self.config.tile else rows
+        pca = PCA(
+            min(50, len(fit) - 1, self.z.shape[1]), svd_solver="randomized", random_state=0
+        ).fit(self.z[fit])
         step = self.config.tile or len(self.labels)
-        return np.concatenate([pca.transform(self.z[i:i + step]) for i in range(0, len(self.labels), step)])
+        return np.concatenate(
+            [pca.transform(self.z[i : i + step]) for i in range(0, len(self.labels), step)]
+        )
 
     @cached_property
     def image(self):
-        """(N, D) frozen image features, standardised by training rows, or None where the mode has no image branch."""
+        """(N, D) frozen image features, standardised by training rows, or None where the mode has
+        no image branch."""
         if self.config.mode not in IMAGE_MODES:
             return None
         f = np.concatenate([image_features(self.config, s) for s in self.slides])
@@ -618,17 +843,31 @@ class Task:
 
 
 def agreed_library(config, slides):
-    """`given` if the flag says so and every slide came with library sizes, else `own`: slides normalised in two ways would differ by that alone."""
-    return "given" if config.library == "given" and all(s.library_size is not None for s in slides) else "own"
+    """`given` if the flag says so and every slide came with library sizes, else `own`: slides
+    normalised in two ways would differ by that alone."""
+    return (
+        "given"
+        if config.library == "given" and all(s.library_size is not None for s in slides)
+        else "own"
+    )
 
 
 class ZScores:
-    """z-scores (N, G) in the gene order of `expression`, kept sparse: indexing makes float32 rows. library `given` or `own`, as agreed for the run."""
+    """z-scores (N, G) in the gene order of `expression`, kept sparse: indexing makes float32 rows.
+    library `given` or `own`, as agreed for the run."""
 
     def __init__(self, config, expression, slide, library):
-        own = config.scale == "slice" or (config.scale == "auto" and config.split in ("slice", "donor"))
-        self.x, present = expression.log1p(slide.counts, slide.genes, slide.library_size if library == "given" else None)    # (N, G) CSR
-        self.shape, scaler = self.x.shape, data.Standardise(expression.clip).fit(self.x) if own else expression.scaler
+        own = config.scale == "slice" or (
+            config.scale == "auto" and config.split in ("slice", "donor")
+        )
+        # (N, G) CSR
+        self.x, present = expression.log1p(
+            slide.counts, slide.genes, slide.library_size if library == "given" else None
+        )
+        self.shape, scaler = (
+            self.x.shape,
+            data.Standardise(expression.clip).fit(self.x) if own else expression.scaler,
+        )
         self.start, self.scalers, self.absent = [0], [scaler], [~present]
 
     @classmethod
@@ -636,38 +875,63 @@ class ZScores:
         """One of several slides, stacked."""
         out = copy.copy(parts[0])
         out.x = sp.vstack([p.x for p in parts]).tocsr() if len(parts) > 1 else out.x
-        out.shape, out.start = out.x.shape, np.cumsum([0] + [p.shape[0] for p in parts])[:-1].tolist()
+        out.shape, out.start = (
+            out.x.shape,
+            np.cumsum([0] + [p.shape[0] for p in parts])[:-1].tolist(),
+        )
         out.scalers, out.absent = [p.scalers[0] for p in parts], [p.absent[0] for p in parts]
         return out
 
     def __getitem__(self, rows):
         rows = np.arange(self.shape[0])[rows]
-        z, slide = np.empty((len(rows), self.shape[1]), np.float32), np.searchsorted(self.start, rows, side="right") - 1
+        z, slide = (
+            np.empty((len(rows), self.shape[1]), np.float32),
+            np.searchsorted(self.start, rows, side="right") - 1,
+        )
         for i, (scaler, absent) in enumerate(zip(self.scalers, self.absent)):
             if (here := slide == i).any():
                 z[here] = scaler.transform(self.x[rows[here]])
-                z[np.ix_(here, absent)] = 0                             # a gene that the slide lacks is at the mean
-        return z                                                        # (len(rows), G)
+                # a gene that the slide lacks is at the mean
+                z[np.ix_(here, absent)] = 0
+        return z  # (len(rows), G)
 
 
 def image_features(config, slide):
     """(N, D) frozen features of the crop around each spot, cached by image, encoder and crop."""
-    return data.image_features(slide, config.encoder, config.crop_um, config.cache or Path(config.data) / ".features", run.pick_device(config.device))
+    return data.image_features(
+        slide,
+        config.encoder,
+        config.crop_um,
+        config.cache or Path(config.data) / ".features",
+        run.pick_device(config.device),
+    )
 
 
 def rings(k):
-    """Rings of a hexagonal lattice that k neighbours fill, 3 r (r + 1) = k: k = 6: 1, 18: 2, 36: 3, 96: 6."""
+    """Rings of a hexagonal lattice that k neighbours fill, 3 r (r + 1) = k: k = 6: 1, 18: 2, 36: 3,
+    96: 6."""
     return int(np.ceil((np.sqrt(12 * k + 9) - 3) / 6 - 1e-9))
 
 
 def hops(config):
-    """Steps of the graph that a prediction looks at: one a graph layer, and one more for the cross-attention, whose layers all read the same S."""
-    steps = {"expr_only": 0, "embedding_only": 0, "img_expr": 0, "gat_only": config.layers, "gcn_only": config.layers, "concat": config.layers}
-    return (steps | dict.fromkeys(BASELINES, 0)).get(config.mode, config.layers + (config.fusion == "cross"))
+    """Steps of the graph that a prediction looks at: one a graph layer, and one more for the
+    cross-attention, whose layers all read the same S."""
+    steps = {
+        "expr_only": 0,
+        "embedding_only": 0,
+        "img_expr": 0,
+        "gat_only": config.layers,
+        "gcn_only": config.layers,
+        "concat": config.layers,
+    }
+    return (steps | dict.fromkeys(BASELINES, 0)).get(
+        config.mode, config.layers + (config.fusion == "cross")
+    )
 
 
 def receptive_field(config, pitch_um=100.0):
-    """Lattice pitches that a prediction can look across, at least 1: hops x rings of the k-neighbourhood, or half the image crop if that is more."""
+    """Lattice pitches that a prediction can look across, at least 1: hops x rings of the
+    k-neighbourhood, or half the image crop if that is more."""
     graph = rings(config.k) * hops(config)
     if config.mode == "smoothed_lr":
         graph = rings(SMOOTHED)
@@ -676,16 +940,19 @@ def receptive_field(config, pitch_um=100.0):
 
 
 def default_buffer(config, pitch_um=100.0):
-    """Buffer of --split blocks in pitches: the field of the widest fusion whatever the mode, so that all modes are trained on the same spots."""
+    """Buffer of --split blocks in pitches: the field of the widest fusion whatever the mode, so
+    that all modes are trained on the same spots."""
     return max(float(rings(config.k) * (config.layers + 1)), receptive_field(config, pitch_um))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def class_weights(labels, n_classes):
-    """w_c proportional to 1 / n_c over training spots, rescaled to sum to C: (C,). A class without a spot gets no weight."""
+    """w_c proportional to 1 / n_c over training spots, rescaled to sum to C: (C,). A class without
+    a spot gets no weight."""
     counts = np.bincount(labels, minlength=n_classes)
     w = np.where(counts > 0, 1 / (counts + 1e-6), 0)
     return torch.tensor(w / w.sum() * n_classes, dtype=torch.float32)
@@ -693,32 +960,54 @@ def class_weights(labels, n_classes):
 
 def build(config, dim_in, n_classes, dim_image):
     """GatFusion from the flags."""
-    return GatFusion(config.mode, dim_in, n_classes, config.fusion, dim_image, config.dim, config.hidden, config.heads, config.layers, config.dropout)
+    return GatFusion(
+        config.mode,
+        dim_in,
+        n_classes,
+        config.fusion,
+        dim_image,
+        config.dim,
+        config.hidden,
+        config.heads,
+        config.layers,
+        config.dropout,
+    )
 
 
 class Tile:
-    """Some spots of a run and all that they look at: rows (n,), the tile's own `n_own` first, their graph, x (n, dim_in) and image (n, D) on the device.
+    """Some spots of a run and all that they look at: rows (n,), the tile's own `n_own` first, their
+    graph, x (n, dim_in) and image (n, D) on the device.
 
-    What a model says about the tile's own spots is what it says about them in the whole, up to rounding (a test holds it to 1e-5).
+    What a model says about the tile's own spots is what it says about them in the whole, up to
+    rounding (a test holds it to 1e-5).
     """
 
     def __init__(self, rows, n_own, table, x, image, device, whole=False):
-        self.rows, self.n_own, self.graph, self.device = rows, n_own, Neighbours(table, device), device
+        self.rows, self.n_own, self.graph, self.device = (
+            rows,
+            n_own,
+            Neighbours(table, device),
+            device,
+        )
         self.sources, self.at, self.kept = (x, image), slice(None) if whole else rows, None
         if whole:
             self.kept = self.inputs()
 
     def inputs(self):
-        """x, graph, image for the model; those of one tile among many are made dense each time anew."""
+        """x, graph, image for the model; those of one tile among many are made dense each time
+        anew."""
         if self.kept:
             return self.kept
-        x, image = (None if v is None else torch.as_tensor(v[self.at], device=self.device) for v in self.sources)
+        x, image = (
+            None if v is None else torch.as_tensor(v[self.at], device=self.device)
+            for v in self.sources
+        )
         return x, self.graph, image
 
 
 def tiles(x, image, table, places, config, device, size):
-    """Yield the `Tile`s of a run: one of all spots (size 0), or compact ones of at most `size` spots with a halo. places: the coordinates (n, 2) of each
-    slide, stacked as x."""
+    """Yield the `Tile`s of a run: one of all spots (size 0), or compact ones of at most `size`
+    spots with a halo. places: the coordinates (n, 2) of each slide, stacked as x."""
     n = len(table)
     if not size or size >= n:
         yield Tile(np.arange(n), n, table, x, image, device, whole=True)
@@ -732,25 +1021,36 @@ def tiles(x, image, table, places, config, device, size):
 
 
 def prediction_size(config, device):
-    """Spots of a tile in prediction: those of --tile, else on a CPU AT_ONCE, whose arrays are used again where larger ones would go back to the system."""
+    """Spots of a tile in prediction: those of --tile, else on a CPU AT_ONCE, whose arrays are used
+    again where larger ones would go back to the system."""
     return config.tile or (AT_ONCE if torch.device(device).type == "cpu" else 0)
 
 
 def train(task, device):
-    """Training with early stopping on validation ARI, a step a tile. Returns the best model (eval mode), prob (N, C), extras, history."""
+    """Training with early stopping on validation ARI, a step a tile. Returns the best model (eval
+    mode), prob (N, C), extras, history."""
     c = task.config
     image, table = task.image, task.table(c.k)
     cut = partial(tiles, task.x, image, table, [s.xy for s in task.slides], c, device)
     parts = list(cut(c.tile))
     shown = parts if c.tile or len(table) <= AT_ONCE else list(cut(prediction_size(c, device)))
     labels, fit = (torch.as_tensor(v, device=device) for v in (task.labels, task.split.train))
-    chosen, val = [fit[t.rows] & (torch.arange(len(t.rows), device=device) < t.n_own) for t in parts], task.split.val
+    chosen, val = (
+        [fit[t.rows] & (torch.arange(len(t.rows), device=device) < t.n_own) for t in parts],
+        task.split.val,
+    )
     batches = [(t, rows, labels[t.rows][rows]) for t, rows in zip(parts, chosen) if rows.any()]
-    model = build(c, task.x.shape[1], task.n_classes, 0 if image is None else image.shape[1]).to(device)
+    model = build(c, task.x.shape[1], task.n_classes, 0 if image is None else image.shape[1]).to(
+        device
+    )
     run.compiled(model, c)
-    loss_of = nn.CrossEntropyLoss(class_weights(task.labels[task.split.train], task.n_classes).to(device))
+    loss_of = nn.CrossEntropyLoss(
+        class_weights(task.labels[task.split.train], task.n_classes).to(device)
+    )
     optimiser = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, mode="max", factor=0.5, patience=10)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimiser, mode="max", factor=0.5, patience=10
+    )
     best, state, since, history = -np.inf, None, 0, []
     for epoch in run.progress(range(c.epochs), "epochs"):
         model.train()
@@ -760,7 +1060,10 @@ def train(task, device):
                 loss = loss_of(model(*tile.inputs())[0][rows], true)
             losses.append(loss.item())
             if not np.isfinite(losses[-1]):
-                raise DataError(f"the cross-entropy is {losses[-1]} at epoch {epoch}: lower --lr, or check the inputs for extreme values")
+                raise DataError(
+                    f"the cross-entropy is {losses[-1]} at epoch {epoch}: lower --lr, or "
+                    "check the inputs for extreme values"
+                )
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -779,7 +1082,8 @@ def train(task, device):
 
 @torch.no_grad()
 def predict(model, parts, n, config):
-    """prob (N, C) float64 numpy, {"embedding", "attention"} numpy of the n spots of all `Tile`s, in eval mode."""
+    """prob (N, C) float64 numpy, {"embedding", "attention"} numpy of the n spots of all `Tile`s, in
+    eval mode."""
     model.eval()
     out = {}
     for tile in parts:
@@ -787,76 +1091,136 @@ def predict(model, parts, n, config):
             logits, extra = model(*tile.inputs())
         for name, value in {"prob": logits, **extra}.items():
             if value is not None:
-                value = value[:tile.n_own].float().cpu()                # first to the CPU: some devices have no float64
+                # first to the CPU: some devices have no float64
+                value = value[: tile.n_own].float().cpu()
                 value = (value.double().softmax(1) if name == "prob" else value).numpy()
-                out.setdefault(name, np.empty((n, *value.shape[1:]), value.dtype))[tile.rows[:tile.n_own]] = value
+                out.setdefault(name, np.empty((n, *value.shape[1:]), value.dtype))[
+                    tile.rows[: tile.n_own]
+                ] = value
     return out.pop("prob"), out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def load(config):
-    """Slides of the run: the scored one first, then the training slices of --split slice / donor."""
+    """Slides of the run: the scored one first, then the training slices of --split slice /
+    donor."""
     genes = config.mode not in GENE_FREE
     if config.split in ("slice", "donor"):
         if config.labels:
-            raise DataError(f"--labels {config.labels} is for one slide, --split {config.split} reads several: put labels beside each slide")
+            raise DataError(
+                f"--labels {config.labels} is for one slide, --split {config.split} reads "
+                "several: put labels beside each slide"
+            )
         if data.is_one_slide(config.data):
-            raise DataError(f"{config.data} is one slide, --split {config.split} needs several: give the parent folder that holds them, "
-                            f"--data {Path(config.data).absolute().parent} --slice {config.slice or Path(config.data).absolute().stem}")
-    first = data.load_slide(config.data, config.slice or None, counts=genes, labels=config.labels or None)
+            raise DataError(
+                f"{config.data} is one slide, --split {config.split} needs several: give the "
+                "parent folder that holds them, "
+                f"--data {Path(config.data).absolute().parent} --slice "
+                f"{config.slice or Path(config.data).absolute().stem}"
+            )
+    first = data.load_slide(
+        config.data, config.slice or None, counts=genes, labels=config.labels or None
+    )
     if config.split not in ("slice", "donor"):
         return [first]
     names = [n.strip() for n in config.train.split(",") if n.strip()]
     if not names:
-        others = [data.load_slide(config.data, n, counts=False) for n in data.list_slices(config.data) if n != first.sample]
+        others = [
+            data.load_slide(config.data, n, counts=False)
+            for n in data.list_slices(config.data)
+            if n != first.sample
+        ]
         if config.split == "donor":
             data.check_donors([first, *others])
-        names = [s.sample for s in others if (s.patient == first.patient) == (config.split == "slice")]
+        names = [
+            s.sample for s in others if (s.patient == first.patient) == (config.split == "slice")
+        ]
     if not names or first.sample in names:
-        raise DataError(f"--split {config.split} finds no other slice to train on beside {first.sample} in {config.data}: name them with --train")
+        raise DataError(
+            f"--split {config.split} finds no other slice to train on beside {first.sample} "
+            f"in {config.data}: name them with --train"
+        )
     slides = [first, *(data.load_slide(config.data, n, counts=genes) for n in names)]
     if config.split == "donor":
         data.check_donors(slides)
     if config.split == "donor" and any(s.patient == first.patient for s in slides[1:]):
-        raise DataError(f"--split donor was given a training slice of the donor of {first.sample} ({first.patient}): choose other slices with --train")
+        raise DataError(
+            f"--split donor was given a training slice of the donor of {first.sample} "
+            f"({first.patient}): choose other slices with --train"
+        )
     return slides
 
 
 def variant(config):
-    """Folder name of the run: split, mode, fusion, and every other flag that is not at its default."""
-    named = {"random": "random", "blocks": f"blocks{config.fold}"}.get(config.split, f"{config.split}-{config.train or 'all'}".replace(",", "+"))
-    words = [named, config.mode] + [config.fusion] * (config.mode in {"full", "gcn_full", "embedding", "multimodal"})
-    told = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "mode", "fusion", "split", "fold", "train", "cache", "predict", "min_shared"}
+    """Folder name of the run: split, mode, fusion, and every other flag that is not at its
+    default."""
+    named = {"random": "random", "blocks": f"blocks{config.fold}"}.get(
+        config.split, f"{config.split}-{config.train or 'all'}".replace(",", "+")
+    )
+    words = [named, config.mode] + [config.fusion] * (
+        config.mode in {"full", "gcn_full", "embedding", "multimodal"}
+    )
+    told = {
+        "data",
+        "slice",
+        "seed",
+        "device",
+        "threads",
+        "deterministic",
+        "runs",
+        "mode",
+        "fusion",
+        "split",
+        "fold",
+        "train",
+        "cache",
+        "predict",
+        "min_shared",
+    }
     default = Config()
-    words += [f"{name}={short(name, value)}" for name, value in vars(config).items() if name not in told and value != getattr(default, name)]
+    words += [
+        f"{name}={short(name, value)}"
+        for name, value in vars(config).items()
+        if name not in told and value != getattr(default, name)
+    ]
     return "-".join(words)
 
 
 def short(name, value):
-    """A flag's value in a folder name: of a path its last part and 8 hex digits of the whole, for files of one name in two folders differ."""
+    """A flag's value in a folder name: of a path its last part and 8 hex digits of the whole, for
+    files of one name in two folders differ."""
     if name not in ("embedding", "encoder", "labels"):
         return str(value)
     return f"{Path(value).name}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
 
 
 def score(task, prob, lattice):
-    """Flat dict of the scores of prob (N, C) on the test spots; boundary scores by the lattice distance of the scored slide."""
+    """Flat dict of the scores of prob (N, C) on the test spots; boundary scores by the lattice
+    distance of the scored slide."""
     test = task.split.test
     out = metrics.classification(task.labels[test], prob[test])
     here = task.slide_of == 0
-    return out | metrics.boundary_accuracy(task.labels[here], prob[here].argmax(1), lattice, mask=test[here])
+    return out | metrics.boundary_accuracy(
+        task.labels[here], prob[here].argmax(1), lattice, mask=test[here]
+    )
 
 
 def boundary_distance(slide, labels):
-    """(N,) lattice steps to the nearest other label, on the full labelled lattice, whatever graph the model uses."""
-    return metrics.boundary_distance(labels, data.lattice_table(slide.grid) if slide.grid is not None else data.knn_table(slide.xy, 6))
+    """(N,) lattice steps to the nearest other label, on the full labelled lattice, whatever graph
+    the model uses."""
+    return metrics.boundary_distance(
+        labels,
+        data.lattice_table(slide.grid) if slide.grid is not None else data.knn_table(slide.xy, 6),
+    )
 
 
 def baselines(task, distance):
-    """{name: prob (N, C)}, {name: scores} of the baselines that the task has inputs for, the trivial ones first; prints each."""
+    """{name: prob (N, C)}, {name: scores} of the baselines that the task has inputs for, the
+    trivial ones first; prints each."""
     prob, scores = {}, {}
     for name in BASELINES:
         if name in GENE_FREE or task.config.mode not in GENE_FREE:
@@ -868,7 +1232,18 @@ def baselines(task, distance):
 
 def line(name, s):
     """One row of the printed table."""
-    return f"{name:<14}" + "  ".join(f"{k} {s[k]:.3f}" for k in ("ari", "nmi", "accuracy", "macro_f1", "kappa_quadratic", "log_loss", "boundary_accuracy"))
+    return f"{name:<14}" + "  ".join(
+        f"{k} {s[k]:.3f}"
+        for k in (
+            "ari",
+            "nmi",
+            "accuracy",
+            "macro_f1",
+            "kappa_quadratic",
+            "log_loss",
+            "boundary_accuracy",
+        )
+    )
 
 
 def main(argv=None):
@@ -879,44 +1254,85 @@ def main(argv=None):
     if config.predict:
         return predict_slide(config, start)
     if config.mode in EMBEDDING_MODES and not config.embedding:
-        raise DataError(f"--mode {config.mode} needs frozen vectors: name a .npy or .npz file with --embedding")
+        raise DataError(
+            f"--mode {config.mode} needs frozen vectors: name a .npy or .npz file with --embedding"
+        )
     slides = load(config)
     record = run.Run("gat_fusion", config, slides[0].sample, variant(config), start)
     task = Task(config, slides)
     here, test = task.slide_of == 0, task.split.test
     distance = boundary_distance(slides[0], task.labels[here])
-    print(f"{slides[0].sample}: {here.sum()} spots, split {task.split.name} ({task.split.detail}): {task.split.train.sum()} train, "
-          f"{task.split.val.sum()} validation, {test.sum()} test" + ("; this split leaks position" if task.split.leaks_position else ""))
+    print(
+        f"{slides[0].sample}: {here.sum()} spots, split {task.split.name} "
+        f"({task.split.detail}): {task.split.train.sum()} train, "
+        f"{task.split.val.sum()} validation, {test.sum()} test"
+        + ("; this split leaks position" if task.split.leaks_position else "")
+    )
     if config.mode not in GENE_FREE:
         lacking = [s.sample for s in slides if s.library_size is None]
-        print(f"library size: {task.library}" + (f" for all slides, {', '.join(lacking)} came without" if lacking and config.library == "given" else ""))
+        print(
+            f"library size: {task.library}"
+            + (
+                f" for all slides, {', '.join(lacking)} came without"
+                if lacking and config.library == "given"
+                else ""
+            )
+        )
     record.lap("read")
     prob, others = baselines(task, distance)
     record.lap("baselines")
-    arrays = {"barcodes": slides[0].barcodes, "xy": slides[0].xy, "labels": task.labels[here], "test": test[here], "classes": np.array(task.classes)}
+    arrays = {
+        "barcodes": slides[0].barcodes,
+        "xy": slides[0].xy,
+        "labels": task.labels[here],
+        "test": test[here],
+        "classes": np.array(task.classes),
+    }
     files, n_params, history = {}, 0, None
     if config.mode in BASELINES:
         p = prob[config.mode]
     else:
         model, p, extra, history = train(task, record.device)
         n_params = sum(w.numel() for w in model.parameters())
-        arrays |= {name: value[here] for name, value in extra.items()} | {"neighbours": task.table(config.k)[here]}
+        arrays |= {name: value[here] for name, value in extra.items()} | {
+            "neighbours": task.table(config.k)[here]
+        }
         files["model.pt"] = lambda f: torch.save(checkpoint(task, model), f)
         record.lap("training")
     found = score(task, p, distance)
     if history is not None and task.split.val.any():
-        found["val_ari"] = history[:, 1].max()                          # for choices between flags: never the test score
+        # for choices between flags: never the test score
+        found["val_ari"] = history[:, 1].max()
     found |= {f"gain_over_{name}": found["ari"] - others[name]["ari"] for name in others}
-    print(line(config.mode, found) + f"  gain over coords_knn {found['gain_over_coords_knn']:+.3f}, coords_rbf {found['gain_over_coords_rbf']:+.3f}")
-    arrays |= {"prob": p[here], "pred": p[here].argmax(1), "coords_knn": prob["coords_knn"][here].argmax(1)}
+    print(
+        line(config.mode, found)
+        + f"  gain over coords_knn {found['gain_over_coords_knn']:+.3f}, coords_rbf "
+        f"{found['gain_over_coords_rbf']:+.3f}"
+    )
+    arrays |= {
+        "prob": p[here],
+        "pred": p[here].argmax(1),
+        "coords_knn": prob["coords_knn"][here].argmax(1),
+    }
     draw(record, slides[0], arrays, history)
-    record.finish(found, others, arrays, n_params, task.split, data.file_checksum(*used_files(config, slides)), files,
-                  epochs=0 if history is None else len(history), receptive_field_pitches=task.reach, library=task.library)
+    record.finish(
+        found,
+        others,
+        arrays,
+        n_params,
+        task.split,
+        data.file_checksum(*used_files(config, slides)),
+        files,
+        epochs=0 if history is None else len(history),
+        receptive_field_pitches=task.reach,
+        library=task.library,
+    )
     return 0
 
 
 def used_files(config, slides):
-    """Files whose content can change a number of this run, each once: counts, positions, labels, frozen vectors, images."""
+    """Files whose content can change a number of this run, each once: counts, positions, labels,
+    frozen vectors, images."""
     files = []
     for s in slides:
         files += [s.source, *s.tables]
@@ -930,45 +1346,95 @@ def used_files(config, slides):
 
 
 def checkpoint(task, model):
-    """Everything that --predict needs, as tensors, numbers and strings: loads with weights_only=True."""
-    return {"config": vars(task.config).copy(), "classes": task.classes, "weights": model.state_dict(), "dim_in": task.x.shape[1], "library": task.library,
-            "expression": None if task.config.mode in EMBEDDING_MODES else task.expression.state(),
-            "image_scale": None if task.image is None else [torch.tensor(v) for v in task.image_scale]}
+    """Everything that --predict needs, as tensors, numbers and strings: loads with
+    weights_only=True."""
+    return {
+        "config": vars(task.config).copy(),
+        "classes": task.classes,
+        "weights": model.state_dict(),
+        "dim_in": task.x.shape[1],
+        "library": task.library,
+        "expression": None if task.config.mode in EMBEDDING_MODES else task.expression.state(),
+        "image_scale": None if task.image is None else [torch.tensor(v) for v in task.image_scale],
+    }
 
 
 def read_checkpoint(config):
-    """(what `checkpoint` saved, the flags to predict with: the checkpoint's, but for the place of things, --embedding and --encoder of this run)."""
+    """(what `checkpoint` saved, the flags to predict with: the checkpoint's, but for the place of
+    things, --embedding and --encoder of this run)."""
     path = config.predict
-    saved = data.read_checkpoint(path, "gat_fusion checkpoint", ["config", "classes", "weights", "dim_in", "expression", "image_scale"])
+    saved = data.read_checkpoint(
+        path,
+        "gat_fusion checkpoint",
+        ["config", "classes", "weights", "dim_in", "expression", "image_scale"],
+    )
     known = data.saved_flags(path, Config, saved["config"], check)
     with data.checkpoint_fits(path):
         if not all(isinstance(name, str) for name in saved["classes"]):
             raise ValueError("a class has no name")
     if known.mode in IMAGE_MODES and saved["image_scale"] is None:
         raise DataError(f"{path} has mode {known.mode} but no image_scale: train it again")
-    here = {name: getattr(config, name) for name in ("data", "slice", "labels", "seed", "device", "threads", "deterministic", "runs", "cache", "min_shared",
-                                                   "tile", "bf16", "compile")}
+    here = {
+        name: getattr(config, name)
+        for name in (
+            "data",
+            "slice",
+            "labels",
+            "seed",
+            "device",
+            "threads",
+            "deterministic",
+            "runs",
+            "cache",
+            "min_shared",
+            "tile",
+            "bf16",
+            "compile",
+        )
+    }
     encoder = config.encoder if config.encoder != Config.encoder else known.encoder
-    return saved, known, replace(known, **here, predict=path, embedding=config.embedding or known.embedding, encoder=encoder)
+    return (
+        saved,
+        known,
+        replace(
+            known,
+            **here,
+            predict=path,
+            embedding=config.embedding or known.embedding,
+            encoder=encoder,
+        ),
+    )
 
 
 def predict_inputs(config, saved, slide):
-    """x (N, dim_in), an array or `ZScores`, and standardised image features (N, D) or None of a new slide; genes aligned by name. Raises DataError
-    where they do not fit."""
+    """x (N, dim_in), an array or `ZScores`, and standardised image features (N, D) or None of a new
+    slide; genes aligned by name. Raises DataError where they do not fit."""
     if config.mode in EMBEDDING_MODES:
         x = data.read_embedding(config.embedding, slide)
         if x.shape[1] != saved["dim_in"]:
-            raise DataError(f"{data.slice_path(config.embedding, slide)} has vectors of width {x.shape[1]}, {config.predict} was trained on "
-                            f"{saved['dim_in']}: give vectors of the same model with --embedding")
+            raise DataError(
+                f"{data.slice_path(config.embedding, slide)} has vectors of width "
+                f"{x.shape[1]}, {config.predict} was trained on "
+                f"{saved['dim_in']}: give vectors of the same model with --embedding"
+            )
     else:
         with data.checkpoint_fits(config.predict):
-            expression, library = data.Expression.from_state(saved["expression"]), saved.get("library", config.library)
+            expression, library = (
+                data.Expression.from_state(saved["expression"]),
+                saved.get("library", config.library),
+            )
         shared = np.isin(expression.genes, slide.genes).mean()
         if shared < config.min_shared:
-            raise DataError(f"{slide.source} has {shared:.0%} of the checkpoint's {len(expression.genes)} genes, fewer than --min_shared "
-                            f"{config.min_shared:.0%}: retrain on the common genes, or lower --min_shared")
+            raise DataError(
+                f"{slide.source} has {shared:.0%} of the checkpoint's {len(expression.genes)} "
+                "genes, fewer than --min_shared "
+                f"{config.min_shared:.0%}: retrain on the common genes, or lower --min_shared"
+            )
         if library == "given" and slide.library_size is None:
-            print(f"library size: own, {slide.sample} came without one; the checkpoint was trained on given ones")
+            print(
+                f"library size: own, {slide.sample} came without one; the checkpoint was "
+                "trained on given ones"
+            )
         config.library = "own" if slide.library_size is None else library
         x = ZScores(config, expression, slide, config.library)
     if config.mode not in IMAGE_MODES:
@@ -977,13 +1443,17 @@ def predict_inputs(config, saved, slide):
         mean, std = (v.numpy() for v in saved["image_scale"])
     features = image_features(config, slide)
     if features.shape[1] != len(mean):
-        raise DataError(f"encoder {config.encoder} gives {slide.sample} features of width {features.shape[1]}, {config.predict} was trained on "
-                        f"{len(mean)}: give the encoder of its training with --encoder")
+        raise DataError(
+            f"encoder {config.encoder} gives {slide.sample} features of width "
+            f"{features.shape[1]}, {config.predict} was trained on "
+            f"{len(mean)}: give the encoder of its training with --encoder"
+        )
     return x, ((features - mean) / std).astype(np.float32)
 
 
 def predict_slide(config, start):
-    """Predict the layers of a new slide with a saved model: genes aligned by name, the graph built inside the new slide."""
+    """Predict the layers of a new slide with a saved model: genes aligned by name, the graph built
+    inside the new slide."""
     saved, known, config = read_checkpoint(config)
     slide = data.load_slide(config.data, config.slice or None, labels=config.labels or None)
     name = f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}"
@@ -992,29 +1462,71 @@ def predict_slide(config, start):
     table = data.knn_table(slide.xy, config.k, name=slide.sample)
     record.lap("read")
     with data.checkpoint_fits(config.predict):
-        model = build(config, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]).to(record.device)
+        model = build(
+            config, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]
+        ).to(record.device)
         model.load_state_dict(saved["weights"])
-    p, extra = predict(model, tiles(x, image, table, [slide.xy], config, record.device, prediction_size(config, record.device)), slide.n_spots, config)
+    p, extra = predict(
+        model,
+        tiles(
+            x,
+            image,
+            table,
+            [slide.xy],
+            config,
+            record.device,
+            prediction_size(config, record.device),
+        ),
+        slide.n_spots,
+        config,
+    )
     record.lap("prediction")
     code = {c: i for i, c in enumerate(saved["classes"])}
     labels = np.array([code.get(c, -1) for c in slide.classes] + [-1])[slide.labels]
-    absent = {c: int((slide.labels == i).sum()) for i, c in enumerate(slide.classes) if c not in code and (slide.labels == i).any()}
+    absent = {
+        c: int((slide.labels == i).sum())
+        for i, c in enumerate(slide.classes)
+        if c not in code and (slide.labels == i).any()
+    }
     if absent:
-        print(f"{slide.sample}: {sum(absent.values())} spots are not scored, the checkpoint has no class {', '.join(absent)}")
-    arrays = {"barcodes": slide.barcodes, "xy": slide.xy, "labels": labels, "test": labels >= 0, "classes": np.array(saved["classes"]), "prob": p,
-              "pred": p.argmax(1), "neighbours": table, **extra}
+        print(
+            f"{slide.sample}: {sum(absent.values())} spots are not scored, the checkpoint has "
+            f"no class {', '.join(absent)}"
+        )
+    arrays = {
+        "barcodes": slide.barcodes,
+        "xy": slide.xy,
+        "labels": labels,
+        "test": labels >= 0,
+        "classes": np.array(saved["classes"]),
+        "prob": p,
+        "pred": p.argmax(1),
+        "neighbours": table,
+        **extra,
+    }
     found = {}
     if len(np.unique(labels[labels >= 0])) > 1:
-        found = metrics.classification(labels, p) | metrics.boundary_accuracy(labels, p.argmax(1), boundary_distance(slide, labels))
+        found = metrics.classification(labels, p) | metrics.boundary_accuracy(
+            labels, p.argmax(1), boundary_distance(slide, labels)
+        )
         print(line("predict", found))
     draw(record, slide, arrays, None)
-    record.finish(found, {}, arrays, sum(w.numel() for w in model.parameters()), checksum=data.file_checksum(*used_files(config, [slide])),
-                  checkpoint=config.predict, library=config.library, spots_of_absent_classes=absent)
+    record.finish(
+        found,
+        {},
+        arrays,
+        sum(w.numel() for w in model.parameters()),
+        checksum=data.file_checksum(*used_files(config, [slide])),
+        checkpoint=config.predict,
+        library=config.library,
+        spots_of_absent_classes=absent,
+    )
     return 0
 
 
 def draw(record, slide, arrays, history):
-    """Figures: truth / prediction / error / coordinates-only on the tissue; loss and validation ARI; attention of the last layer."""
+    """Figures: truth / prediction / error / coordinates-only on the tissue; loss and validation
+    ARI; attention of the last layer."""
     panels = [("truth", arrays["labels"]), ("prediction", arrays["pred"])]
     if "coords_knn" in arrays:
         panels.append(("coordinates only, no gene", arrays["coords_knn"]))
@@ -1030,7 +1542,13 @@ def draw(record, slide, arrays, history):
     axes[-1].scatter(*xy[arrays["test"]].T, s=size, color="0.65", linewidths=0)
     axes[-1].scatter(*xy[wrong].T, s=size * 1.5, color="crimson", linewidths=0)
     axes[-1].set_title(f"errors: {wrong.sum()} of {arrays['test'].sum()} test spots")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="lower center", ncols=len(arrays["classes"]), markerscale=4, frameon=False)
+    figure.legend(
+        *axes[1].get_legend_handles_labels(),
+        loc="lower center",
+        ncols=len(arrays["classes"]),
+        markerscale=4,
+        frameon=False,
+    )
     for axis in axes:
         axis.set(aspect="equal", xticks=[], yticks=[])
         axis.invert_yaxis()
@@ -1043,7 +1561,7 @@ def draw(record, slide, arrays, history):
         axis.legend()
         record.figure("training", figure)
     if "attention" in arrays:
-        alpha = arrays["attention"].mean(1)                             # (N, k)
+        alpha = arrays["attention"].mean(1)  # (N, k)
         entropy = -(alpha * np.log(np.maximum(alpha, 1e-12))).sum(1) / np.log(alpha.shape[1])
         figure, axis = plt.subplots(figsize=(5, 4.4))
         shown = axis.scatter(*xy.T, s=size, c=entropy, linewidths=0)

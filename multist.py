@@ -1,18 +1,24 @@
-"""Spatial domains from expression, position and histology, without labels: MultiST (Wang, Ly, Yu, Bai; arXiv 2601.13331).
+"""Spatial domains from expression, position and histology, without labels: MultiST (Wang, Ly, Yu,
+Bai; arXiv 2601.13331).
 
-    counts (N, G) --PCA--> X (N, 200) --mask--> X' --MLP, GCN--> Z (N, 32)      Stage I, a masked graph auto-encoder with a GAN side-branch
-                                                                Z --DEC--> Z     Stage II, compact clusters
+    counts (N, G) --PCA--> X (N, 200) --mask--> X' --MLP, GCN--> Z (N, 32)      Stage I, a masked
+    graph auto-encoder with a GAN side-branch
+                                                                Z --DEC--> Z     Stage II, compact
+                                                                clusters
     image --crops, frozen encoder, kNN smoothing--> V (N, 512)
-    Z, V --cross-attention in both directions over the m nearest spots--> H (N, 128)                           Stage III
-    H --PCA, tied-covariance GMM--> labels --label diffusion--> domains; pseudotime and ligand-receptor scores from them
+    Z, V --cross-attention in both directions over the m nearest spots--> H (N, 128)
+    Stage III H --PCA, tied-covariance GMM--> labels --label diffusion--> domains; pseudotime and
+    ligand-receptor scores from them
 
-Eq. numbers are the paper's where docs/multist.md knows them. Labels are read for scores, figures and, with `--n_domains oracle`, for the
-number of domains; no loss sees them. The output that counts is fixed beforehand: fused + diffusion (gene-only + diffusion without an image).
+Eq. numbers are the paper's where docs/multist.md knows them. Labels are read for scores, figures
+and, with `--n_domains oracle`, for the number of domains; no loss sees them. The output that counts
+is fixed beforehand: fused + diffusion (gene-only + diffusion without an image).
 
     python multist.py --data datasets/dlpfc --slice 151673 --seed 0
     python multist.py --data my_visium_folder --n_domains 8
     python multist.py --data my_section.h5ad --n_domains bic --image off
 """
+
 import copy
 import csv
 import hashlib
@@ -47,14 +53,17 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 @dataclass
 class Config(run.Config):
-    """Flags of multist.py; defaults are the paper's or the released code's unless the help says otherwise."""
+    """Flags of multist.py; defaults are the paper's or the released code's unless the help says
+    otherwise."""
 
     n_domains: str = "oracle"
-    "number of domains: oracle (as many as the labels have; recorded as such), bic (2 to 20), or a number"
+    """number of domains: oracle (as many as the labels have; recorded as such), bic (2 to 20), or a
+    number"""
     norm: Literal["log1p", "cpm"] = "log1p"
     "log1p of counts per 10,000, or the released code's counts per million without log"
     library: Literal["given", "own"] = "given"
-    "library size: the one that came with the data where there is one (the file may hold a subset of the genes), or the file's row sums"
+    """library size: the one that came with the data where there is one (the file may hold a subset
+    of the genes), or the file's row sums"""
     hvg: Literal["variance", "seurat_v3", "none"] = "variance"
     "gene selection: most variable after normalisation, seurat_v3 on counts (released code), or all"
     n_top_genes: int = 3000
@@ -72,7 +81,8 @@ class Config(run.Config):
     epochs: int = 400
     "epochs of Stage I (one step each, or with --tile one a tile)"
     tile: int = 0
-    "Stages I and II on compact tiles of at most so many spots, with all spots that these see through the graph; 0: the whole slide at once"
+    """Stages I and II on compact tiles of at most so many spots, with all spots that these see
+    through the graph; 0: the whole slide at once"""
     lr: float = 1e-2
     "Adam learning rate of Stages I and II"
     weight_decay: float = 0.0
@@ -80,7 +90,8 @@ class Config(run.Config):
     dropout: float = 0.2
     "dropout of the encoder and decoder"
     gan: Literal["off", "fisher", "mean"] = "off"
-    "adversarial branch: none, Fisher-MMD of Eq. 8 in closed form (the paper), or difference of mean latents (what the released code falls back to)"
+    """adversarial branch: none, Fisher-MMD of Eq. 8 in closed form (the paper), or difference of
+    mean latents (what the released code falls back to)"""
     lambda_x: float = 10.0
     "weight of the reconstruction"
     lambda_g: float = 0.1
@@ -88,7 +99,8 @@ class Config(run.Config):
     lambda_mask: float = 1.0
     "weight of the masked consistency (Eq. 23)"
     lambda_gan: float = 0.01
-    "weight of the adversarial alignment (Eq. 24); the closed-form MMD is in units of its own metric, so the released 0.3 does not carry over"
+    """weight of the adversarial alignment (Eq. 24); the closed-form MMD is in units of its own
+    metric, so the released 0.3 does not carry over"""
     dec: bool = True
     "Stage II, deep embedded clustering"
     dec_epochs: int = 200
@@ -98,15 +110,18 @@ class Config(run.Config):
     dec_tol: float = 1e-3
     "Stage II stops when a refresh changes fewer than this share of the labels"
     lambda_dec: float = 0.1
-    "weight of KL(P || Q), summed over clusters, mean over spots (released code: 1 on the mean over 10 clusters and spots, which is the same)"
+    """weight of KL(P || Q), summed over clusters, mean over spots (released code: 1 on the mean
+    over 10 clusters and spots, which is the same)"""
     image: Literal["auto", "real", "permuted", "zero", "off"] = "auto"
     "auto: use the image where there is one; permuted and zero are controls"
     encoder: str = "handmade"
-    "image features: handmade, a Hugging Face vision model such as openai/clip-vit-base-patch32 (the paper's), or a .npy/.npz file"
+    """image features: handmade, a Hugging Face vision model such as openai/clip-vit-base-patch32
+    (the paper's), or a .npy/.npz file"""
     crop_um: float = 310.0
     "side of the crop in micrometres (the released 64 hires pixels on 151673)"
     colour: Literal["reference", "none"] = "reference"
-    "colour normalisation of a slide's image (not of ready-made patches) to a reference shared by all slides (released code: to the same slide, and skipped)"
+    """colour normalisation of a slide's image (not of ready-made patches) to a reference shared by
+    all slides (released code: to the same slide, and skipped)"""
     cache: str = ""
     "folder for image features, which are computed once; empty: <runs>/.features"
     smooth: float = 0.3
@@ -114,9 +129,11 @@ class Config(run.Config):
     attention: Literal["local", "global"] = "local"
     "Stage III attends over the m nearest spots, or over the whole slide"
     m: int = 16
-    "spots (itself included) that a spot attends to; 1 is the released code, whose softmax over one key is always 1"
+    """spots (itself included) that a spot attends to; 1 is the released code, whose softmax over
+    one key is always 1"""
     alpha: float = 0.7
-    "Eq. 17: share of the gene stream that attended to the image; also the share of Z in the latent read-out, which is gene-only at 1"
+    """Eq. 17: share of the gene stream that attended to the image; also the share of Z in the
+    latent read-out, which is gene-only at 1"""
     fused_dim: int = 128
     "width of Stage III (paper: 256)"
     heads: int = 8
@@ -130,11 +147,14 @@ class Config(run.Config):
     tau: float = 0.1
     "temperature of the SDM and contrastive losses"
     fusion_mask: float = 0.5
-    "Stage III: share of spots whose Z is hidden in training, so that H must recover it from the image and the neighbours (not in the paper)"
+    """Stage III: share of spots whose Z is hidden in training, so that H must recover it from the
+    image and the neighbours (not in the paper)"""
     lambda_keep: float = 5.0
-    "Stage III: weight of reading Z and its DEC target back from H, so that the domains of Z survive (not in the paper)"
+    """Stage III: weight of reading Z and its DEC target back from H, so that the domains of Z
+    survive (not in the paper)"""
     readout: Literal["latent", "fused"] = "latent"
-    "what is clustered: alpha Z + (1 - alpha) P H with the trained read-out P (the released formula for layered tissue, whose P is random), or H itself"
+    """what is clustered: alpha Z + (1 - alpha) P H with the trained read-out P (the released
+    formula for layered tissue, whose P is random), or H itself"""
     n_init: int = 10
     "initialisations of the GMM; the likeliest is taken"
     diffusion_steps: int = 3
@@ -142,9 +162,11 @@ class Config(run.Config):
     diffusion_k: int = 7
     "neighbours of the label diffusion"
     order: str = ""
-    "classes from the root outwards, comma-separated, to score the pseudotime; empty: WM,Layer6,...,Layer1 where these are the classes"
+    """classes from the root outwards, comma-separated, to score the pseudotime; empty:
+    WM,Layer6,...,Layer1 where these are the classes"""
     root_gene: str = "MBP"
-    "pseudotime starts in the domain that expresses this gene most; where the panel lacks it, at an end of the first diffusion component, either end"
+    """pseudotime starts in the domain that expresses this gene most; where the panel lacks it, at
+    an end of the first diffusion component, either end"""
     lr_pairs: str = ""
     "two-column CSV ligand,receptor; empty: a short built-in list"
     permutations: int = 1000
@@ -153,17 +175,24 @@ class Config(run.Config):
     "draw the figures"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Input X and the spatial graph
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def preprocess(slide, config):
-    """X (N, P) float32: principal components of the z-scored selected genes. They are not rescaled, so a mean square error over them is
-    a variance-weighted one: the first components dominate. Raises DataError where nothing varies."""
-    keep = slide.counts.getnnz(axis=0) >= min(10, max(2, slide.n_spots // 50))                # genes seen in too few spots are noise
-    counts, total = slide.counts[:, np.flatnonzero(keep)], slide.library_size if config.library == "given" else None
+    """X (N, P) float32: principal components of the z-scored selected genes. They are not rescaled,
+    so a mean square error over them is a variance-weighted one: the first components dominate.
+    Raises DataError where nothing varies."""
+    # genes seen in too few spots are noise
+    keep = slide.counts.getnnz(axis=0) >= min(10, max(2, slide.n_spots // 50))
+    counts, total = (
+        slide.counts[:, np.flatnonzero(keep)],
+        slide.library_size if config.library == "given" else None,
+    )
     if config.norm == "log1p":
-        x = data.normalise_log1p(counts, total)                                                # (N, G)
+        # (N, G)
+        x = data.normalise_log1p(counts, total)
     else:
         x = sp.csr_matrix(counts, dtype=np.float32, copy=True)
         own = np.asarray(x.sum(1)).ravel() if total is None else total
@@ -172,47 +201,79 @@ def preprocess(slide, config):
     if config.hvg == "seurat_v3":
         pick = data.hvg_seurat_v3(counts, config.n_top_genes)
     else:
-        pick = np.sort(np.argsort(-variance, kind="stable")[:config.n_top_genes if config.hvg == "variance" else None])
+        pick = np.sort(
+            np.argsort(-variance, kind="stable")[
+                : config.n_top_genes if config.hvg == "variance" else None
+            ]
+        )
     pick = pick[variance[pick] > 0]
     if len(pick) < 2 or slide.n_spots < 3:
-        raise DataError(f"slide {slide.sample} has {len(pick)} genes that vary over {slide.n_spots} spots: domains need more")
-    z = data.Standardise(np.inf if config.norm == "cpm" else 10.0).fit(x[:, pick]).scaled(x[:, pick])
-    x = data.truncated_pca(z, config.n_pcs, seed=0)                                            # (N, P)
-    return x[:, x.std(0) > 1e-4 * x.std(0).max()]                                              # a component without variance is round-off
+        raise DataError(
+            f"slide {slide.sample} has {len(pick)} genes that vary over {slide.n_spots} "
+            "spots: domains need more"
+        )
+    z = (
+        data.Standardise(np.inf if config.norm == "cpm" else 10.0)
+        .fit(x[:, pick])
+        .scaled(x[:, pick])
+    )
+    # (N, P)
+    x = data.truncated_pca(z, config.n_pcs, seed=0)
+    # a component without variance is round-off
+    return x[:, x.std(0) > 1e-4 * x.std(0).max()]
 
 
 def log_matrix(slide, config):
-    """(N, G) CSR of log1p of counts per 10,000, for the marker gene and the ligand-receptor scores."""
-    return data.normalise_log1p(slide.counts, slide.library_size if config.library == "given" else None)
+    """(N, G) CSR of log1p of counts per 10,000, for the marker gene and the ligand-receptor
+    scores."""
+    return data.normalise_log1p(
+        slide.counts, slide.library_size if config.library == "given" else None
+    )
 
 
 class Graph:
-    """D^-1/2 (A + I) D^-1/2 of the k-nearest-neighbour graph symmetrised by union, as rows of an embedding bag, and its edges (2, E), i < j.
+    """D^-1/2 (A + I) D^-1/2 of the k-nearest-neighbour graph symmetrised by union, as rows of an
+    embedding bag, and its edges (2, E), i < j.
 
-    The losses are about its first `own` spots: all of them, or in a part of the slide those of the tile; edges, too, are those among them.
+    The losses are about its first `own` spots: all of them, or in a part of the slide those of the
+    tile; edges, too, are those among them.
     """
 
     def __init__(self, xy, k, device="cpu", name=""):
-        self.a_hat, self.pieces = data.normalised_knn_graph(xy, k, name)                       # (N, N) sparse
+        # (N, N) sparse
+        self.a_hat, self.pieces = data.normalised_knn_graph(xy, k, name)
         self.xy, self.device, self.cut = xy, device, {}
         self.fill(self.a_hat, sp.triu(self.a_hat, 1).tocoo(), len(xy))
 
     def fill(self, a_hat, edges, own):
         """Set the tensors from A_hat (n, n) CSR and the upper triangle of the edges (n, n) COO."""
-        self.columns, self.starts, self.weights = (torch.as_tensor(v, device=self.device) for v in (
-            a_hat.indices.astype(np.int64), a_hat.indptr[:-1].astype(np.int64), a_hat.data))
-        self.edges = torch.as_tensor(np.stack([edges.row, edges.col]).astype(np.int64), device=self.device)    # (2, E)
-        self.key = (self.edges[0] * own + self.edges[1]).sort().values                         # (E,) to look edges up
+        self.columns, self.starts, self.weights = (
+            torch.as_tensor(v, device=self.device)
+            for v in (
+                a_hat.indices.astype(np.int64),
+                a_hat.indptr[:-1].astype(np.int64),
+                a_hat.data,
+            )
+        )
+        # (2, E)
+        self.edges = torch.as_tensor(
+            np.stack([edges.row, edges.col]).astype(np.int64), device=self.device
+        )
+        # (E,) to look edges up
+        self.key = (self.edges[0] * own + self.edges[1]).sort().values
         self.own = own
 
     def own_of(self, values):
-        """The rows of the own spots; the whole is left as it is, since a slice of it would add up gradients in another order."""
-        return values if len(values) == self.own else values[:self.own]
+        """The rows of the own spots; the whole is left as it is, since a slice of it would add up
+        gradients in another order."""
+        return values if len(values) == self.own else values[: self.own]
 
     def parts(self, size):
-        """[(rows, Graph)]: the whole, or for each compact tile of at most `size` spots its rows of the slide, own spots first, and their graph.
+        """[(rows, Graph)]: the whole, or for each compact tile of at most `size` spots its rows of
+        the slide, own spots first, and their graph.
 
-        The halo is three steps wide, two of the encoder and one of the decoder: a tile's own spots see what they see in the whole.
+        The halo is three steps wide, two of the encoder and one of the decoder: a tile's own spots
+        see what they see in the whole.
         """
         if not size or size >= len(self.xy):
             return [(slice(None), self)]
@@ -229,7 +290,8 @@ class Graph:
                 seen[edge] = True
                 near = np.unique(self.a_hat[edge].indices)
                 edge = near[~seen[near]]
-                rows = np.concatenate([rows, edge])                                            # (n,)
+                # (n,)
+                rows = np.concatenate([rows, edge])
             part, a_hat = copy.copy(self), self.a_hat[rows][:, rows].tocsr()
             part.fill(a_hat, sp.triu(a_hat[:own, :own], 1).tocoo(), own)
             out.append((torch.as_tensor(rows, device=self.device), part))
@@ -237,12 +299,19 @@ class Graph:
 
 
 class GraphProduct(torch.autograd.Function):
-    """A_hat h: (N, d) -> (N, d) as an embedding bag. A_hat is symmetric, so the gradient is the same product."""
+    """A_hat h: (N, d) -> (N, d) as an embedding bag. A_hat is symmetric, so the gradient is the
+    same product."""
 
     @staticmethod
     def forward(ctx, h, graph):
         ctx.graph = graph
-        return F.embedding_bag(graph.columns, h.contiguous(), graph.starts, per_sample_weights=graph.weights.to(h.dtype), mode="sum")
+        return F.embedding_bag(
+            graph.columns,
+            h.contiguous(),
+            graph.starts,
+            per_sample_weights=graph.weights.to(h.dtype),
+            mode="sum",
+        )
 
     @staticmethod
     def backward(ctx, grad):
@@ -252,33 +321,50 @@ class GraphProduct(torch.autograd.Function):
 graph_product = GraphProduct.apply
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage I: masked graph auto-encoder
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def mask_rows(x, m, rate, mode):
-    """Eq. 1: x'_i = x_i + m for i in S_mask, floor(rate N) spots drawn uniformly. x (N, P), m (P,) -> x' (N, P), S_mask (n,).
+    """Eq. 1: x'_i = x_i + m for i in S_mask, floor(rate N) spots drawn uniformly. x (N, P), m (P,)
+    -> x' (N, P), S_mask (n,).
 
-    A learned constant shift hides nothing: what was x_i is still there, moved. `replace` (x'_i = m) and `zero` do hide the spot.
+    A learned constant shift hides nothing: what was x_i is still there, moved. `replace` (x'_i = m)
+    and `zero` do hide the spot.
     """
-    rows = torch.randperm(len(x), device=x.device)[:int(rate * len(x))]                        # (n,)
+    # (n,)
+    rows = torch.randperm(len(x), device=x.device)[: int(rate * len(x))]
     if mode == "none":
         return x, rows
-    chosen = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device).index_fill(0, rows, 1.0)   # (N, 1)
-    return (x if mode == "additive" else x * (1 - chosen)) + (chosen * m if mode != "zero" else 0), rows
+    # (N, 1)
+    chosen = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device).index_fill(0, rows, 1.0)
+    return (x if mode == "additive" else x * (1 - chosen)) + (
+        chosen * m if mode != "zero" else 0
+    ), rows
 
 
-ROWS = 20_000                                                                                  # spots at a time in evaluation mode
+# spots at a time in evaluation mode
+ROWS = 20_000
 
 
 class Encoder(nn.Module):
-    """Eq. 2-5: F = MLP(X'), U = A ReLU(A H W1) W2 with H = F (serial) or X' (parallel), Z = [F; U]."""
+    """Eq. 2-5: F = MLP(X'), U = A ReLU(A H W1) W2 with H = F (serial) or X' (parallel), Z = [F;
+    U]."""
 
     def __init__(self, dim_in, branches, dropout):
         super().__init__()
+
         def block(a, b):
-            # Without a bias: BatchNorm takes it out again, and Adam would blow the rounding that is its gradient up to steps of --lr.
-            return nn.Sequential(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, eps=1e-3, momentum=0.01), nn.ELU(), nn.Dropout(dropout))
+            # Without a bias: BatchNorm takes it out again, and Adam would blow the rounding that is
+            # its gradient up to steps of --lr.
+            return nn.Sequential(
+                nn.Linear(a, b, bias=False),
+                nn.BatchNorm1d(b, eps=1e-3, momentum=0.01),
+                nn.ELU(),
+                nn.Dropout(dropout),
+            )
+
         self.mlp = nn.Sequential(block(dim_in, 64), block(64, 16))
         self.branches, self.drop = branches, nn.Dropout(dropout)
         self.w1 = nn.Linear(16 if branches == "serial" else dim_in, 64, bias=False)
@@ -287,20 +373,26 @@ class Encoder(nn.Module):
             nn.init.xavier_uniform_(w.weight)
 
     def forward(self, x, graph):
-        """x (N, P) -> Z (N, 32). In evaluation mode the layers that see one spot at a time take ROWS of them: a million spots need no tiles. Compiled code
+        """x (N, P) -> Z (N, 32). In evaluation mode the layers that see one spot at a time take
+        ROWS of them: a million spots need no tiles. Compiled code
         takes all: it would have a copy of the layers for every block."""
         parts = [x] if self.training or torch.compiler.is_compiling() else x.split(ROWS)
-        f = torch.cat([self.mlp(rows) for rows in parts])                                      # (N, 16)
+        # (N, 16)
+        f = torch.cat([self.mlp(rows) for rows in parts])
         if self.branches == "serial":
             h = self.w1(graph_product(self.drop(f), graph))
         else:
-            h = graph_product(torch.cat([self.w1(self.drop(rows)) for rows in parts]), graph)  # (N, 64)
-        u = graph_product(self.w2(self.drop(F.relu(h))), graph)                                # (N, 64) -> (N, 16)
-        return torch.cat([f, u], 1)                                                            # (N, 32)
+            # (N, 64)
+            h = graph_product(torch.cat([self.w1(self.drop(rows)) for rows in parts]), graph)
+        # (N, 64) -> (N, 16)
+        u = graph_product(self.w2(self.drop(F.relu(h))), graph)
+        # (N, 32)
+        return torch.cat([f, u], 1)
 
 
 class AutoEncoder(nn.Module):
-    """Encoder, mask vector m, and the expression decoder of Eq. 6: X_hat = A Z W, linear, without bias."""
+    """Encoder, mask vector m, and the expression decoder of Eq. 6: X_hat = A Z W, linear, without
+    bias."""
 
     def __init__(self, dim_in, config):
         super().__init__()
@@ -318,7 +410,8 @@ class AutoEncoder(nn.Module):
     def decode(self, z, graph):
         """z (N, 32) -> X_hat (N, P)."""
         with run.autocast(self.config, z.device):
-            return self.decoder(graph_product(self.drop(z), graph)).to(z.dtype)                # (N, P)
+            # (N, P)
+            return self.decoder(graph_product(self.drop(z), graph)).to(z.dtype)
 
     @torch.no_grad()
     def embed(self, x, graph):
@@ -329,11 +422,13 @@ class AutoEncoder(nn.Module):
 
 def edge_logits(z, pairs):
     """Eq. 7: s_ij = z_i . z_j for the pairs (2, E) only, never N x N."""
-    return (z[pairs[0]] * z[pairs[1]]).sum(1)                                                  # (E,)
+    # (E,)
+    return (z[pairs[0]] * z[pairs[1]]).sum(1)
 
 
 def negative_pairs(graph):
-    """As many random pairs (2, <= E) as there are edges, without self-pairs and edges; drawn anew at every call."""
+    """As many random pairs (2, <= E) as there are edges, without self-pairs and edges; drawn anew
+    at every call."""
     i, j = torch.randint(graph.own, (2, graph.edges.shape[1]), device=graph.edges.device)
     low, high = torch.minimum(i, j), torch.maximum(i, j)
     key = low * graph.own + high
@@ -343,20 +438,25 @@ def negative_pairs(graph):
 
 
 def edge_loss(z, graph):
-    """Cross-entropy of edges against as many non-edges: mean softplus(-s) over edges + mean softplus(s) over non-edges."""
+    """Cross-entropy of edges against as many non-edges: mean softplus(-s) over edges + mean
+    softplus(s) over non-edges."""
     negative = negative_pairs(graph)
     loss = F.softplus(-edge_logits(z, graph.edges)).mean()
-    return loss + F.softplus(edge_logits(z, negative)).mean() if negative.shape[1] else loss     # in a complete graph there is none
+    # in a complete graph there is none
+    return loss + F.softplus(edge_logits(z, negative)).mean() if negative.shape[1] else loss
 
 
 def masked_consistency(x_hat, x, rows):
-    """Eq. 23 on S_mask against the ORIGINAL input: mean (1 - cos(x_hat_i, x_i))^3, the scaled cosine error (Hou et al. 2022, GraphMAE)."""
-    cosine = (F.normalize(x_hat, dim=1) * F.normalize(x, dim=1)).sum(1)                        # (N,)
+    """Eq. 23 on S_mask against the ORIGINAL input: mean (1 - cos(x_hat_i, x_i))^3, the scaled
+    cosine error (Hou et al. 2022, GraphMAE)."""
+    # (N,)
+    cosine = (F.normalize(x_hat, dim=1) * F.normalize(x, dim=1)).sum(1)
     return (1 - cosine[rows]).pow(3).mean()
 
 
 class Generator(nn.Module):
-    """Noise (N, 32) -> fake expression (N, P). (The released code draws P numbers a spot, which takes longer than the rest of an epoch.)"""
+    """Noise (N, 32) -> fake expression (N, P). (The released code draws P numbers a spot, which
+    takes longer than the rest of an epoch.)"""
 
     def __init__(self, dim):
         super().__init__()
@@ -369,7 +469,8 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """f(z) = w . h(z), h: 32 -> 64 -> 64. Its score with respect to w is grad_w f = h(z), the feature of the Fisher kernel."""
+    """f(z) = w . h(z), h: 32 -> 64 -> 64. Its score with respect to w is grad_w f = h(z), the
+    feature of the Fisher kernel."""
 
     def __init__(self):
         super().__init__()
@@ -381,21 +482,28 @@ class Critic(nn.Module):
 
 
 def fisher_mmd(phi, phi_fake, eps=1e-3):
-    """Eq. 8: MMD^2 = E k(z, z') + E k(z~, z~') - 2 E k(z, z~) with the Fisher kernel k(z, z') = phi(z)^T I^-1 phi(z').
+    """Eq. 8: MMD^2 = E k(z, z') + E k(z~, z~') - 2 E k(z, z~) with the Fisher kernel k(z, z') =
+    phi(z)^T I^-1 phi(z').
 
-    phi, phi_fake (N, d) scores. The kernel is linear in phi, so the three terms are |mean phi - mean phi~|^2 in the metric I^-1: O(N d^2), no
-    N x N matrix. I = (Cov phi + Cov phi~) / 2 + eps, relative to its mean eigenvalue, taken as a constant (no gradient through it).
+    phi, phi_fake (N, d) scores. The kernel is linear in phi, so the three terms are |mean phi -
+    mean phi~|^2 in the metric I^-1: O(N d^2), no N x N matrix. I = (Cov phi + Cov phi~) / 2 + eps,
+    relative to its mean eigenvalue, taken as a constant (no gradient through it).
     """
     with torch.no_grad():
-        information = (torch.cov(phi.T) + torch.cov(phi_fake.T)) / 2                            # (d, d)
+        # (d, d)
+        information = (torch.cov(phi.T) + torch.cov(phi_fake.T)) / 2
         scale = information.diagonal().mean().clamp_min(1e-12)
-        information = information + eps * scale * torch.eye(len(information), dtype=phi.dtype, device=phi.device)
-    gap = phi.mean(0) - phi_fake.mean(0)                                                        # (d,)
+        information = information + eps * scale * torch.eye(
+            len(information), dtype=phi.dtype, device=phi.device
+        )
+    # (d,)
+    gap = phi.mean(0) - phi_fake.mean(0)
     return gap @ torch.linalg.solve(information, gap)
 
 
 class frozen_statistics:
-    """Within this context BatchNorm layers use their running statistics and do not update them: fakes must not touch them."""
+    """Within this context BatchNorm layers use their running statistics and do not update them:
+    fakes must not touch them."""
 
     def __init__(self, module):
         self.layers = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
@@ -411,19 +519,27 @@ class frozen_statistics:
 
 
 class Adversary:
-    """Generator and critic of the side-branch. Critic: makes Fisher-MMD between real and generated latents large; generator and encoder: small.
+    """Generator and critic of the side-branch. Critic: makes Fisher-MMD between real and generated
+    latents large; generator and encoder: small.
 
-    The MMD is normalised by its own metric, so the critic needs no weight clipping. `mean` compares mean latents, with no critic.
+    The MMD is normalised by its own metric, so the critic needs no weight clipping. `mean` compares
+    mean latents, with no critic.
     """
 
     def __init__(self, kind, dim, device):
         self.kind = kind
         self.generator, self.critic = Generator(dim).to(device), Critic().to(device)
-        self.g_step, self.c_step = (torch.optim.RMSprop(p.parameters(), lr=1e-4) for p in (self.generator, self.critic))
+        self.g_step, self.c_step = (
+            torch.optim.RMSprop(p.parameters(), lr=1e-4) for p in (self.generator, self.critic)
+        )
 
     def distance(self, z, z_fake):
         """Scalar discrepancy of latents (N, 32), with gradient to both."""
-        return fisher_mmd(self.critic(z), self.critic(z_fake)) if self.kind == "fisher" else (z.mean(0) - z_fake.mean(0)).square().mean()
+        return (
+            fisher_mmd(self.critic(z), self.critic(z_fake))
+            if self.kind == "fisher"
+            else (z.mean(0) - z_fake.mean(0)).square().mean()
+        )
 
     def encode(self, model, x, graph):
         """Latents of fresh fakes, (own, 32)."""
@@ -444,35 +560,60 @@ class Adversary:
 
 
 class Terms:
-    """Weighted loss terms of one step, checked and logged with the norm of the gradient that each sends to `parameters`."""
+    """Weighted loss terms of one step, checked and logged with the norm of the gradient that each
+    sends to `parameters`."""
 
     def __init__(self, stage, log):
         self.stage, self.log = stage, log
 
     def total(self, terms, epoch, parameters, measure):
-        """Sum of the dict {name: weighted scalar}. Raises DataError naming a term that is not finite. With `measure` a row per term is logged."""
+        """Sum of the dict {name: weighted scalar}. Raises DataError naming a term that is not
+        finite. With `measure` a row per term is logged."""
         parameters, total = list(parameters), sum(terms.values())
-        if not torch.isfinite(total):                                                          # one look a step: on a GPU the host waits for it
-            name, value = next(((k, v) for k, v in terms.items() if not torch.isfinite(v)), ("sum", total))
-            raise DataError(f"{self.stage}, epoch {epoch}: the loss term {name!r} is {value.item()}: choose a smaller learning rate or weight, "
-                            "or check the input")
+        # one look a step: on a GPU the host waits for it
+        if not torch.isfinite(total):
+            name, value = next(
+                ((k, v) for k, v in terms.items() if not torch.isfinite(v)), ("sum", total)
+            )
+            raise DataError(
+                f"{self.stage}, epoch {epoch}: the loss term {name!r} is {value.item()}: "
+                "choose a smaller learning rate or weight, "
+                "or check the input"
+            )
         if measure:
             for name, value in terms.items():
-                grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) if value.requires_grad else []
+                grads = (
+                    torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+                    if value.requires_grad
+                    else []
+                )
                 norm = sum(g.square().sum().item() for g in grads if g is not None) ** 0.5
-                self.log.append({"stage": self.stage, "epoch": epoch, "term": name, "value": value.item(), "grad_norm": norm})
+                self.log.append(
+                    {
+                        "stage": self.stage,
+                        "epoch": epoch,
+                        "term": name,
+                        "value": value.item(),
+                        "grad_norm": norm,
+                    }
+                )
         return total
 
 
 def decayed(module, weight_decay):
-    """Parameter groups: decay on weight matrices only; biases, BatchNorm and the mask vector m are left alone (decay would pull m to 0)."""
+    """Parameter groups: decay on weight matrices only; biases, BatchNorm and the mask vector m are
+    left alone (decay would pull m to 0)."""
     matrices = [p for p in module.parameters() if p.ndim > 1]
     others = [p for p in module.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def train_stage1(x, graph, config, log):
-    """Stage I: lambda_x MSE + lambda_g L_graph + lambda_mask L_mask + lambda_gan L_gan. x (N, P) -> AutoEncoder, its optimiser, Adversary or None."""
+    """Stage I: lambda_x MSE + lambda_g L_graph + lambda_mask L_mask + lambda_gan L_gan. x (N, P) ->
+    AutoEncoder, its optimiser, Adversary or None."""
     model, parts = AutoEncoder(x.shape[1], config).to(x.device), graph.parts(config.tile)
     run.compiled(model.encoder, config)
     step = torch.optim.Adam(decayed(model, config.weight_decay), lr=config.lr)
@@ -483,8 +624,12 @@ def train_stage1(x, graph, config, log):
         for i, (rows, near) in enumerate(run.shuffled(parts)):
             if adversary and epoch % 5 == 0:
                 adversary.step(model, x[rows], near)
-            loss = terms.total(stage1_terms(model, adversary if epoch >= 10 else None, x[rows], near, config), epoch, model.parameters(),
-                               i == 0 and (epoch % 50 == 10 or epoch == config.epochs - 1))
+            loss = terms.total(
+                stage1_terms(model, adversary if epoch >= 10 else None, x[rows], near, config),
+                epoch,
+                model.parameters(),
+                i == 0 and (epoch % 50 == 10 or epoch == config.epochs - 1),
+            )
             step.zero_grad()
             loss.backward()
             step.step()
@@ -494,28 +639,38 @@ def train_stage1(x, graph, config, log):
 def stage1_terms(model, adversary, x, graph, config):
     """{name: weighted scalar} of one masked forward pass."""
     masked, rows = mask_rows(x, model.m, config.mask_rate, config.mask_mode)
-    z = model.encode(masked, graph)                                                            # (N, 32)
-    x_hat = graph.own_of(model.decode(z, graph))                                               # (own, P)
+    # (N, 32)
+    z = model.encode(masked, graph)
+    # (own, P)
+    x_hat = graph.own_of(model.decode(z, graph))
     x, z, rows = graph.own_of(x), graph.own_of(z), rows[rows < graph.own]
-    terms = {"expression": config.lambda_x * F.mse_loss(x_hat, x), "graph": config.lambda_g * edge_loss(z, graph),
-             **({"mask": config.lambda_mask * masked_consistency(x_hat, x, rows)} if len(rows) else {})}
+    terms = {
+        "expression": config.lambda_x * F.mse_loss(x_hat, x),
+        "graph": config.lambda_g * edge_loss(z, graph),
+        **({"mask": config.lambda_mask * masked_consistency(x_hat, x, rows)} if len(rows) else {}),
+    }
     if adversary:
-        terms["gan"] = config.lambda_gan * adversary.distance(z, adversary.encode(model, masked, graph))
+        terms["gan"] = config.lambda_gan * adversary.distance(
+            z, adversary.encode(model, masked, graph)
+        )
     return terms
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage II: deep embedded clustering
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def dec_q(z, centres):
-    """Eq. 11: q_ij = (1 + |z_i - mu_j|^2)^-1, rows normalised (Student t, one degree of freedom). z (N, d), centres (K, d) -> (N, K)."""
+    """Eq. 11: q_ij = (1 + |z_i - mu_j|^2)^-1, rows normalised (Student t, one degree of freedom). z
+    (N, d), centres (K, d) -> (N, K)."""
     q = 1 / (1 + torch.cdist(z, centres, compute_mode="donot_use_mm_for_euclid_dist").square())
     return q / q.sum(1, keepdim=True)
 
 
 def dec_p(q):
-    """Eq. 12: p_ij = (q_ij^2 / f_j) / sum_j (q_ij^2 / f_j), f_j = sum_i q_ij. (N, K) -> (N, K), without gradient."""
+    """Eq. 12: p_ij = (q_ij^2 / f_j) / sum_j (q_ij^2 / f_j), f_j = sum_i q_ij. (N, K) -> (N, K),
+    without gradient."""
     with torch.no_grad():
         p = q.square() / q.sum(0).clamp_min(1e-12)
         return p / p.sum(1, keepdim=True)
@@ -528,22 +683,30 @@ def dec_kl(p, q):
 
 def stage2_terms(model, adversary, x, graph, target, centres, config):
     """{name: weighted scalar} of one forward pass; target (own, K), centres (K, 32)."""
-    z = model.encode(x, graph)                                                                 # (N, 32)
+    # (N, 32)
+    z = model.encode(x, graph)
     own = graph.own_of(z)
-    terms = {"dec": config.lambda_dec * dec_kl(target, dec_q(own, centres)),
-             "expression": config.lambda_x * F.mse_loss(graph.own_of(model.decode(z, graph)), graph.own_of(x)),
-             "graph": config.lambda_g * edge_loss(own, graph)}
+    terms = {
+        "dec": config.lambda_dec * dec_kl(target, dec_q(own, centres)),
+        "expression": config.lambda_x
+        * F.mse_loss(graph.own_of(model.decode(z, graph)), graph.own_of(x)),
+        "graph": config.lambda_g * edge_loss(own, graph),
+    }
     if adversary:
-        terms["gan"] = config.lambda_gan * adversary.distance(own, adversary.encode(model, x, graph))
+        terms["gan"] = config.lambda_gan * adversary.distance(
+            own, adversary.encode(model, x, graph)
+        )
     return terms
 
 
 def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
-    """Stage II, with Stage I's optimiser: DEC + expression + graph + GAN terms. Returns centres (K, 32), the final target (N, K), epochs run."""
+    """Stage II, with Stage I's optimiser: DEC + expression + graph + GAN terms. Returns centres (K,
+    32), the final target (N, K), epochs run."""
     parts = graph.parts(config.tile)
     z = model.embed(x, graph)
     kmeans = KMeans(n_domains, n_init=20, random_state=config.seed).fit(z.cpu().numpy())
-    centres = nn.Parameter(torch.as_tensor(kmeans.cluster_centers_, dtype=x.dtype, device=x.device))     # (K, 32)
+    # (K, 32)
+    centres = nn.Parameter(torch.as_tensor(kmeans.cluster_centers_, dtype=x.dtype, device=x.device))
     step.add_param_group({"params": [centres], "weight_decay": 0.0})
     terms, labels, done = Terms("Stage II", log), kmeans.labels_, 0
     for epoch in run.progress(range(config.dec_epochs), "Stage II"):
@@ -558,8 +721,14 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
         for i, (rows, near) in enumerate(run.shuffled(parts)):
             if adversary and epoch % 5 == 0:
                 adversary.step(model, x[rows], near)
-            loss = terms.total(stage2_terms(model, adversary, x[rows], near, near.own_of(target[rows]), centres, config), epoch,
-                               [*model.encoder.parameters(), centres], i == 0 and (epoch % 50 == 0 or epoch == config.dec_epochs - 1))
+            loss = terms.total(
+                stage2_terms(
+                    model, adversary, x[rows], near, near.own_of(target[rows]), centres, config
+                ),
+                epoch,
+                [*model.encoder.parameters(), centres],
+                i == 0 and (epoch % 50 == 0 or epoch == config.dec_epochs - 1),
+            )
             step.zero_grad()
             loss.backward()
             step.step()
@@ -569,129 +738,190 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
     return centres.detach(), target, done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Image branch
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-RGB_TO_LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])    # Reinhard et al. 2001, Eq. 4
-LMS_TO_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])        # Eq. 6, Ruderman's l alpha beta
-REFERENCE = np.array([[8.429, -0.135, 0.030], [0.160, 0.049, 0.0124]])     # mean and std of l alpha beta under the spots of DLPFC 151673
+# Reinhard et al. 2001, Eq. 4
+RGB_TO_LMS = np.array(
+    [[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]]
+)
+# Eq. 6, Ruderman's l alpha beta
+LMS_TO_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])
+# mean and std of l alpha beta under the spots of DLPFC 151673
+REFERENCE = np.array([[8.429, -0.135, 0.030], [0.160, 0.049, 0.0124]])
 
 
 def to_lab(rgb):
-    """(n, 3) uint8 or float 0-255 -> (n, 3) l alpha beta of the logarithms of LMS, natural logarithm."""
-    return np.log(np.maximum(rgb.astype(np.float32), 1) @ RGB_TO_LMS.T.astype(np.float32)) @ LMS_TO_LAB.T.astype(np.float32)
+    """(n, 3) uint8 or float 0-255 -> (n, 3) l alpha beta of the logarithms of LMS, natural
+    logarithm."""
+    return np.log(
+        np.maximum(rgb.astype(np.float32), 1) @ RGB_TO_LMS.T.astype(np.float32)
+    ) @ LMS_TO_LAB.T.astype(np.float32)
 
 
 def tissue_colour(slide, reach=2):
     """(2, 3) mean and std of l alpha beta over the pixels within `reach` of the spots' centres.
 
-    The paper's rule R + G + B < 600 takes the whole picture of 151673 for tissue: its background is grey (525)."""
+    The paper's rule R + G + B < 600 takes the whole picture of 151673 for tissue: its background is
+    grey (525)."""
     step = np.arange(-reach, reach + 1)
-    at = np.rint(slide.xy * slide.image_scale).astype(int)                                     # (N, 2)
+    # (N, 2)
+    at = np.rint(slide.xy * slide.image_scale).astype(int)
     x, y = (np.clip(at[:, i, None] + step, 0, slide.image.shape[1 - i] - 1) for i in (0, 1))
-    lab = to_lab(slide.image[y[:, :, None], x[:, None, :]].reshape(-1, 3))                     # (n, 3)
+    # (n, 3)
+    lab = to_lab(slide.image[y[:, :, None], x[:, None, :]].reshape(-1, 3))
     return np.stack([lab.mean(0), lab.std(0)])
 
 
 def normalise_colour(image, source, target=REFERENCE):
-    """Reinhard's colour transfer (2001): every channel of l alpha beta goes from the source's mean and std to the target's.
+    """Reinhard's colour transfer (2001): every channel of l alpha beta goes from the source's mean
+    and std to the target's.
 
-    image (H, W, 3) uint8 -> the same; source, target (2, 3). One affine map per channel for the whole slide, background included. Works in
-    strips of rows, so that a large picture needs little memory.
+    image (H, W, 3) uint8 -> the same; source, target (2, 3). One affine map per channel for the
+    whole slide, background included. Works in strips of rows, so that a large picture needs little
+    memory.
     """
     gain = target[1] / np.maximum(source[1], 1e-6)
     out = np.empty_like(image)
     for i in range(0, len(image), 256):
-        strip = (to_lab(image[i:i + 256].reshape(-1, 3)) - source[0]) * gain + target[0]       # (n, 3)
+        # (n, 3)
+        strip = (to_lab(image[i : i + 256].reshape(-1, 3)) - source[0]) * gain + target[0]
         rgb = np.exp(strip @ np.linalg.inv(LMS_TO_LAB).T) @ np.linalg.inv(RGB_TO_LMS).T
-        out[i:i + 256] = np.clip(np.rint(rgb), 0, 255).reshape(out[i:i + 256].shape).astype(np.uint8)
+        out[i : i + 256] = (
+            np.clip(np.rint(rgb), 0, 255).reshape(out[i : i + 256].shape).astype(np.uint8)
+        )
     return out
 
 
 def smoothing_matrix(xy, k=7):
-    """(N, N) CSR, rows sum to 1: w_ij ~ exp(-d_ij^2 / (2 sigma^2)) over the k nearest spots (self excluded), sigma = 2 x their median distance."""
+    """(N, N) CSR, rows sum to 1: w_ij ~ exp(-d_ij^2 / (2 sigma^2)) over the k nearest spots (self
+    excluded), sigma = 2 x their median distance."""
     near = data.knn_table(xy, k)
-    d = np.linalg.norm(xy[near] - xy[:, None], axis=2)                                         # (N, k)
-    w = np.exp(-d**2 / (2 * (2 * max(np.median(d), 1e-9)) ** 2))
+    # (N, k)
+    d = np.linalg.norm(xy[near] - xy[:, None], axis=2)
+    w = np.exp(-(d**2) / (2 * (2 * max(np.median(d), 1e-9)) ** 2))
     w /= w.sum(1, keepdims=True)
-    return sp.csr_matrix((w.ravel().astype(np.float32), (np.repeat(np.arange(len(xy)), k), near.ravel())), shape=(len(xy),) * 2)
+    return sp.csr_matrix(
+        (w.ravel().astype(np.float32), (np.repeat(np.arange(len(xy)), k), near.ravel())),
+        shape=(len(xy),) * 2,
+    )
 
 
 def image_tokens(slide, config, device):
-    """(N, D) float32 standardised image features: colour normalisation, crops, frozen encoder, and Eq. 10 on the frozen features, once:
-    V~ = (1 - smooth) V + smooth W V. (The linear projection to 512 commutes with averaging, so smoothing first is the same and is done once.)"""
-    if config.colour == "reference" and slide.patches is None and slide.image is not None and slide.image_scale:
+    """(N, D) float32 standardised image features: colour normalisation, crops, frozen encoder, and
+    Eq. 10 on the frozen features, once: V~ = (1 - smooth) V + smooth W V. (The linear projection to
+    512 commutes with averaging, so smoothing first is the same and is done once.)"""
+    if (
+        config.colour == "reference"
+        and slide.patches is None
+        and slide.image is not None
+        and slide.image_scale
+    ):
         slide = copy.copy(slide)
         slide.image = normalise_colour(slide.image, tissue_colour(slide))
-    v = data.image_features(slide, config.encoder, config.crop_um, cache=config.cache or Path(config.runs) / ".features", device=device)
-    v = (v - v.mean(0)) / np.maximum(v.std(0), 1e-6)                                            # (N, D)
+    v = data.image_features(
+        slide,
+        config.encoder,
+        config.crop_um,
+        cache=config.cache or Path(config.runs) / ".features",
+        device=device,
+    )
+    # (N, D)
+    v = (v - v.mean(0)) / np.maximum(v.std(0), 1e-6)
     if slide.n_spots > 7 and config.smooth > 0:
         v = (1 - config.smooth) * v + config.smooth * (smoothing_matrix(slide.xy) @ v)
     return v.astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stage III: fusion by cross-attention
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class CrossAttention(nn.Module):
     """Eq. 14-16: `layers` times q <- LN(q + MHA(q, k, v)), one LayerNorm for all layers.
 
-    Local: spot i attends to the tokens of its m nearest spots (itself first), with a learned bias from the relative position. Keys and values
-    are projected once per spot and gathered afterwards. With m = 1 there is one key: softmax = 1 whatever the query says, and the query and key
-    weights get no gradient, which is the released model.
+    Local: spot i attends to the tokens of its m nearest spots (itself first), with a learned bias
+    from the relative position. Keys and values are projected once per spot and gathered afterwards.
+    With m = 1 there is one key: softmax = 1 whatever the query says, and the query and key weights
+    get no gradient, which is the released model.
     """
 
     def __init__(self, dim, heads, layers=2):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.out = (nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers)) for _ in range(4))
+        self.q, self.k, self.v, self.out = (
+            nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers)) for _ in range(4)
+        )
         self.place = nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Linear(16, heads))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, query, tokens, near, offset):
-        """query (B, H), tokens (T, H), near (B, m) rows of tokens, offset (B, m, 2) in pitches -> (B, H), weights (B, m, heads).
+        """query (B, H), tokens (T, H), near (B, m) rows of tokens, offset (B, m, 2) in pitches ->
+        (B, H), weights (B, m, heads).
 
-        near None: every query attends to every token by fused attention, which keeps no weights: (B, H), None.
+        near None: every query attends to every token by fused attention, which keeps no weights:
+        (B, H), None.
         """
         b, width = query.shape
         weights = None
         for q, k, v, out in zip(self.q, self.k, self.v, self.out):
-            a = q(query).view(b, self.heads, -1)                                               # (B, heads, d)
-            keys, values = k(tokens), v(tokens)                                                # (T, H)
+            # (B, heads, d)
+            a = q(query).view(b, self.heads, -1)
+            # (T, H)
+            keys, values = k(tokens), v(tokens)
             if near is None:
-                split = [t.view(1, len(t), self.heads, -1).transpose(1, 2) for t in (a.flatten(1), keys, values)]     # (1, heads, T, d)
+                # (1, heads, T, d)
+                split = [
+                    t.view(1, len(t), self.heads, -1).transpose(1, 2)
+                    for t in (a.flatten(1), keys, values)
+                ]
                 mixed = F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(b, width)
             else:
-                near_keys = F.embedding(near, keys).view(*near.shape, self.heads, -1)                     # (B, m, heads, d)
-                score = (a[:, None] * near_keys).sum(-1) * a.shape[-1] ** -0.5                 # (B, m, heads); a bmm of small matrices is slower
+                # (B, m, heads, d)
+                near_keys = F.embedding(near, keys).view(*near.shape, self.heads, -1)
+                # (B, m, heads); a bmm of small matrices is slower
+                score = (a[:, None] * near_keys).sum(-1) * a.shape[-1] ** -0.5
                 weights = (score + self.place(offset)).softmax(1)
-                mixed = (weights[..., None] * F.embedding(near, values).view_as(near_keys)).sum(1).flatten(1)     # (B, H)
+                # (B, H)
+                mixed = (
+                    (weights[..., None] * F.embedding(near, values).view_as(near_keys))
+                    .sum(1)
+                    .flatten(1)
+                )
             query = self.norm(query + out(mixed))
         return query, weights
 
 
 class Fusion(nn.Module):
-    """Stage III: gene and image tokens in a shared space, cross-attention in both directions, H = alpha H_gene + (1 - alpha) H_image (Eq. 17)."""
+    """Stage III: gene and image tokens in a shared space, cross-attention in both directions, H =
+    alpha H_gene + (1 - alpha) H_image (Eq. 17)."""
 
     def __init__(self, dim_z, dim_image, config):
         super().__init__()
         wide = config.fused_dim
         self.alpha, self.config = config.alpha, config
-        self.image = nn.Sequential(nn.Linear(dim_image, 512), nn.LayerNorm(512), nn.Dropout(0.1))        # Eq. 9: V
+        # Eq. 9: V
+        self.image = nn.Sequential(nn.Linear(dim_image, 512), nn.LayerNorm(512), nn.Dropout(0.1))
         self.gene_in, self.image_in = nn.Linear(dim_z, wide), nn.Linear(512, wide)
-        self.gene_reads_image, self.image_reads_gene = (CrossAttention(wide, config.heads) for _ in range(2))
-        self.hidden = nn.Parameter(torch.zeros(dim_z))                                         # stands for Z of a spot that is masked
+        self.gene_reads_image, self.image_reads_gene = (
+            CrossAttention(wide, config.heads) for _ in range(2)
+        )
+        # stands for Z of a spot that is masked
+        self.hidden = nn.Parameter(torch.zeros(dim_z))
         self.keep = nn.Linear(wide, dim_z)
 
     def forward(self, z, v, own, near, offset):
-        """z (T, 32), v (T, D) of the spots at hand; own (B,) rows of the queries; near, offset as in CrossAttention.
+        """z (T, 32), v (T, D) of the spots at hand; own (B,) rows of the queries; near, offset as
+        in CrossAttention.
 
-        Returns H (B, H), h_gene (B, H), h_image (B, H), attention (B, m, heads) of the last gene-reads-image layer or None.
+        Returns H (B, H), h_gene (B, H), h_image (B, H), attention (B, m, heads) of the last
+        gene-reads-image layer or None.
         """
         with run.autocast(self.config, z.device):
-            g, i = self.gene_in(z), self.image_in(self.image(v))                               # (T, H) each
+            # (T, H) each
+            g, i = self.gene_in(z), self.image_in(self.image(v))
             h_gene, attention = self.gene_reads_image(g[own], i, near, offset)
             h_image, _ = self.image_reads_gene(i[own], g, near, offset)
         h_gene, h_image = h_gene.to(z.dtype), h_image.to(z.dtype)
@@ -699,48 +929,70 @@ class Fusion(nn.Module):
 
 
 def sdm(h_gene, h_image, tau):
-    """Eq. 18: similarity-distribution matching. P = softmax of the rows of the cosine Gram matrix / tau; the mean of both KL divergences.
-    (B, H) x 2 -> scalar, 0 where both are equal."""
-    log_p, log_q = ((lambda u: (u @ u.T / tau).log_softmax(1))(F.normalize(h, dim=1)) for h in (h_gene, h_image))    # (B, B)
-    return (F.kl_div(log_q, log_p, log_target=True, reduction="batchmean") + F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")) / 2
+    """Eq. 18: similarity-distribution matching. P = softmax of the rows of the cosine Gram matrix /
+    tau; the mean of both KL divergences. (B, H) x 2 -> scalar, 0 where both are equal."""
+    # (B, B)
+    log_p, log_q = (
+        (lambda u: (u @ u.T / tau).log_softmax(1))(F.normalize(h, dim=1)) for h in (h_gene, h_image)
+    )
+    return (
+        F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        + F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    ) / 2
 
 
 def info_nce(h_gene, h_image, near, tau):
-    """Eq. 19: symmetric contrastive loss of a spot's two streams; `near` (B, B) bool, graph neighbours, are left out of the negatives."""
-    logits = F.normalize(h_image, dim=1) @ F.normalize(h_gene, dim=1).T / tau                  # (B, B)
+    """Eq. 19: symmetric contrastive loss of a spot's two streams; `near` (B, B) bool, graph
+    neighbours, are left out of the negatives."""
+    # (B, B)
+    logits = F.normalize(h_image, dim=1) @ F.normalize(h_gene, dim=1).T / tau
     logits = logits.masked_fill(near, float("-inf"))
     same = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
 
 class Tiles:
-    """The slide in tiles of about 64 spots that lie together (a KD-tree's leaves), and the m nearest spots of each spot."""
+    """The slide in tiles of about 64 spots that lie together (a KD-tree's leaves), and the m
+    nearest spots of each spot."""
 
     def __init__(self, xy, m, device, size=64, k=6):
-        near = np.arange(len(xy))[:, None] if m == 1 else np.concatenate([np.arange(len(xy))[:, None], data.knn_table(xy, m - 1)], 1)
-        self.near = torch.as_tensor(near, device=device)                                       # (N, m), self first
-        self.graph = self.near if m > k else torch.as_tensor(data.knn_table(xy, k), device=device)    # whom the contrast may not push away
+        near = (
+            np.arange(len(xy))[:, None]
+            if m == 1
+            else np.concatenate([np.arange(len(xy))[:, None], data.knn_table(xy, m - 1)], 1)
+        )
+        # (N, m), self first
+        self.near = torch.as_tensor(near, device=device)
+        # whom the contrast may not push away
+        self.graph = self.near if m > k else torch.as_tensor(data.knn_table(xy, k), device=device)
         offset = (xy[near] - xy[:, None]) / max(data.lattice_pitch(xy), 1e-9)
-        self.offset = torch.as_tensor(offset.astype(np.float32), device=device)                # (N, m, 2)
+        # (N, m, 2)
+        self.offset = torch.as_tensor(offset.astype(np.float32), device=device)
         self.tiles = [torch.as_tensor(rows, device=device) for rows in data.median_tiles(xy, size)]
 
     def batches(self, spots):
-        """Lists of rows, each of about `spots` spots: tiles from anywhere on the slide, in random order."""
+        """Lists of rows, each of about `spots` spots: tiles from anywhere on the slide, in random
+        order."""
         tiles = [self.tiles[i] for i in torch.randperm(len(self.tiles)).tolist()]
         per = max(1, round(spots / max(1, np.mean([len(t) for t in tiles]))))
-        return [torch.cat(tiles[i:i + per]) for i in range(0, len(tiles), per)]
+        return [torch.cat(tiles[i : i + per]) for i in range(0, len(tiles), per)]
 
     def gather(self, rows, everything=False):
-        """For queries `rows` (B,): the spots at hand (T,) = queries and their neighbours, rows of the queries and of the neighbours in them."""
-        near = self.near[rows]                                                                 # (B, m)
-        hand, place = torch.unique(torch.cat([rows[:, None], near], 1), return_inverse=True)   # (T,), (B, 1 + m)
+        """For queries `rows` (B,): the spots at hand (T,) = queries and their neighbours, rows of
+        the queries and of the neighbours in them."""
+        # (B, m)
+        near = self.near[rows]
+        # (T,), (B, 1 + m)
+        hand, place = torch.unique(torch.cat([rows[:, None], near], 1), return_inverse=True)
         return hand, place[:, 0], place[:, 1:], self.offset[rows]
 
 
 def neighbours_in_batch(rows, near):
-    """(B, B) bool: True where the spot of the column is one of the m nearest of the spot of the row, or the reverse; never the spot itself."""
+    """(B, B) bool: True where the spot of the column is one of the m nearest of the spot of the
+    row, or the reverse; never the spot itself."""
     ordered, order = rows.sort()
-    wanted = near[rows]                                                                        # (B, m)
+    # (B, m)
+    wanted = near[rows]
     at = torch.searchsorted(ordered, wanted).clamp(max=len(rows) - 1)
     found = torch.zeros(len(rows), len(rows), dtype=torch.bool, device=rows.device)
     i, j = torch.nonzero(ordered[at] == wanted, as_tuple=True)
@@ -749,27 +1001,38 @@ def neighbours_in_batch(rows, near):
 
 
 def stage3_terms(model, z, v, tiles, rows, target, centres, variance, config):
-    """{name: weighted scalar} of one batch of Stage III: 2 SDM + contrast + 0.005 |H|^2, and two terms of ours that keep the domains of Z.
+    """{name: weighted scalar} of one batch of Stage III: 2 SDM + contrast + 0.005 |H|^2, and two
+    terms of ours that keep the domains of Z.
     variance: that of the whole z."""
     local = config.attention == "local"
-    hand, own, near, offset = tiles.gather(rows) if local else (torch.arange(len(z), device=z.device), rows, None, None)
-    hide = (torch.rand(len(hand), 1, device=z.device) < config.fusion_mask).to(z.dtype)        # (T, 1)
-    h, h_gene, h_image, _ = model(z[hand] * (1 - hide) + hide * model.hidden, v[hand], own, near, offset)
-    z_kept = model.keep(h)                                                                     # (B, 32)
-    terms = {"sdm": 2 * sdm(h_gene, h_image, config.tau),
-             "contrast": info_nce(h_gene, h_image, neighbours_in_batch(rows, tiles.graph), config.tau),
-             "norm": 0.5 * 0.01 * (h_gene.square().mean() + h_image.square().mean()),
-             "keep": config.lambda_keep * F.mse_loss(z_kept, z[rows]) / variance}
+    hand, own, near, offset = (
+        tiles.gather(rows) if local else (torch.arange(len(z), device=z.device), rows, None, None)
+    )
+    # (T, 1)
+    hide = (torch.rand(len(hand), 1, device=z.device) < config.fusion_mask).to(z.dtype)
+    h, h_gene, h_image, _ = model(
+        z[hand] * (1 - hide) + hide * model.hidden, v[hand], own, near, offset
+    )
+    # (B, 32)
+    z_kept = model.keep(h)
+    terms = {
+        "sdm": 2 * sdm(h_gene, h_image, config.tau),
+        "contrast": info_nce(h_gene, h_image, neighbours_in_batch(rows, tiles.graph), config.tau),
+        "norm": 0.5 * 0.01 * (h_gene.square().mean() + h_image.square().mean()),
+        "keep": config.lambda_keep * F.mse_loss(z_kept, z[rows]) / variance,
+    }
     if target is not None:
-        terms["dec"] = config.lambda_keep * config.lambda_dec * dec_kl(target[rows], dec_q(z_kept, centres))
+        terms["dec"] = (
+            config.lambda_keep * config.lambda_dec * dec_kl(target[rows], dec_q(z_kept, centres))
+        )
     return terms
 
 
 def train_stage3(z, v, xy, target, centres, config, log):
     """Stage III with Z and the image features frozen: AdamW, cosine to 0, gradient norm at most 1.
 
-    z (N, 32), v (N, D) -> H (N, H), alpha Z + (1 - alpha) P H (N, 32), attention entropy (N,) as a share of log m (nan where the weights are not
-    kept), number of parameters.
+    z (N, 32), v (N, D) -> H (N, H), alpha Z + (1 - alpha) P H (N, 32), attention entropy (N,) as a
+    share of log m (nan where the weights are not kept), number of parameters.
     """
     model = run.compiled(Fusion(z.shape[1], v.shape[1], config).to(z.device), config)
     tiles = Tiles(xy, config.m, z.device, k=config.k)
@@ -780,7 +1043,12 @@ def train_stage3(z, v, xy, target, centres, config, log):
         model.train()
         for i, rows in enumerate(tiles.batches(config.batch)):
             parts = stage3_terms(model, z, v, tiles, rows, target, centres, variance, config)
-            loss = terms.total(parts, epoch, model.parameters(), i == 0 and (epoch % 10 == 0 or epoch == config.fusion_epochs - 1))
+            loss = terms.total(
+                parts,
+                epoch,
+                model.parameters(),
+                i == 0 and (epoch % 10 == 0 or epoch == config.fusion_epochs - 1),
+            )
             step.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -788,7 +1056,8 @@ def train_stage3(z, v, xy, target, centres, config, log):
         schedule.step()
     h, entropy = fuse(model, z, v, tiles, config)
     with torch.no_grad():
-        latent = config.alpha * z + (1 - config.alpha) * model.keep(h)                         # (N, 32)
+        # (N, 32)
+        latent = config.alpha * z + (1 - config.alpha) * model.keep(h)
     return h, latent, entropy, sum(p.numel() for p in model.parameters())
 
 
@@ -798,38 +1067,48 @@ def fuse(model, z, v, tiles, config):
     model.eval()
     if config.attention == "global":
         return model(z, v, slice(None), None, None)[0], np.full(len(z), np.nan)
-    h, entropy = torch.empty(len(z), config.fused_dim, device=z.device), torch.full((len(z),), float("nan"), device=z.device)
+    h, entropy = (
+        torch.empty(len(z), config.fused_dim, device=z.device),
+        torch.full((len(z),), float("nan"), device=z.device),
+    )
     for start in range(0, len(tiles.tiles), 32):
-        rows = torch.cat(tiles.tiles[start:start + 32])
+        rows = torch.cat(tiles.tiles[start : start + 32])
         hand, own, near, offset = tiles.gather(rows)
         h[rows], _, _, attention = model(z[hand], v[hand], own, near, offset)
         if config.m > 1:
-            entropy[rows] = -(attention * attention.clamp_min(1e-12).log()).sum(1).mean(1) / np.log(config.m)
+            entropy[rows] = -(attention * attention.clamp_min(1e-12).log()).sum(1).mean(1) / np.log(
+                config.m
+            )
     return h, entropy.cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Domains: tied-covariance Gaussian mixture and label diffusion
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def components(h, most=30):
-    """(N, d) -> (N, min(most, numerical rank)) principal components. Components beyond the rank are round-off, and a tied covariance would
-    weigh them like any other."""
+    """(N, d) -> (N, min(most, numerical rank)) principal components. Components beyond the rank are
+    round-off, and a tied covariance would weigh them like any other."""
     h = np.asarray(h, np.float64)
     u, s, _ = np.linalg.svd(h - h.mean(0), full_matrices=False)
     rank = int((s**2 > 1e-6 * s[0] ** 2).sum()) if s[0] > 0 else 0
-    return u[:, :min(most, rank)] * s[:min(most, rank)]
+    return u[:, : min(most, rank)] * s[: min(most, rank)]
 
 
 def gmm_tied(h, k, n_init=10, seed=0):
-    """Domains by a Gaussian mixture with one covariance for all (mclust's EEE), EM from `n_init` k-means starts, the likeliest taken.
+    """Domains by a Gaussian mixture with one covariance for all (mclust's EEE), EM from `n_init`
+    k-means starts, the likeliest taken.
 
-    h (N, d) -> labels (N,), the fitted mixture. mclust starts from model-based hierarchical clustering instead. Raises DataError where k
-    exceeds the number of spots or nothing varies.
+    h (N, d) -> labels (N,), the fitted mixture. mclust starts from model-based hierarchical
+    clustering instead. Raises DataError where k exceeds the number of spots or nothing varies.
     """
     if k > len(h):
-        raise DataError(f"{k} domains cannot be found among {len(h)} spots: choose a smaller --n_domains")
-    x = components(h, max(1, min(30, (len(h) - k) // 3)))                                     # few spots cannot carry a 30 x 30 covariance
+        raise DataError(
+            f"{k} domains cannot be found among {len(h)} spots: choose a smaller --n_domains"
+        )
+    # few spots cannot carry a 30 x 30 covariance
+    x = components(h, max(1, min(30, (len(h) - k) // 3)))
     if x.shape[1] == 0:
         raise DataError("the embedding is the same for every spot: check that the counts vary")
     return fit_mixture(x, k, n_init, seed)
@@ -838,18 +1117,25 @@ def gmm_tied(h, k, n_init=10, seed=0):
 def fit_mixture(x, k, n_init, seed):
     """The tied mixture on components x (N, d) as they are: labels (N,), the fitted mixture."""
     ridge = 1e-6 * x.var(0).mean()
-    mixture = GaussianMixture(k, covariance_type="tied", n_init=n_init, random_state=seed, reg_covar=ridge, max_iter=300)
-    with warnings.catch_warnings(), threadpool_limits(1):                                      # threads only wait for each other on 30 columns
-        warnings.simplefilter("ignore", ConvergenceWarning)                                    # fewer distinct rows than domains, or 300 steps
+    mixture = GaussianMixture(
+        k, covariance_type="tied", n_init=n_init, random_state=seed, reg_covar=ridge, max_iter=300
+    )
+    # threads only wait for each other on 30 columns
+    with warnings.catch_warnings(), threadpool_limits(1):
+        # fewer distinct rows than domains, or 300 steps
+        warnings.simplefilter("ignore", ConvergenceWarning)
         return mixture.fit_predict(x), mixture
 
 
 def choose_k(h, low=2, high=20, seed=0):
-    """Number of domains with the lowest Bayesian information criterion of the tied mixture, and {k: bic}; at least 10 spots a domain are asked for.
+    """Number of domains with the lowest Bayesian information criterion of the tied mixture, and {k:
+    bic}; at least 10 spots a domain are asked for.
 
     Raises DataError with fewer than 10 `low` spots."""
     if len(h) < 10 * low:
-        raise DataError(f"{len(h)} spots are too few to choose the number of domains: give it with --n_domains")
+        raise DataError(
+            f"{len(h)} spots are too few to choose the number of domains: give it with --n_domains"
+        )
     high = min(high, len(h) // 10)
     x, bic = components(h, min(30, (len(h) - high) // 3)), {}
     for k in range(low, high + 1):
@@ -858,25 +1144,36 @@ def choose_k(h, low=2, high=20, seed=0):
 
 
 def diffuse_labels(labels, xy, steps=3, k=7, self_weight=1.0, share=0.01):
-    """Label diffusion: Y <- W Y, anchors kept, rows normalised, `steps` times; label = argmax. labels (N,) int, xy (N, 2) -> (N,).
+    """Label diffusion: Y <- W Y, anchors kept, rows normalised, `steps` times; label = argmax.
+    labels (N,) int, xy (N, 2) -> (N,).
 
-    W: exp(-d^2 / sigma^2) over the k nearest spots, sigma = median neighbour distance, plus the spot itself. Anchors: per domain the ceil(1 %)
-    spots whose neighbours agree most, by rank (by threshold, as released, ties make 12 % of them). Without self weight even the true labels
-    are eroded (ARI .85 after 10 steps on 151673).
+    W: exp(-d^2 / sigma^2) over the k nearest spots, sigma = median neighbour distance, plus the
+    spot itself. Anchors: per domain the ceil(1 %) spots whose neighbours agree most, by rank (by
+    threshold, as released, ties make 12 % of them). Without self weight even the true labels are
+    eroded (ARI .85 after 10 steps on 151673).
     """
     if steps == 0 or len(labels) <= k:
         return labels.copy()
     near = data.knn_table(xy, k)
-    d = np.linalg.norm(xy[near] - xy[:, None], axis=2)                                         # (N, k)
-    w = np.exp(-(d / max(np.median(d), 1e-9)) ** 2)
+    # (N, k)
+    d = np.linalg.norm(xy[near] - xy[:, None], axis=2)
+    w = np.exp(-((d / max(np.median(d), 1e-9)) ** 2))
     names, code = np.unique(labels, return_inverse=True)
-    agree = (w * (code[near] == code[:, None])).sum(1)                                         # (N,)
-    anchors = np.concatenate([rows[np.argsort(-agree[rows], kind="stable")[:int(np.ceil(share * len(rows)))]]
-                              for rows in (np.flatnonzero(code == c) for c in range(len(names)))])
-    walk = sp.csr_matrix((w.ravel(), (np.repeat(np.arange(len(labels)), k), near.ravel())), shape=(len(labels),) * 2)
+    # (N,)
+    agree = (w * (code[near] == code[:, None])).sum(1)
+    anchors = np.concatenate(
+        [
+            rows[np.argsort(-agree[rows], kind="stable")[: int(np.ceil(share * len(rows)))]]
+            for rows in (np.flatnonzero(code == c) for c in range(len(names)))
+        ]
+    )
+    walk = sp.csr_matrix(
+        (w.ravel(), (np.repeat(np.arange(len(labels)), k), near.ravel())), shape=(len(labels),) * 2
+    )
     walk = walk + sp.identity(len(labels), format="csr") * self_weight
     walk = sp.diags(1 / np.asarray(walk.sum(1)).ravel()) @ walk
-    y = np.eye(len(names))[code]                                                               # (N, K)
+    # (N, K)
+    y = np.eye(len(names))[code]
     kept = y[anchors]
     for _ in range(steps):
         y = walk @ y
@@ -886,33 +1183,42 @@ def diffuse_labels(labels, xy, steps=3, k=7, self_weight=1.0, share=0.01):
 
 
 def majority_vote(labels, near):
-    """The commonest label among a spot and its neighbours `near` (N, k): one smoothing round of the baseline."""
+    """The commonest label among a spot and its neighbours `near` (N, k): one smoothing round of the
+    baseline."""
     names, code = np.unique(labels, return_inverse=True)
     one_hot = np.eye(len(names))[code]
     return names[(one_hot + one_hot[near].sum(1)).argmax(1)]
 
 
 def baselines(x, slide, k, config):
-    """{name: labels}: the same mixture on 20 principal components, and on their mean over a spot and its 6 nearest, with one vote of 18."""
+    """{name: labels}: the same mixture on 20 principal components, and on their mean over a spot
+    and its 6 nearest, with one vote of 18."""
     pcs = x[:, :20]
     out = {"pca_gmm": gmm_tied(pcs, k, config.n_init, config.seed)[0]}
     if slide.n_spots > 18:
         mean = data.neighbour_mean(pcs, data.knn_table(slide.xy, 6))
-        out["neighbour_mean_gmm"] = majority_vote(gmm_tied(mean, k, config.n_init, config.seed)[0], data.knn_table(slide.xy, 18))
+        out["neighbour_mean_gmm"] = majority_vote(
+            gmm_tied(mean, k, config.n_init, config.seed)[0], data.knn_table(slide.xy, 18)
+        )
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Downstream: pseudotime and ligand-receptor scores (the paper reports both; no code of theirs is released)
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Downstream: pseudotime and ligand-receptor scores (the paper reports both; no code of theirs is
+# released)
+# --------------------------------------------------------------------------------------------------
+
 
 def pseudotime(h, root_domain, seed=0, most=5000, neighbours=15, n_components=15):
-    """Diffusion pseudotime (Haghverdi et al. 2016) from a spot of `root_domain` (N,) bool: (N,) in [0, 1], nan where unreachable.
+    """Diffusion pseudotime (Haghverdi et al. 2016) from a spot of `root_domain` (N,) bool: (N,) in
+    [0, 1], nan where unreachable.
 
-    root_domain None: from an end of the first diffusion component, either end, of the largest connected piece.
+    root_domain None: from an end of the first diffusion component, either end, of the largest
+    connected piece.
 
-    dpt(i, root) = |sum_l lambda_l / (1 - lambda_l) (psi_l(i) - psi_l(root))| over the diffusion components of the 15-nearest-neighbour graph of
-    h (N, d) in its principal components. Beyond `most` spots it is computed on a random subset and carried over by the 5 nearest of it.
+    dpt(i, root) = |sum_l lambda_l / (1 - lambda_l) (psi_l(i) - psi_l(root))| over the diffusion
+    components of the 15-nearest-neighbour graph of h (N, d) in its principal components. Beyond
+    `most` spots it is computed on a random subset and carried over by the 5 nearest of it.
     """
     x = components(h)
     rows = np.sort(np.random.default_rng(seed).choice(len(x), min(most, len(x)), replace=False))
@@ -923,65 +1229,123 @@ def pseudotime(h, root_domain, seed=0, most=5000, neighbours=15, n_components=15
     part = x[rows]
     near, d = nearest(part, part, min(neighbours, len(part) - 1) + 1)
     near, d = near[:, 1:], d[:, 1:]
-    sigma = np.maximum(d[:, -1], 1e-12)                                                        # each spot's own scale
-    w = np.exp(-d**2 / (sigma[:, None] * sigma[near]))
-    graph = sp.csr_matrix((w.ravel(), (np.repeat(np.arange(len(part)), near.shape[1]), near.ravel())), shape=(len(part),) * 2)
+    # each spot's own scale
+    sigma = np.maximum(d[:, -1], 1e-12)
+    w = np.exp(-(d**2) / (sigma[:, None] * sigma[near]))
+    graph = sp.csr_matrix(
+        (w.ravel(), (np.repeat(np.arange(len(part)), near.shape[1]), near.ravel())),
+        shape=(len(part),) * 2,
+    )
     graph = graph.maximum(graph.T)
     piece = sp.csgraph.connected_components(graph, directed=False)[1]
-    at_root = np.bincount(piece[root_domain[rows]]).argmax()                                   # the component that holds most of the root domain
+    # the component that holds most of the root domain
+    at_root = np.bincount(piece[root_domain[rows]]).argmax()
     use = np.flatnonzero(piece == at_root)
-    time_, out = diffusion_time(graph[use][:, use].tocsr(), root_domain[rows][use], n_components), np.full(len(part), np.nan)
+    time_, out = (
+        diffusion_time(graph[use][:, use].tocsr(), root_domain[rows][use], n_components),
+        np.full(len(part), np.nan),
+    )
     out[use] = time_
     if len(part) == len(x):
         return out
     at, _ = nearest(part, x, min(5, len(part)))
-    near_time = out[at]                                                                        # (N, 5), nan for spots that cannot be reached
+    # (N, 5), nan for spots that cannot be reached
+    near_time = out[at]
     reached = np.isfinite(near_time)
     mean = np.where(reached, near_time, 0).sum(1) / np.maximum(reached.sum(1), 1)
     return np.where(reached[:, 0], mean, np.nan)
 
 
 def nearest(points, query, k):
-    """Rows of the k nearest points to each query and their distances, exact, in chunks: (Q, k), (Q, k)."""
+    """Rows of the k nearest points to each query and their distances, exact, in chunks: (Q, k), (Q,
+    k)."""
     d, at = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points).kneighbors(query)
     return at, d
 
 
 def diffusion_time(graph, at_root, n_components):
-    """Pseudotime on one connected weighted graph (n, n) CSR from the extreme spot of `at_root` (n,) bool: (n,) in [0, 1]."""
+    """Pseudotime on one connected weighted graph (n, n) CSR from the extreme spot of `at_root` (n,)
+    bool: (n,) in [0, 1]."""
     n = graph.shape[0]
     density = 1 / np.asarray(graph.sum(1)).ravel()
-    graph = sp.diags(density) @ graph @ sp.diags(density)                                      # density normalisation (Coifman & Lafon 2006)
+    # density normalisation (Coifman & Lafon 2006)
+    graph = sp.diags(density) @ graph @ sp.diags(density)
     root_degree = 1 / np.sqrt(np.asarray(graph.sum(1)).ravel())
     symmetric = sp.diags(root_degree) @ graph @ sp.diags(root_degree)
     start = np.random.default_rng(0).standard_normal(n)
-    values, vectors = sp.linalg.eigsh(symmetric, k=min(n_components, n - 2) + 1, which="LA", v0=start)
-    order = np.argsort(-values)[1:]                                                            # without the stationary component
+    values, vectors = sp.linalg.eigsh(
+        symmetric, k=min(n_components, n - 2) + 1, which="LA", v0=start
+    )
+    # without the stationary component
+    order = np.argsort(-values)[1:]
     values, vectors = values[order], vectors[:, order] * root_degree[:, None]
     first = vectors[:, 0] * np.sign(vectors[at_root, 0].mean() - vectors[:, 0].mean() or 1)
     root = np.flatnonzero(at_root)[first[at_root].argmax()]
-    distance = np.linalg.norm(values / (1 - np.minimum(values, 1 - 1e-9)) * (vectors - vectors[root]), axis=1)
+    distance = np.linalg.norm(
+        values / (1 - np.minimum(values, 1 - 1e-9)) * (vectors - vectors[root]), axis=1
+    )
     return distance / max(distance.max(), 1e-12)
 
 
 LAYER_ORDER = ["WM", "Layer6", "Layer5", "Layer4", "Layer3", "Layer2", "Layer1"]
 
-PAIRS = [("APOE", "LRP1"), ("BDNF", "NTRK2"), ("CCK", "CCKBR"), ("CNTN1", "NRCAM"), ("CX3CL1", "CX3CR1"), ("CXCL12", "CXCR4"), ("CXCL14", "CXCR4"),
-         ("EFNA5", "EPHA4"), ("FGF1", "FGFR2"), ("GAS6", "AXL"), ("IGF1", "IGF1R"), ("JAG1", "NOTCH1"), ("NRG1", "ERBB4"), ("NRXN1", "NLGN1"),
-         ("NRXN3", "NLGN2"), ("NTF3", "NTRK3"), ("PDGFA", "PDGFRA"), ("PENK", "OPRM1"), ("PSAP", "GPR37"), ("PTN", "PTPRZ1"), ("RELN", "LRP8"),
-         ("SEMA3A", "NRP1"), ("SLIT2", "ROBO1"), ("SPP1", "CD44"), ("SST", "SSTR2"), ("TAC1", "TACR1"), ("VEGFA", "FLT1"), ("VIP", "VIPR1"),
-         ("APP", "CD74"), ("MIF", "CD74"), ("COL1A1", "CD44"), ("FN1", "ITGB1"), ("TGFB1", "TGFBR2"), ("WNT5A", "FZD3")]
+PAIRS = [
+    ("APOE", "LRP1"),
+    ("BDNF", "NTRK2"),
+    ("CCK", "CCKBR"),
+    ("CNTN1", "NRCAM"),
+    ("CX3CL1", "CX3CR1"),
+    ("CXCL12", "CXCR4"),
+    ("CXCL14", "CXCR4"),
+    ("EFNA5", "EPHA4"),
+    ("FGF1", "FGFR2"),
+    ("GAS6", "AXL"),
+    ("IGF1", "IGF1R"),
+    ("JAG1", "NOTCH1"),
+    ("NRG1", "ERBB4"),
+    ("NRXN1", "NLGN1"),
+    ("NRXN3", "NLGN2"),
+    ("NTF3", "NTRK3"),
+    ("PDGFA", "PDGFRA"),
+    ("PENK", "OPRM1"),
+    ("PSAP", "GPR37"),
+    ("PTN", "PTPRZ1"),
+    ("RELN", "LRP8"),
+    ("SEMA3A", "NRP1"),
+    ("SLIT2", "ROBO1"),
+    ("SPP1", "CD44"),
+    ("SST", "SSTR2"),
+    ("TAC1", "TACR1"),
+    ("VEGFA", "FLT1"),
+    ("VIP", "VIPR1"),
+    ("APP", "CD74"),
+    ("MIF", "CD74"),
+    ("COL1A1", "CD44"),
+    ("FN1", "ITGB1"),
+    ("TGFB1", "TGFBR2"),
+    ("WNT5A", "FZD3"),
+]
 
 
 def read_pairs(path):
-    """[(ligand, receptor)] from a two-column CSV, a header line `ligand,receptor` allowed. Raises DataError for another shape."""
+    """[(ligand, receptor)] from a two-column CSV, a header line `ligand,receptor` allowed. Raises
+    DataError for another shape."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file, strict=True) if any(cell.strip() for cell in row)]
+            rows = [
+                [cell.strip() for cell in row]
+                for row in csv.reader(file, strict=True)
+                if any(cell.strip() for cell in row)
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as a ligand-receptor CSV ({error}): give two columns ligand,receptor") from error
+        raise DataError(
+            f"{path} cannot be read as a ligand-receptor CSV ({error}): give two columns "
+            "ligand,receptor"
+        ) from error
     if any(len(row) < 2 for row in rows):
-        raise DataError(f"{path} has a row with fewer than two columns: give ligand,receptor in each")
+        raise DataError(
+            f"{path} has a row with fewer than two columns: give ligand,receptor in each"
+        )
     rows = rows[1:] if rows and rows[0][0].lower() == "ligand" else rows
     if not rows:
         raise DataError(f"{path} holds no ligand-receptor pair: give two columns ligand,receptor")
@@ -989,11 +1353,14 @@ def read_pairs(path):
 
 
 def ligand_receptor(x, genes, pairs, labels, near, permutations=1000, seed=0):
-    """Domain-to-domain ligand-receptor scores over spatial neighbours (spots hold several cells, so not cell-to-cell).
+    """Domain-to-domain ligand-receptor scores over spatial neighbours (spots hold several cells, so
+    not cell-to-cell).
 
-    s(a, b) = mean of x_iL x_jR over neighbour pairs i in a, j in b; null: the domain labels permuted over spots; p = (1 + #(null >= s)) /
-    (1 + permutations), Benjamini-Hochberg over all pairs and domain pairs. x (N, G) CSR log expression, near (N, k), labels (N,).
-    Returns (pairs that the panel holds, score (n, K, K), p (n, K, K), q (n, K, K)); domain pairs that never touch are nan.
+    s(a, b) = mean of x_iL x_jR over neighbour pairs i in a, j in b; null: the domain labels
+    permuted over spots; p = (1 + #(null >= s)) / (1 + permutations), Benjamini-Hochberg over all
+    pairs and domain pairs. x (N, G) CSR log expression, near (N, k), labels (N,). Returns (pairs
+    that the panel holds, score (n, K, K), p (n, K, K), q (n, K, K)); domain pairs that never touch
+    are nan.
     """
     column = {g: i for i, g in reversed(list(enumerate(genes)))}
     pairs = [pair for pair in pairs if pair[0] in column and pair[1] in column]
@@ -1002,14 +1369,21 @@ def ligand_receptor(x, genes, pairs, labels, near, permutations=1000, seed=0):
     if not pairs:
         return [], *(np.zeros((0, k, k)) for _ in range(3))
     x = x.tocsc()
-    ligand, receptor = (x[:, [column[pair[side]] for pair in pairs]].toarray() for side in (0, 1))                    # (N, n) each
-    product = (ligand[i] * receptor[j]).astype(np.float64)                                      # (E, n)
+    # (N, n) each
+    ligand, receptor = (x[:, [column[pair[side]] for pair in pairs]].toarray() for side in (0, 1))
+    # (E, n)
+    product = (ligand[i] * receptor[j]).astype(np.float64)
 
     def means(code):
         cell = code[i] * k + code[j]
-        gather = sp.csr_matrix((np.ones(len(cell)), (cell, np.arange(len(cell)))), shape=(k * k, len(cell)))
+        gather = sp.csr_matrix(
+            (np.ones(len(cell)), (cell, np.arange(len(cell)))), shape=(k * k, len(cell))
+        )
         count = np.bincount(cell, minlength=k * k)[:, None]
-        return np.divide(gather @ product, count, out=np.full((k * k, len(pairs)), np.nan), where=count > 0)           # (K K, n)
+        # (K K, n)
+        return np.divide(
+            gather @ product, count, out=np.full((k * k, len(pairs)), np.nan), where=count > 0
+        )
 
     score, above, drawn = means(code), 0, 0
     rng = np.random.default_rng(seed)
@@ -1022,50 +1396,113 @@ def ligand_receptor(x, genes, pairs, labels, near, permutations=1000, seed=0):
     return pairs, *(a.T.reshape(len(pairs), k, k) for a in (score, p, q))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Program
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def check(config):
     """Raises DataError naming the flag that has an impossible value."""
-    one, zero, share, positive = run.AT_LEAST_ONE, run.AT_LEAST_ZERO, (lambda v: 0 <= v <= 1, "from 0 to 1"), run.POSITIVE
+    one, zero, share, positive = (
+        run.AT_LEAST_ONE,
+        run.AT_LEAST_ZERO,
+        (lambda v: 0 <= v <= 1, "from 0 to 1"),
+        run.POSITIVE,
+    )
     two = (lambda v: v >= 2, "2 or more")
-    run.check_flags(config, {
-        "n_top_genes": two, "n_pcs": two, "k": one, "tile": zero, "mask_rate": share, "epochs": one, "lr": positive, "weight_decay": zero,
-        "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"), "dec_epochs": zero, "dec_update": one, "m": one, "alpha": share, "smooth": share,
-        "crop_um": positive, "fused_dim": (lambda v: v >= 1 and v % max(config.heads, 1) == 0, "a positive multiple of --heads"), "heads": one,
-        "fusion_epochs": one, "fusion_lr": positive, "fusion_mask": share, "batch": two, "tau": positive, "n_init": one, "diffusion_steps": zero,
-        "diffusion_k": one, "permutations": zero, "lambda_x": zero, "lambda_g": zero, "lambda_mask": zero, "lambda_gan": zero, "lambda_dec": zero,
-        "lambda_keep": run.POSITIVE, "dec_tol": zero,
-        "n_domains": (lambda v: v in ("oracle", "bic") or v.isdigit() and int(v) > 0, "oracle, bic or a positive number")})
+    run.check_flags(
+        config,
+        {
+            "n_top_genes": two,
+            "n_pcs": two,
+            "k": one,
+            "tile": zero,
+            "mask_rate": share,
+            "epochs": one,
+            "lr": positive,
+            "weight_decay": zero,
+            "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+            "dec_epochs": zero,
+            "dec_update": one,
+            "m": one,
+            "alpha": share,
+            "smooth": share,
+            "crop_um": positive,
+            "fused_dim": (
+                lambda v: v >= 1 and v % max(config.heads, 1) == 0,
+                "a positive multiple of --heads",
+            ),
+            "heads": one,
+            "fusion_epochs": one,
+            "fusion_lr": positive,
+            "fusion_mask": share,
+            "batch": two,
+            "tau": positive,
+            "n_init": one,
+            "diffusion_steps": zero,
+            "diffusion_k": one,
+            "permutations": zero,
+            "lambda_x": zero,
+            "lambda_g": zero,
+            "lambda_mask": zero,
+            "lambda_gan": zero,
+            "lambda_dec": zero,
+            "lambda_keep": run.POSITIVE,
+            "dec_tol": zero,
+            "n_domains": (
+                lambda v: v in ("oracle", "bic") or v.isdigit() and int(v) > 0,
+                "oracle, bic or a positive number",
+            ),
+        },
+    )
 
 
 def number_of_domains(slide, z, config):
-    """Number of domains and how it was chosen. Raises DataError for oracle without labels of two classes, or more domains than spots."""
+    """Number of domains and how it was chosen. Raises DataError for oracle without labels of two
+    classes, or more domains than spots."""
     if config.n_domains == "bic":
         return choose_k(z, seed=config.seed)[0], "bic"
     if config.n_domains == "oracle":
         k = len(np.unique(slide.labels[slide.labels >= 0]))
         if k < 2:
-            raise DataError(f"slide {slide.sample} has {'no labels' if k == 0 else 'labels of one class only'}, so the number of domains cannot be "
-                            "taken from them: give --n_domains bic or a number")
+            raise DataError(
+                f"slide {slide.sample} has "
+                f"{'no labels' if k == 0 else 'labels of one class only'}, so the number of "
+                "domains cannot be "
+                "taken from them: give --n_domains bic or a number"
+            )
     else:
         k = int(config.n_domains)
     if k > slide.n_spots:
-        raise DataError(f"{k} domains cannot be found among the {slide.n_spots} spots of slide {slide.sample}: choose a smaller --n_domains")
+        raise DataError(
+            f"{k} domains cannot be found among the {slide.n_spots} spots of slide "
+            f"{slide.sample}: choose a smaller --n_domains"
+        )
     return k, "oracle" if config.n_domains == "oracle" else "user"
 
 
 def variant(config):
     """Folder name of a run: `default`, and the flags that differ from their defaults."""
-    silent = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "cache", "figures"}
+    silent = {
+        "data",
+        "slice",
+        "seed",
+        "device",
+        "threads",
+        "deterministic",
+        "runs",
+        "cache",
+        "figures",
+    }
     out = "default"
     for name, field in config.__dataclass_fields__.items():
         value = getattr(config, name)
         if name not in silent and value != field.default:
             text = str(value)
             plain = "".join(c if c.isalnum() or c in "._" else "_" for c in Path(text).name)
-            out += f"-{name}-{plain}" + (f"_{hashlib.sha256(text.encode()).hexdigest()[:6]}" if plain != text else "")
+            out += f"-{name}-{plain}" + (
+                f"_{hashlib.sha256(text.encode()).hexdigest()[:6]}" if plain != text else ""
+            )
     return out
 
 
@@ -1073,38 +1510,70 @@ def with_image(slide, config):
     """Whether Stage III runs. Raises DataError where an image was asked for and there is none."""
     if config.image == "off":
         return False
-    there = slide.patches is not None or slide.image is not None or Path(config.encoder).suffix in (".npy", ".npz")
+    there = (
+        slide.patches is not None
+        or slide.image is not None
+        or Path(config.encoder).suffix in (".npy", ".npz")
+    )
     if not there and config.image != "auto":
-        raise DataError(f"slide {slide.sample} has no image for --image {config.image}: put tissue_hires_image.png into spatial/, or use --image off")
+        raise DataError(
+            f"slide {slide.sample} has no image for --image {config.image}: put "
+            "tissue_hires_image.png into spatial/, or use --image off"
+        )
     from_file = Path(config.encoder).suffix in (".npy", ".npz")
-    if there and config.image == "auto" and slide.patches is None and not from_file and not slide.um_per_px:
-        print(f"slide {slide.sample} has an image but no physical scale: gene-only, Stage III is left out")
+    if (
+        there
+        and config.image == "auto"
+        and slide.patches is None
+        and not from_file
+        and not slide.um_per_px
+    ):
+        print(
+            f"slide {slide.sample} has an image but no physical scale: gene-only, Stage III "
+            "is left out"
+        )
         return False
     if not there:
         print(f"slide {slide.sample} has no image: gene-only, Stage III is left out")
     elif from_file:
-        data.read_embedding(config.encoder, slide)                                             # complain before the work starts
+        # complain before the work starts
+        data.read_embedding(config.encoder, slide)
     elif slide.patches is None:
         data.crops(slide, np.arange(1), config.crop_um)
     return there
 
 
 def fused_embedding(slide, z, target, centres, config, device, log):
-    """What is clustered (N, 32) or (N, H), H (N, H), image features (N, D), attention entropy (N,), number of parameters of Stage III."""
+    """What is clustered (N, 32) or (N, H), H (N, H), image features (N, D), attention entropy (N,),
+    number of parameters of Stage III."""
     v = image_tokens(slide, config, device)
     if config.image == "permuted":
         v = v[np.random.default_rng(config.seed).permutation(len(v))]
     if config.image == "zero":
         v = np.zeros_like(v)
-    h, latent, entropy, n_params = train_stage3(z, torch.as_tensor(v, device=device), slide.xy, target, centres, config, log)
-    return (latent if config.readout == "latent" else h).cpu().numpy(), h.cpu().numpy(), v, entropy, n_params
+    h, latent, entropy, n_params = train_stage3(
+        z, torch.as_tensor(v, device=device), slide.xy, target, centres, config, log
+    )
+    return (
+        (latent if config.readout == "latent" else h).cpu().numpy(),
+        h.cpu().numpy(),
+        v,
+        entropy,
+        n_params,
+    )
 
 
 def layer_order(slide, config):
-    """(N,) rank of each spot's class from the root outwards, nan where the class has none, or None without an order."""
-    order = [c.strip() for c in config.order.split(",") if c.strip()] or (LAYER_ORDER if set(slide.classes) <= set(LAYER_ORDER) else [])
+    """(N,) rank of each spot's class from the root outwards, nan where the class has none, or None
+    without an order."""
+    order = [c.strip() for c in config.order.split(",") if c.strip()] or (
+        LAYER_ORDER if set(slide.classes) <= set(LAYER_ORDER) else []
+    )
     if config.order and not set(order) & set(slide.classes):
-        raise DataError(f"none of --order {config.order} is a class of slide {slide.sample} ({', '.join(slide.classes)}): name the classes")
+        raise DataError(
+            f"none of --order {config.order} is a class of slide {slide.sample} "
+            f"({', '.join(slide.classes)}): name the classes"
+        )
     if not order or not slide.classes:
         return None
     rank = np.array([order.index(c) if c in order else np.nan for c in slide.classes] + [np.nan])
@@ -1112,13 +1581,17 @@ def layer_order(slide, config):
 
 
 def downstream(slide, h, domains, rank, pairs, config):
-    """Pseudotime, its root, its Spearman correlation with the layer order, and the ligand-receptor scores: (arrays, metrics, texts)."""
+    """Pseudotime, its root, its Spearman correlation with the layer order, and the ligand-receptor
+    scores: (arrays, metrics, texts)."""
     x, arrays, scores, text = log_matrix(slide, config), {}, {}, {}
     found = np.flatnonzero(np.char.upper(slide.genes.astype(str)) == config.root_gene.upper())
     names = np.unique(domains)
     if len(found):
         level = np.asarray(x[:, found[0]].todense()).ravel()
-        root, text["pseudotime_root"] = names[np.argmax([level[domains == c].mean() for c in names])], f"domain with most {config.root_gene}"
+        root, text["pseudotime_root"] = (
+            names[np.argmax([level[domains == c].mean() for c in names])],
+            f"domain with most {config.root_gene}",
+        )
     else:
         root, text["pseudotime_root"] = None, "an end of the first diffusion component"
     print(f"pseudotime starts in: {text['pseudotime_root']}")
@@ -1126,68 +1599,113 @@ def downstream(slide, h, domains, rank, pairs, config):
         arrays["pseudotime"] = pseudotime(h, None if root is None else domains == root)
         if rank is not None:
             use = np.isfinite(rank) & np.isfinite(arrays["pseudotime"])
-            scores["pseudotime_spearman"] = metrics.spearman(arrays["pseudotime"][use], rank[use]) if use.sum() > 2 else float("nan")
+            scores["pseudotime_spearman"] = (
+                metrics.spearman(arrays["pseudotime"][use], rank[use])
+                if use.sum() > 2
+                else float("nan")
+            )
     if config.permutations:
         near = data.knn_table(slide.xy, min(6, slide.n_spots - 1))
-        pairs, score, p, q = ligand_receptor(x, slide.genes, pairs, domains, near, config.permutations)
-        arrays |= {"lr_score": score, "lr_p": p, "lr_q": q, "lr_pairs": np.array([f"{a}-{b}" for a, b in pairs], dtype=str)}
+        pairs, score, p, q = ligand_receptor(
+            x, slide.genes, pairs, domains, near, config.permutations
+        )
+        arrays |= {
+            "lr_score": score,
+            "lr_p": p,
+            "lr_q": q,
+            "lr_pairs": np.array([f"{a}-{b}" for a, b in pairs], dtype=str),
+        }
         scores |= {"lr_pairs": len(pairs), "lr_significant": int((q < 0.05).sum())}
     return arrays, scores, text
 
 
 def scored(slide, labels):
-    """Agreement with the annotation where there is one, and the label-free smoothness of the domains."""
+    """Agreement with the annotation where there is one, and the label-free smoothness of the
+    domains."""
     out = metrics.clustering(slide.labels, labels) if (slide.labels >= 0).any() else {}
     return out | {"pas": metrics.pas(labels, slide.xy), "n_found": len(np.unique(labels))}
 
 
 def used_files(config, slide, use_image):
-    """Files whose content can change a number of this run: counts, positions, labels, pairs, image or its features."""
+    """Files whose content can change a number of this run: counts, positions, labels, pairs, image
+    or its features."""
     files = [slide.source, *slide.tables, config.lr_pairs]
     if use_image:
         from_file = Path(config.encoder).suffix in (".npy", ".npz")
-        files.append(str(data.slice_path(config.encoder, slide)) if from_file else slide.image_file if slide.patches is None else slide.patches.path)
+        files.append(
+            str(data.slice_path(config.encoder, slide))
+            if from_file
+            else slide.image_file
+            if slide.patches is None
+            else slide.patches.path
+        )
     return [f for f in dict.fromkeys(files) if f]
 
 
 def line(name, found):
     """One printed line of scores."""
-    return f"{name:24s}" + "  ".join(f"{k} {found[k]:.3f}" for k in ("ari", "ami", "completeness", "homogeneity", "pas") if k in found)
+    return f"{name:24s}" + "  ".join(
+        f"{k} {found[k]:.3f}"
+        for k in ("ari", "ami", "completeness", "homogeneity", "pas")
+        if k in found
+    )
 
 
 def train(slide, config, use_image, record):
-    """Stages I to III and the baselines: (arrays with z, h_fusion ..., what is clustered by name, baseline scores, facts for the record)."""
+    """Stages I to III and the baselines: (arrays with z, h_fusion ..., what is clustered by name,
+    baseline scores, facts for the record)."""
     x_np, log = preprocess(slide, config), []
-    x, graph = torch.as_tensor(x_np, device=record.device), Graph(slide.xy, config.k, record.device, slide.sample)
+    x, graph = (
+        torch.as_tensor(x_np, device=record.device),
+        Graph(slide.xy, config.k, record.device, slide.sample),
+    )
     if graph.pieces > 1:
-        print(f"the {config.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} pieces: Stage I passes nothing between them")
+        print(
+            f"the {config.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} "
+            "pieces: Stage I passes nothing between them"
+        )
     record.lap("read")
     model, step, adversary = train_stage1(x, graph, config, log)
     record.lap("stage1")
     k, chosen = number_of_domains(slide, model.embed(x, graph).cpu().numpy(), config)
-    others = {name: scored(slide, found) for name, found in baselines(x_np, slide, k, config).items()}
+    others = {
+        name: scored(slide, found) for name, found in baselines(x_np, slide, k, config).items()
+    }
     for name, scores in others.items():
         print(line(name, scores))
     record.lap("baselines")
-    facts, centres, target = {"k_chosen_by": chosen, "graph_pieces": graph.pieces, "losses": log}, None, None
+    facts, centres, target = (
+        {"k_chosen_by": chosen, "graph_pieces": graph.pieces, "losses": log},
+        None,
+        None,
+    )
     if config.dec:
-        centres, target, facts["dec_epochs"] = train_stage2(model, step, adversary, x, graph, k, config, log)
+        centres, target, facts["dec_epochs"] = train_stage2(
+            model, step, adversary, x, graph, k, config, log
+        )
     z = model.embed(x, graph)
     arrays, facts["n_params"] = {"z": z.cpu().numpy()}, sum(p.numel() for p in model.parameters())
     embeddings = {"gene": arrays["z"]}
     record.lap("stage2")
     if use_image:
-        embeddings["fused"], arrays["h_fusion"], arrays["image"], arrays["attention_entropy"], more = fused_embedding(
-            slide, z, target, centres, config, record.device, log)
+        (
+            embeddings["fused"],
+            arrays["h_fusion"],
+            arrays["image"],
+            arrays["attention_entropy"],
+            more,
+        ) = fused_embedding(slide, z, target, centres, config, record.device, log)
         arrays["fused"], facts["n_params"] = embeddings["fused"], facts["n_params"] + more
-        if np.ptp(arrays["image"], axis=0).any():                                             # an image that is the same everywhere has no domains
+        # an image that is the same everywhere has no domains
+        if np.ptp(arrays["image"], axis=0).any():
             embeddings["image"] = arrays["image"]
         record.lap("stage3")
     return arrays, embeddings, others, k, facts
 
 
 def domains_of(embeddings, slide, k, final, config):
-    """Mixture and diffusion on every embedding: (arrays of labels, scores; those of `final` + diffusion also without a suffix)."""
+    """Mixture and diffusion on every embedding: (arrays of labels, scores; those of `final` +
+    diffusion also without a suffix)."""
     arrays, scores = {}, {}
     for name, h in embeddings.items():
         raw = gmm_tied(h, k, config.n_init, config.seed)[0]
@@ -1209,8 +1727,15 @@ def main(argv=None):
     slide = data.load_slide(config.data, config.slice or None)
     use_image = with_image(slide, config)
     if use_image and config.m > slide.n_spots:
-        raise DataError(f"--m {config.m} exceeds the {slide.n_spots} spots of slide {slide.sample}: choose a smaller m")
-    rank, pairs = layer_order(slide, config), read_pairs(config.lr_pairs) if config.lr_pairs else PAIRS    # complain before the work starts
+        raise DataError(
+            f"--m {config.m} exceeds the {slide.n_spots} spots of slide {slide.sample}: "
+            "choose a smaller m"
+        )
+    # complain before the work starts
+    rank, pairs = (
+        layer_order(slide, config),
+        read_pairs(config.lr_pairs) if config.lr_pairs else PAIRS,
+    )
     if config.n_domains != "bic":
         number_of_domains(slide, None, config)
     record = run.Run("multist", config, slide.sample, variant(config), start)
@@ -1219,24 +1744,39 @@ def main(argv=None):
     more, scores = domains_of(embeddings, slide, k, final, config)
     arrays |= more
     record.lap("clustering")
-    arrays |= {"domains": arrays[f"labels_{final}"], "labels": slide.labels, "classes": np.array(slide.classes, dtype=str), "barcodes": slide.barcodes,
-               "xy": slide.xy}
+    arrays |= {
+        "domains": arrays[f"labels_{final}"],
+        "labels": slide.labels,
+        "classes": np.array(slide.classes, dtype=str),
+        "barcodes": slide.barcodes,
+        "xy": slide.xy,
+    }
     more, found, text = downstream(slide, embeddings[final], arrays["domains"], rank, pairs, config)
     arrays |= more
     record.lap("downstream")
     if config.figures:
         draw(record, slide, arrays, facts["losses"], final)
-    record.finish(scores | found | {"k": k}, others, arrays, facts.pop("n_params"), checksum=data.file_checksum(*used_files(config, slide, use_image)),
-                  output=f"{final} + diffusion", **facts, **text)
+    record.finish(
+        scores | found | {"k": k},
+        others,
+        arrays,
+        facts.pop("n_params"),
+        checksum=data.file_checksum(*used_files(config, slide, use_image)),
+        output=f"{final} + diffusion",
+        **facts,
+        **text,
+    )
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Figures
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def matched(labels, true):
-    """Domains renumbered so that they share colours with the classes they overlap most (one to one, Hungarian)."""
+    """Domains renumbered so that they share colours with the classes they overlap most (one to one,
+    Hungarian)."""
     names, code = np.unique(labels, return_inverse=True)
     n = max(len(names), true.max() + 1)
     table = np.zeros((n, n))
@@ -1246,17 +1786,23 @@ def matched(labels, true):
 
 def tissue(axis, slide, values, title, **how):
     """Spots in their places, coloured by `values`; y downwards."""
-    shown = axis.scatter(*slide.xy.T, s=max(0.3, 14000 / slide.n_spots), c=values, linewidths=0, **how)
+    shown = axis.scatter(
+        *slide.xy.T, s=max(0.3, 14000 / slide.n_spots), c=values, linewidths=0, **how
+    )
     axis.set(aspect="equal", xticks=[], yticks=[], title=title)
     axis.invert_yaxis()
     return shown
 
 
 def draw(record, slide, arrays, log, final):
-    """Figures: domains before and after diffusion beside the annotation; pseudotime; attention entropy; ligand-receptor scores; losses."""
+    """Figures: domains before and after diffusion beside the annotation; pseudotime; attention
+    entropy; ligand-receptor scores; losses."""
     panels = {"annotation": slide.labels} if (slide.labels >= 0).any() else {}
     for name in dict.fromkeys(["gene", final]):
-        panels |= {f"{name}, before diffusion": arrays[f"labels_{name}_raw"], f"{name} + diffusion": arrays[f"labels_{name}"]}
+        panels |= {
+            f"{name}, before diffusion": arrays[f"labels_{name}_raw"],
+            f"{name} + diffusion": arrays[f"labels_{name}"],
+        }
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.2), squeeze=False)
     for axis, (title, values) in zip(axes[0], panels.items()):
         values = values if title == "annotation" else matched(values, slide.labels)
@@ -1264,7 +1810,10 @@ def draw(record, slide, arrays, log, final):
         colours[values < 0] = (0.9, 0.9, 0.9, 1)
         tissue(axis, slide, colours, title)
     record.figure("domains", figure)
-    for name, label in (("pseudotime", "pseudotime"), ("attention_entropy", "attention entropy / log m (1 = plain mean)")):
+    for name, label in (
+        ("pseudotime", "pseudotime"),
+        ("attention_entropy", "attention entropy / log m (1 = plain mean)"),
+    ):
         if name in arrays and np.isfinite(arrays[name]).any():
             figure, axis = plt.subplots(figsize=(5, 4.4))
             figure.colorbar(tissue(axis, slide, arrays[name], "", cmap="viridis"), label=label)
@@ -1275,7 +1824,12 @@ def draw(record, slide, arrays, log, final):
     for stage, term in dict.fromkeys((row["stage"], row["term"]) for row in log):
         rows = [row for row in log if (row["stage"], row["term"]) == (stage, term)]
         for axis, key in zip(axes, ("value", "grad_norm")):
-            axis.plot([row["epoch"] for row in rows], [max(abs(row[key]), 1e-12) for row in rows], marker=".", label=f"{stage} {term}")
+            axis.plot(
+                [row["epoch"] for row in rows],
+                [max(abs(row[key]), 1e-12) for row in rows],
+                marker=".",
+                label=f"{stage} {term}",
+            )
     for axis, title in zip(axes, ("weighted loss terms", "their gradient norms")):
         axis.set(yscale="log", xlabel="epoch of the stage", title=title)
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -1284,27 +1838,46 @@ def draw(record, slide, arrays, log, final):
 
 
 def domain_names(slide, domains):
-    """A short name per domain, in the order of the scores' axes: its number and, behind a colon, the class that most of its spots have."""
+    """A short name per domain, in the order of the scores' axes: its number and, behind a colon,
+    the class that most of its spots have."""
     names = []
     for i, d in enumerate(np.unique(domains)):
         inside = slide.labels[(domains == d) & (slide.labels >= 0)]
-        names.append(f"{i}:" + slide.classes[np.bincount(inside).argmax()].replace("Layer", "L") if len(inside) else str(i))
+        names.append(
+            f"{i}:" + slide.classes[np.bincount(inside).argmax()].replace("Layer", "L")
+            if len(inside)
+            else str(i)
+        )
     return names
 
 
 def draw_pairs(record, arrays, names):
-    """Heat map of ligand-receptor scores, each pair relative to its own maximum; a dot where q < 0.05."""
+    """Heat map of ligand-receptor scores, each pair relative to its own maximum; a dot where q <
+    0.05."""
     n, k, _ = arrays["lr_score"].shape
     score, q = (arrays[name].reshape(n, k * k) for name in ("lr_score", "lr_q"))
     touching = np.isfinite(score).any(0)
     shown = score[:, touching] / np.maximum(np.nanmax(score, 1, keepdims=True), 1e-12)
     figure, axis = plt.subplots(figsize=(2 + 0.16 * touching.sum(), 1.2 + 0.2 * n))
-    figure.colorbar(axis.imshow(shown, aspect="auto", cmap="magma"), label="score / largest of the pair", pad=0.01)
+    figure.colorbar(
+        axis.imshow(shown, aspect="auto", cmap="magma"),
+        label="score / largest of the pair",
+        pad=0.01,
+    )
     y, x = np.nonzero(q[:, touching] < 0.05)
     axis.scatter(x, y, s=5, color="white", edgecolors="black", linewidths=0.3)
-    axis.set_xticks(range(touching.sum()), [f"{names[i // k]} > {names[i % k]}" for i in np.flatnonzero(touching)], rotation=90, fontsize=6)
+    axis.set_xticks(
+        range(touching.sum()),
+        [f"{names[i // k]} > {names[i % k]}" for i in np.flatnonzero(touching)],
+        rotation=90,
+        fontsize=6,
+    )
     axis.set_yticks(range(n), arrays["lr_pairs"], fontsize=7)
-    axis.set_title("ligand in a > receptor in b (domains, with the class of most of their spots); dot: q < .05", fontsize=8)
+    axis.set_title(
+        "ligand in a > receptor in b (domains, with the class of most of their spots); dot: "
+        "q < .05",
+        fontsize=8,
+    )
     record.figure("ligand_receptor", figure)
 
 

@@ -1,8 +1,11 @@
-"""What every script does around the science: flags from a dataclass, seed, device, progress, one record per run.
+"""What every script does around the science: flags from a dataclass, seed, device, progress, one
+record per run.
 
-A method declares its flags as a dataclass that extends `Config`; the string under each field is its help text. A run is complete
-when `run.json` exists: every file is written beside its place, then all are renamed into it, `run.json` last.
+A method declares its flags as a dataclass that extends `Config`; the string under each field is its
+help text. A run is complete when `run.json` exists: every file is written beside its place, then
+all are renamed into it, `run.json` last.
 """
+
 import argparse
 import ast
 import contextlib
@@ -57,101 +60,140 @@ class Config:
 
 
 def field_help(cls):
-    """Field name -> the string literal that stands under it in the class body, base classes included."""
+    """Field name -> the string literal that stands under it in the class body, base classes
+    included."""
     text = field_help(cls.__base__) if dataclasses.is_dataclass(cls.__base__) else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     for field, doc in zip(body, body[1:]):
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(doc, ast.Expr)
+            and isinstance(doc.value, ast.Constant)
+        ):
             text[field.target.id] = " ".join(str(doc.value.value).split())
     return text
 
 
 def parse(cls, argv=None, description=None):
-    """Flags -> an instance of the dataclass `cls`. Types bool (--x / --no-x), Literal (choices), int, float and str."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Flags -> an instance of the dataclass `cls`. Types bool (--x / --no-x), Literal (choices),
+    int, float and str."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     text, types = field_help(cls), typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         flag, kind, note = f"--{f.name}", types[f.name], text.get(f.name, "").replace("%", "%%")
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=note)
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=f.default, help=note
+            )
         elif typing.get_origin(kind) is typing.Literal:
             parser.add_argument(flag, choices=typing.get_args(kind), default=f.default, help=note)
         else:
-            parser.add_argument(flag, type=kind, default=f.default, metavar=kind.__name__.upper(), help=note)
+            parser.add_argument(
+                flag, type=kind, default=f.default, metavar=kind.__name__.upper(), help=note
+            )
     return cls(**vars(parser.parse_args(argv)))
 
 
-AT_LEAST_ONE, AT_LEAST_ZERO = (lambda v: v >= 1, "at least 1"), (lambda v: 0 <= v < float("inf"), "0 or more")
+AT_LEAST_ONE, AT_LEAST_ZERO = (
+    (lambda v: v >= 1, "at least 1"),
+    (lambda v: 0 <= v < float("inf"), "0 or more"),
+)
 POSITIVE = (lambda v: 0 < v < float("inf"), "above 0")
 SEED = (lambda v: 0 <= v < 2**32, "from 0 to 4294967295")
 
 
 def check_flags(config, rules):
-    """rules {flag: (test of its value, what it must be)}. Raises DataError naming the first flag whose test fails; nan passes no comparison."""
+    """rules {flag: (test of its value, what it must be)}. Raises DataError naming the first flag
+    whose test fails; nan passes no comparison."""
     for name, (good, what) in ({"seed": SEED, "threads": AT_LEAST_ZERO} | rules).items():
         if not good(getattr(config, name)):
             raise DataError(f"--{name} is {getattr(config, name)}: it must be {what}")
 
 
 def seed_everything(seed, deterministic=True):
-    """Seed python, numpy and torch; with `deterministic`, refuse kernels whose result depends on scheduling."""
+    """Seed python, numpy and torch; with `deterministic`, refuse kernels whose result depends on
+    scheduling."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False         # a debugging aid that costs a tenth of a training step
+    # a debugging aid that costs a tenth of a training step
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def pick_device(name="auto"):
-    """`auto` -> cuda where there is one, else cpu. Raises DataError for a device that is not there."""
+    """`auto` -> cuda where there is one, else cpu. Raises DataError for a device that is not
+    there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}): choose --device auto or cpu") from error
+        raise DataError(
+            f"device {name!r} is not usable here ({str(error).splitlines()[0]}): choose "
+            "--device auto or cpu"
+        ) from error
     return device
 
 
 def autocast(config, device):
-    """Context of a forward pass and its loss: bfloat16 products with --bf16, else nothing changes. Parameters and their gradients stay float32."""
+    """Context of a forward pass and its loss: bfloat16 products with --bf16, else nothing changes.
+    Parameters and their gradients stay float32."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.bf16)
 
 
 def compiled(network, config):
-    """The network itself, compiled in place with --compile (names of the weights stay). Raises DataError where a CPU has no C++ compiler."""
+    """The network itself, compiled in place with --compile (names of the weights stay). Raises
+    DataError where a CPU has no C++ compiler."""
     if config.compile:
-        if next(network.parameters()).device.type == "cpu" and not (shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")):
-            raise DataError("--compile needs a C++ compiler on a CPU: install g++ or clang++, or leave the flag out")
+        if next(network.parameters()).device.type == "cpu" and not (
+            shutil.which(os.environ.get("CXX", ""))
+            or shutil.which("g++")
+            or shutil.which("clang++")
+        ):
+            raise DataError(
+                "--compile needs a C++ compiler on a CPU: install g++ or clang++, or leave "
+                "the flag out"
+            )
         network.compile()
     return network
 
 
 def shuffled(items):
-    """The items in random order; one alone costs no random number, so a whole slide trains as if there were no tiles."""
+    """The items in random order; one alone costs no random number, so a whole slide trains as if
+    there were no tiles."""
     return [items[i] for i in torch.randperm(len(items)).tolist()] if len(items) > 1 else items
 
 
 def join_processes(device="auto"):
-    """Join the group that `torchrun` announces in the environment -> (rank, number of processes, device of this one); (0, 1, device) without one.
+    """Join the group that `torchrun` announces in the environment -> (rank, number of processes,
+    device of this one); (0, 1, device) without one.
 
-    gloo on CPU, nccl on CUDA, where process i of a machine takes GPU i. Raises DataError where the group cannot be joined.
+    gloo on CPU, nccl on CUDA, where process i of a machine takes GPU i. Raises DataError where the
+    group cannot be joined.
     """
     n = int(os.environ.get("WORLD_SIZE", 1))
     where = pick_device(device)
     if n == 1:
         return 0, 1, where
     if where.type == "cuda":
-        where = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if where.index is None else str(where))
+        where = pick_device(
+            f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if where.index is None else str(where)
+        )
         torch.cuda.set_device(where)
     if not torch.distributed.is_initialized():
         try:
             torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:
-            raise DataError(f"cannot join the {n} processes of torchrun ({str(error).splitlines()[0]}): start all of them with one torchrun") from error
+            raise DataError(
+                f"cannot join the {n} processes of torchrun ({str(error).splitlines()[0]}): "
+                "start all of them with one torchrun"
+            ) from error
     return torch.distributed.get_rank(), n, where
 
 
@@ -161,17 +203,23 @@ def progress(iterable, desc, **kwargs):
 
 
 class Run:
-    """One run: `runs/<method>/<data>/<slice or fold>/<variant>/seed<k>/` with run.json, arrays.npz and figures.
+    """One run: `runs/<method>/<data>/<slice or fold>/<variant>/seed<k>/` with run.json, arrays.npz
+    and figures.
 
-    `start` is the time.perf_counter() from which `seconds` counts, to take in the reading of files; `name` replaces the last part of --data
-    as <data>. Creating it seeds everything and
-    chooses the device; nothing is written before `finish`, so a run that fails leaves no record. Under torchrun `rank` and `world` number
-    the processes, and only the first writes.
+    `start` is the time.perf_counter() from which `seconds` counts, to take in the reading of files;
+    `name` replaces the last part of --data as <data>. Creating it seeds everything and chooses the
+    device; nothing is written before `finish`, so a run that fails leaves no record. Under torchrun
+    `rank` and `world` number the processes, and only the first writes.
     """
 
     def __init__(self, method, config, part, variant, start=None, name=None):
-        self.method, self.config, self.start = method, config, time.perf_counter() if start is None else start
-        name = name or os.path.basename(os.path.abspath(config.data)).removesuffix(".h5ad")     # as given: a link keeps its own name
+        self.method, self.config, self.start = (
+            method,
+            config,
+            time.perf_counter() if start is None else start,
+        )
+        # as given: a link keeps its own name
+        name = name or os.path.basename(os.path.abspath(config.data)).removesuffix(".h5ad")
         self.folder = Path(config.runs) / method / name / part / variant / f"seed{config.seed}"
         seed_everything(config.seed, config.deterministic)
         if config.threads:
@@ -180,51 +228,86 @@ class Run:
         self.figures, self.laps = {}, {}
 
     def lap(self, name):
-        """Note under `name` the seconds since the lap before (the first: since the start); they stand in the record."""
+        """Note under `name` the seconds since the lap before (the first: since the start); they
+        stand in the record."""
         self.laps[name] = round(time.perf_counter() - self.start - sum(self.laps.values()), 2)
 
     def figure(self, name, figure):
         """Keep a matplotlib figure, saved as <name>.png when the run finishes."""
         self.figures[name] = figure
 
-    def finish(self, metrics, baselines, arrays, n_params=0, split=None, checksum="", files=None, **more):
-        """Write figures, arrays.npz, `files` and, last, run.json; print the record's path as the last line. Returns that path.
+    def finish(
+        self, metrics, baselines, arrays, n_params=0, split=None, checksum="", files=None, **more
+    ):
+        """Write figures, arrays.npz, `files` and, last, run.json; print the record's path as the
+        last line. Returns that path.
 
-        metrics: flat dict of numbers; baselines: {name: the same}; arrays: {name: numpy array}; split: a data.Split or None;
-        files: {file name: function that writes to an open binary file}; `more` goes into the record as it is.
+        metrics: flat dict of numbers; baselines: {name: the same}; arrays: {name: numpy array};
+        split: a data.Split or None;
+        files: {file name: function that writes to an open binary file}; `more` goes into the record
+        as it is.
         """
         record = {
-            "method": self.method, "config": dataclasses.asdict(self.config), "metrics": _plain(metrics), "baselines": _plain(baselines),
-            "split": None if split is None else {"name": split.name, "leaks_position": split.leaks_position, "detail": split.detail},
-            "n_params": n_params, "seconds": round(time.perf_counter() - self.start, 2), "laps": self.laps,
-            "peak_rss_mb": round(peak_rss_mb()), "device": device_name(self.device), "processor": processor(), "versions": versions(),
-            "git_commit": git_commit(), "processes": self.world, "data_checksum": checksum, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), **_plain(more)}
+            "method": self.method,
+            "config": dataclasses.asdict(self.config),
+            "metrics": _plain(metrics),
+            "baselines": _plain(baselines),
+            "split": None
+            if split is None
+            else {
+                "name": split.name,
+                "leaks_position": split.leaks_position,
+                "detail": split.detail,
+            },
+            "n_params": n_params,
+            "seconds": round(time.perf_counter() - self.start, 2),
+            "laps": self.laps,
+            "peak_rss_mb": round(peak_rss_mb()),
+            "device": device_name(self.device),
+            "processor": processor(),
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "processes": self.world,
+            "data_checksum": checksum,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            **_plain(more),
+        }
         if self.world > 1:
-            torch.distributed.barrier()                                 # no process leaves the group while another still needs it
+            # no process leaves the group while another still needs it
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
             if self.rank:
                 return self.folder / "run.json"
-        writers = {f"{name}.png": lambda f, figure=figure: figure.savefig(f, dpi=110, bbox_inches="tight", format="png")
-                   for name, figure in self.figures.items()}
+        writers = {
+            f"{name}.png": lambda f, figure=figure: figure.savefig(
+                f, dpi=110, bbox_inches="tight", format="png"
+            )
+            for name, figure in self.figures.items()
+        }
         writers |= files or {}
         writers["arrays.npz"] = lambda f: np.savez_compressed(f, **arrays)
         path = self.folder / "run.json"
-        writers[path.name] = lambda f: f.write(json.dumps(record, indent=1, allow_nan=False).encode())
+        writers[path.name] = lambda f: f.write(
+            json.dumps(record, indent=1, allow_nan=False).encode()
+        )
         write_together({self.folder / name: write for name, write in writers.items()})
         print(path, flush=True)
         return path
 
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary neighbour of `path` and rename it into place, so that no reader sees half a file; makes its folder."""
+    """Call write(file) on a temporary neighbour of `path` and rename it into place, so that no
+    reader sees half a file; makes its folder."""
     write_together({Path(path): write})
 
 
 def write_together(files):
-    """Write {path: function of an open binary file} to temporary neighbours, then rename them in order.
+    """Write {path: function of an open binary file} to temporary neighbours, then rename them in
+    order.
 
-    The last file says that the others are whole: an old one goes before the first rename, so that it never stands beside files of another run.
-    Raises DataError where the disk is full or refuses; then every old file is as it was, whole.
+    The last file says that the others are whole: an old one goes before the first rename, so that
+    it never stands beside files of another run. Raises DataError where the disk is full or refuses;
+    then every old file is as it was, whole.
     """
     temporary = {path: Path(f"{path}.{os.getpid()}.tmp") for path in files}
     try:
@@ -233,19 +316,25 @@ def write_together(files):
             with open(temporary[path], "wb") as file:
                 write(file)
                 file.flush()
-                os.fsync(file.fileno())                                 # or a power cut after the rename could leave an empty file
+                # or a power cut after the rename could leave an empty file
+                os.fsync(file.fileno())
         if len(files) > 1:
             path.unlink(missing_ok=True)
         for path, part in temporary.items():
             os.replace(part, path)
-    except (OSError, RuntimeError) as error:                            # torch.save hides a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch.save hides a full disk in a RuntimeError
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        raise DataError(f"{path} cannot be written ({reason.strerror or reason}): free some space, or choose another folder with --runs") from error
+        raise DataError(
+            f"{path} cannot be written ({reason.strerror or reason}): free some space, or "
+            "choose another folder with --runs"
+        ) from error
     finally:
         for part in temporary.values():
-            with contextlib.suppress(OSError):                          # a read-only disk: what was raised above says so
+            # a read-only disk: what was raised above says so
+            with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
 
 
@@ -265,20 +354,31 @@ def _plain(value):
 
 
 def peak_rss_mb():
-    """Peak resident memory of this process in MB (ru_maxrss is in KiB on Linux, in bytes on macOS)."""
+    """Peak resident memory of this process in MB (ru_maxrss is in KiB on Linux, in bytes on
+    macOS)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def device_name(device):
     """Name of the accelerator, or `cpu x <threads>`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} x {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} x {torch.get_num_threads()} threads"
+    )
 
 
 def versions():
     """Versions of everything that can change a number."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__,
-            "scikit-learn": sklearn.__version__, "h5py": h5py.__version__}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "scikit-learn": sklearn.__version__,
+        "h5py": h5py.__version__,
+    }
 
 
 def processor():
@@ -287,15 +387,27 @@ def processor():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
 
 
 def git_commit():
-    """Commit of the checkout that holds this file, `+` where the tree differs from it, empty outside git."""
+    """Commit of the checkout that holds this file, `+` where the tree differs from it, empty
+    outside git."""
     here = Path(__file__).resolve().parent
     try:
-        ask = [subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-               for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]
+        ask = [
+            subprocess.run(
+                ["git", "-C", str(here), *words],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10,
+            ).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
     except (OSError, subprocess.SubprocessError):
         return ""
     return ask[0] + ("+" if ask[1] else "")
@@ -310,5 +422,6 @@ def cli(main, argv=None):
         status = 2
     except KeyboardInterrupt:
         print("interrupted: no record was written", file=sys.stderr)
-        status = 130                                                    # as a shell has it: 128 + SIGINT
+        # as a shell has it: 128 + SIGINT
+        status = 130
     sys.exit(status or 0)

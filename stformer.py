@@ -1,17 +1,24 @@
-"""Gene expression from H&E patches by a transformer whose patches and pathway tokens meet in four switchable quadrants.
+"""Gene expression from H&E patches by a transformer whose patches and pathway tokens meet in four
+switchable quadrants.
 
     features (S, F) --Linear--> h (S, D)     learned tokens T (P, D), one a pathway
-    L layers over [T; h], query first:  p2p  T reads T     p2h  T reads h     h2p  h reads T     h2h  h reads its neighbours in the tissue
-    score_ip = tau cos(h_i, T_p)  (S, P)     genes = W score + b  (S, G), W begun as the gene sets
+    L layers over [T; h], query first:  p2p  T reads T     p2h  T reads h     h2p  h reads T     h2h
+    h reads its neighbours in the tissue score_ip = tau cos(h_i, T_p)  (S, P)     genes = W score +
+    b  (S, G), W begun as the gene sets
 
-With h2h off or local a layer costs O(S (P + k) D): nothing is S x S. Every run scores the model beside the predictors it has to beat
-(train mean, ridge, kNN, one linear layer, attention pooling) on the same slides; see docs/stformer.md.
+With h2h off or local a layer costs O(S (P + k) D): nothing is S x S. Every run scores the model
+beside the predictors it has to beat (train mean, ridge, kNN, one linear layer, attention pooling)
+on the same slides; see docs/stformer.md.
 
-    python stformer.py --data datasets/her2st --fold 0                                # a HEST-benchmark task, one of its splits
-    python stformer.py --data datasets/her2st --split section --slice C2              # the other sections of its patient train: leaks the patient
+    # a HEST-benchmark task, one of its splits
+    python stformer.py --data datasets/her2st --fold 0
+    # the other sections of its patient train: leaks the patient
+    python stformer.py --data datasets/her2st --split section --slice C2
     python stformer.py --data my_patches --predict runs/.../model.pt
-    torchrun --standalone --nproc_per_node=2 stformer.py --data datasets/her2st       # folds and members shared out, the same numbers
+    # folds and members shared out, the same numbers
+    torchrun --standalone --nproc_per_node=2 stformer.py --data datasets/her2st
 """
+
 import copy
 import hashlib
 import time
@@ -40,9 +47,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 QUADRANTS = ("p2p", "p2h", "h2p", "h2h")
-PRESETS = {"mini": (2, 128, 4), "tiny": (2, 256, 4), "small": (4, 384, 8), "medium": (6, 512, 8), "large": (12, 768, 12)}     # layers, width, heads
-BLOCK, MANY = 64, 16384                                                 # most spots of an attention block; rows from which work is done in pieces
-BAGS = ("abmil", "transmil")                                            # baselines that know slides only, not spots
+# layers, width, heads
+PRESETS = {
+    "mini": (2, 128, 4),
+    "tiny": (2, 256, 4),
+    "small": (4, 384, 8),
+    "medium": (6, 512, 8),
+    "large": (12, 768, 12),
+}
+# most spots of an attention block; rows from which work is done in pieces
+BLOCK, MANY = 64, 16384
+# baselines that know slides only, not spots
+BAGS = ("abmil", "transmil")
 
 
 @dataclass
@@ -50,33 +66,41 @@ class Config(run.Config):
     """Flags of stformer.py."""
 
     data: str = "datasets/her2st"
-    "HEST-benchmark task folder (or HEST-1k folder); with --predict also a folder of patches (*.h5) or of features (*.npz)"
+    """HEST-benchmark task folder (or HEST-1k folder); with --predict also a folder of patches
+    (*.h5) or of features (*.npz)"""
     split: Literal["folds", "patient", "section"] = "folds"
-    "folds: splits/{train,test}_<fold>.csv; patient: --patient is held out; section: --slice is, its patient's others train (leaks the patient)"
+    """folds: splits/{train,test}_<fold>.csv; patient: --patient is held out; section: --slice is,
+    its patient's others train (leaks the patient)"""
     fold: int = 0
     "which of the folder's splits"
     patient: str = ""
     "patient held out by --split patient"
     genes: str = "task"
-    "task: the folder's var_50genes.json; a number: so many most variable genes of the training slides; or a JSON list of names"
+    """task: the folder's var_50genes.json; a number: so many most variable genes of the training
+    slides; or a JSON list of names"""
     target: Literal["cp10k", "log1p"] = "cp10k"
-    "log1p of counts per 10,000, or log1p of raw counts as the HEST benchmark has it (then a spot's depth is part of the answer)"
+    """log1p of counts per 10,000, or log1p of raw counts as the HEST benchmark has it (then a
+    spot's depth is part of the answer)"""
     min_counts: int = 100
     "spots with fewer counts are tissue but are neither trained on nor scored"
     encoder: str = "handmade"
-    "image features: handmade, a Hugging Face vision model, or features files: a .npy/.npz path, {sample} stands for the slide's name"
+    """image features: handmade, a Hugging Face vision model, or features files: a .npy/.npz path,
+    {sample} stands for the slide's name"""
     cache: str = ""
     "folder for image features; empty: <data>/.features where that can be written"
     scale: Literal["train", "slide", "both"] = "both"
-    "features are z-scored by the training spots, by the slide's own spots (no label is used), or both, side by side"
+    """features are z-scored by the training spots, by the slide's own spots (no label is used), or
+    both, side by side"""
     target_scale: Literal["train", "slide"] = "train"
-    "the MSE sees genes z-scored over the training spots, or within each slide: differences between slides are then no part of the task"
+    """the MSE sees genes z-scored over the training spots, or within each slide: differences
+    between slides are then no part of the task"""
     preset: Literal["mini", "tiny", "small", "medium", "large"] = "mini"
     "layers, width and heads: 2 x 128 x 4, 2 x 256 x 4, 4 x 384 x 8, 6 x 512 x 8, 12 x 768 x 12"
     mode: Literal["dense", "global"] = "dense"
     "genes of every spot, or of the slide's mean"
     interactions: str = "p2p,p2h,h2p,h2h"
-    "quadrants that are on, query first: p2h lets pathways read patches; without h2h all context flows through the pathways"
+    """quadrants that are on, query first: p2h lets pathways read patches; without h2h all context
+    flows through the pathways"""
     h2h: Literal["local", "whole"] = "local"
     "whom patches read: the lattice sites within --rings, or all patches of the slide"
     rings: int = 2
@@ -88,7 +112,8 @@ class Config(run.Config):
     tau: Literal["fixed", "learned"] = "learned"
     "temperature of the cosine scores: 1, or learned from 14.3 on"
     gene_sets: str = ""
-    "GMT file: one token a set, gene weights begin as its members; empty: --pathways tokens, random weights"
+    """GMT file: one token a set, gene weights begin as its members; empty: --pathways tokens,
+    random weights"""
     shuffle_sets: bool = False
     "control: the genes of the sets are permuted"
     permute_pairs: bool = False
@@ -108,13 +133,16 @@ class Config(run.Config):
     weight_decay: float = 0.01
     "AdamW weight decay"
     epochs: int = 30
-    "most passes over the training slides; how many there are is chosen by cross-validation inside the training slides"
+    """most passes over the training slides; how many there are is chosen by cross-validation inside
+    the training slides"""
     folds: int = 5
-    "folds of that cross-validation, at most: over patients, over slides where there is one patient; 0: none, all --epochs are run"
+    """folds of that cross-validation, at most: over patients, over slides where there is one
+    patient; 0: none, all --epochs are run"""
     members: int = 3
     "models trained on all training slides, each from its own start, and averaged"
     linear_weight: float = 0.5
-    "share of one linear layer, trained in the same way, in the average of the predictions (dense mode); 0: the transformers alone"
+    """share of one linear layer, trained in the same way, in the average of the predictions (dense
+    mode); 0: the transformers alone"""
     batch: int = 1
     "slides a step"
     checkpointing: bool = False
@@ -127,9 +155,10 @@ class Config(run.Config):
     "checkpoint (model.pt of a run): predict --data with it, train nothing"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Slides -> tensors
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Sample:
@@ -137,25 +166,36 @@ class Sample:
 
     name: str
     patient: str
-    x: torch.Tensor                                                     # (S, F) frozen features
-    place: torch.Tensor                                                 # (S, 2) position in lattice pitches
-    table: torch.Tensor                                                 # (S, K) rows read by local h2h, the spot itself first
-    ring: torch.Tensor                                                  # (S, K) rounded distance in pitches, 0 = itself, -1 = empty place
-    blocks: tuple                                                       # the same table in blocks, see `in_blocks`
-    y: torch.Tensor = None                                              # (S, G) target
-    counts: torch.Tensor = None                                         # (S, G) raw counts
-    library: torch.Tensor = None                                        # (S,) counts of all genes
-    scored: torch.Tensor = None                                         # (S,) bool, spots with enough counts
-    measured: torch.Tensor = None                                       # (G,) bool, genes on this slide's panel
+    x: torch.Tensor  # (S, F) frozen features
+    # (S, 2) position in lattice pitches
+    place: torch.Tensor
+    # (S, K) rows read by local h2h, the spot itself first
+    table: torch.Tensor
+    # (S, K) rounded distance in pitches, 0 = itself, -1 = empty place
+    ring: torch.Tensor
+    # the same table in blocks, see `in_blocks`
+    blocks: tuple
+    y: torch.Tensor = None  # (S, G) target
+    counts: torch.Tensor = None  # (S, G) raw counts
+    library: torch.Tensor = None  # (S,) counts of all genes
+    # (S,) bool, spots with enough counts
+    scored: torch.Tensor = None
+    # (G,) bool, genes on this slide's panel
+    measured: torch.Tensor = None
     slide: data.Slide = None
-    batch: dict = None                                                  # `collate` of it alone, on the device: made once for all epochs
+    # `collate` of it alone, on the device: made once for all epochs
+    batch: dict = None
 
 
 def neighbourhood(slide, rings):
-    """place (S, 2) in pitches, table (S, K), ring (S, K) of local h2h: lattice sites within `rings`, else as many nearest spots."""
+    """place (S, 2) in pitches, table (S, K), ring (S, K) of local h2h: lattice sites within
+    `rings`, else as many nearest spots."""
     if slide.n_spots < 2:
-        raise DataError(f"slide {slide.sample} has {slide.n_spots} spot: a correlation across spots needs at least two, leave the slide out")
-    place = slide.xy / data.lattice_pitch(slide.xy)                     # (S, 2)
+        raise DataError(
+            f"slide {slide.sample} has {slide.n_spots} spot: a correlation across spots needs "
+            "at least two, leave the slide out"
+        )
+    place = slide.xy / data.lattice_pitch(slide.xy)  # (S, 2)
     if rings == 0:
         table = np.zeros((slide.n_spots, 0), np.int64)
     elif slide.grid is not None:
@@ -163,93 +203,156 @@ def neighbourhood(slide, rings):
     else:
         table = data.knn_table(slide.xy, min(3 * rings * (rings + 1), slide.n_spots - 1))
     myself = np.arange(slide.n_spots)[:, None]
-    distance = np.rint(np.linalg.norm(place[table] - place[:, None], axis=-1)).clip(1, rings + 1)    # (S, K)
-    ring = np.concatenate([np.zeros_like(myself), np.where(table < 0, -1, distance)], 1).astype(np.int64)
-    table = np.concatenate([myself, np.where(table < 0, myself, table)], 1)                           # (S, K+1)
+    # (S, K)
+    distance = np.rint(np.linalg.norm(place[table] - place[:, None], axis=-1)).clip(1, rings + 1)
+    ring = np.concatenate([np.zeros_like(myself), np.where(table < 0, -1, distance)], 1).astype(
+        np.int64
+    )
+    # (S, K+1)
+    table = np.concatenate([myself, np.where(table < 0, myself, table)], 1)
     place = place - place.mean(0)
-    return torch.tensor(place, dtype=torch.float32), torch.tensor(table), torch.tensor(ring), in_blocks(place, table, ring)
+    return (
+        torch.tensor(place, dtype=torch.float32),
+        torch.tensor(table),
+        torch.tensor(ring),
+        in_blocks(place, table, ring),
+    )
 
 
 def in_blocks(place, table, ring, size=BLOCK):
-    """The neighbour table as small dense pieces, which is what a matrix product wants: spots are halved at the median of the wider axis until a
-    block holds at most `size`, and the keys of a block are all spots that one of its spots reads, itself and a rim. Memory O(S size).
+    """The neighbour table as small dense pieces, which is what a matrix product wants: spots are
+    halved at the median of the wider axis until a block holds at most `size`, and the keys of a
+    block are all spots that one of its spots reads, itself and a rim. Memory O(S size).
 
-    -> rows (N, n) spots, keys (N, U) spots, ring (N, n, U) int8 as in the table, -1 = not read, slot (S,) place of a spot in the flattened rows.
+    -> rows (N, n) spots, keys (N, U) spots, ring (N, n, U) int8 as in the table, -1 = not read,
+    slot (S,) place of a spot in the flattened rows.
     """
     pieces = [np.arange(len(place))]
-    while len(pieces[0]) > size:                                        # all pieces have the same length, give or take one
+    # all pieces have the same length, give or take one
+    while len(pieces[0]) > size:
         halves = []
         for p in pieces:
             p = p[np.argsort(place[p, np.ptp(place[p], axis=0).argmax()], kind="stable")]
-            halves += [p[:(len(p) + 1) // 2], p[(len(p) + 1) // 2:]]
+            halves += [p[: (len(p) + 1) // 2], p[(len(p) + 1) // 2 :]]
         pieces = halves
     keys = [np.unique(table[p][ring[p] >= 0]) for p in pieces]
     n, u = max(map(len, pieces)), max(map(len, keys))
-    rows_of, keys_of, ring_of = np.zeros((len(pieces), n), int), np.zeros((len(pieces), u), int), np.full((len(pieces), n, u), -1, np.int8)
+    rows_of, keys_of, ring_of = (
+        np.zeros((len(pieces), n), int),
+        np.zeros((len(pieces), u), int),
+        np.full((len(pieces), n, u), -1, np.int8),
+    )
     slot = np.empty(len(place), int)
     for b, (p, k) in enumerate(zip(pieces, keys)):
-        rows_of[b, :len(p)], keys_of[b, :len(k)], slot[p] = p, k, b * n + np.arange(len(p))
+        rows_of[b, : len(p)], keys_of[b, : len(k)], slot[p] = p, k, b * n + np.arange(len(p))
         row, used = np.arange(len(p))[:, None], ring[p] >= 0
-        ring_of[b][np.broadcast_to(row, used.shape)[used], np.searchsorted(k, table[p][used])] = ring[p][used]
-        ring_of[b, len(p):, 0] = 0                                      # a row of padding reads something: no softmax over nothing
+        ring_of[b][np.broadcast_to(row, used.shape)[used], np.searchsorted(k, table[p][used])] = (
+            ring[p][used]
+        )
+        # a row of padding reads something: no softmax over nothing
+        ring_of[b, len(p) :, 0] = 0
     return tuple(map(torch.tensor, (rows_of, keys_of, ring_of, slot)))
 
 
 def features(config, slide):
     """(S, F) float32 frozen image features. Raises DataError on NaN."""
     encoder = config.encoder.replace("{sample}", slide.sample)
-    x = data.image_features(slide, encoder, cache=config.cache or Path(config.data) / ".features", device=str(run.pick_device(config.device)))
+    x = data.image_features(
+        slide,
+        encoder,
+        cache=config.cache or Path(config.data) / ".features",
+        device=str(run.pick_device(config.device)),
+    )
     if not np.isfinite(x).all():
-        raise DataError(f"the features of slide {slide.sample} from {encoder} hold NaN or infinity in "
-                        f"{(~np.isfinite(x)).any(1).sum()} spots: make them again")
+        raise DataError(
+            f"the features of slide {slide.sample} from {encoder} hold NaN or infinity in "
+            f"{(~np.isfinite(x)).any(1).sum()} spots: make them again"
+        )
     return torch.tensor(x)
 
 
 def to_sample(config, slide, genes=None):
     """Slide -> Sample; without `genes` there is no target (prediction)."""
-    out = Sample(slide.sample, slide.patient, features(config, slide), *neighbourhood(slide, config.rings), slide=slide)
+    out = Sample(
+        slide.sample,
+        slide.patient,
+        features(config, slide),
+        *neighbourhood(slide, config.rings),
+        slide=slide,
+    )
     if genes is not None:
-        out.y, out.counts, out.library, out.measured = map(torch.from_numpy, data.target_expression(slide, genes, config.target))
+        out.y, out.counts, out.library, out.measured = map(
+            torch.from_numpy, data.target_expression(slide, genes, config.target)
+        )
         out.scored = out.library >= config.min_counts
         if out.scored.sum() < 2:
-            raise DataError(f"slide {slide.sample} has {out.scored.sum()} spot with {config.min_counts} counts or more: "
-                            "leave it out, or lower --min_counts")
+            raise DataError(
+                f"slide {slide.sample} has {out.scored.sum()} spot with {config.min_counts} "
+                "counts or more: "
+                "leave it out, or lower --min_counts"
+            )
     return out
 
 
 def read_gmt(path, genes, rng=None):
-    """GMT file -> set names, membership (P, G) float32 of the sets with a gene on the list; with `rng` the genes are permuted (control)."""
+    """GMT file -> set names, membership (P, G) float32 of the sets with a gene on the list; with
+    `rng` the genes are permuted (control)."""
     try:
-        rows = [line.rstrip("\n").split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [
+            line.rstrip("\n").split("\t")
+            for line in Path(path).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as a GMT file ({error}): give name, description and genes, tab-separated") from error
-    member = np.array([np.isin(genes, row[2:]) for row in rows], np.float32).reshape(len(rows), len(genes))
+        raise DataError(
+            f"{path} cannot be read as a GMT file ({error}): give name, description and "
+            "genes, tab-separated"
+        ) from error
+    member = np.array([np.isin(genes, row[2:]) for row in rows], np.float32).reshape(
+        len(rows), len(genes)
+    )
     keep = member.any(1)
     if not keep.any():
-        raise DataError(f"{path} has no set with one of the {len(genes)} target genes: check species, gene naming and the tab-separated format")
+        raise DataError(
+            f"{path} has no set with one of the {len(genes)} target genes: check species, "
+            "gene naming and the tab-separated format"
+        )
     member = member[keep] if rng is None else member[keep][:, rng.permutation(len(genes))]
     return [row[0] for row, k in zip(rows, keep) if k], torch.tensor(member)
 
 
 def collate(samples, device="cpu"):
-    """Samples -> dict of tensors padded to the longest slide: x (B, S, F), valid (B, S), ... `scored` (B, S, G) is where a target counts."""
+    """Samples -> dict of tensors padded to the longest slide: x (B, S, F), valid (B, S), ...
+    `scored` (B, S, G) is where a target counts."""
     longest = max(len(s.x) for s in samples)
 
     def stack(name):
-        parts = [F.pad(v, (0, 0) * (v.ndim - 1) + (0, longest - len(v))) if len(v) < longest else v for v in (getattr(s, name) for s in samples)]
+        parts = [
+            F.pad(v, (0, 0) * (v.ndim - 1) + (0, longest - len(v))) if len(v) < longest else v
+            for v in (getattr(s, name) for s in samples)
+        ]
         return (torch.stack(parts) if len(parts) > 1 else parts[0][None]).to(device)
-    out = {"x": stack("x"), "place": stack("place"), "blocks": stack_blocks([s.blocks for s in samples], longest, device)}
-    out["valid"] = torch.stack([torch.arange(longest) < len(s.x) for s in samples]).to(device)           # (B, S)
-    out["whole"] = all(len(s.x) == longest for s in samples)            # nothing is padded: known here, so that nobody waits for the device to ask
+
+    out = {
+        "x": stack("x"),
+        "place": stack("place"),
+        "blocks": stack_blocks([s.blocks for s in samples], longest, device),
+    }
+    # (B, S)
+    out["valid"] = torch.stack([torch.arange(longest) < len(s.x) for s in samples]).to(device)
+    # nothing is padded: known here, so that nobody waits for the device to ask
+    out["whole"] = all(len(s.x) == longest for s in samples)
     if samples[0].y is not None:
         out |= {name: stack(name) for name in ("y", "counts", "library")}
         measured = torch.stack([s.measured for s in samples]).to(device)
-        out["scored"] = stack("scored")[..., None] & measured[:, None]                            # (B, S, G)
+        # (B, S, G)
+        out["scored"] = stack("scored")[..., None] & measured[:, None]
     return out
 
 
 def stack_blocks(blocks, longest, device):
-    """Blocks of several slides in one list: rows (N, n), keys (N, U) and slot (B S,) count through the flattened (B S) spots; owner (N,) slide."""
+    """Blocks of several slides in one list: rows (N, n), keys (N, U) and slot (B S,) count through
+    the flattened (B S) spots; owner (N,) slide."""
     n, u = max(b[0].shape[1] for b in blocks), max(b[1].shape[1] for b in blocks)
     parts, first = [], 0
     for i, (rows, keys, ring, slot) in enumerate(blocks):
@@ -257,30 +360,48 @@ def stack_blocks(blocks, longest, device):
         ring = F.pad(ring, (0, u - keys.shape[1], 0, n - width), value=-1)
         ring[:, width:, 0] = 0
         slot = torch.div(slot, width, rounding_mode="floor") * n + slot % width + first
-        parts.append((F.pad(rows, (0, n - width)) + i * longest, F.pad(keys, (0, u - keys.shape[1])) + i * longest, ring,
-                      F.pad(slot, (0, longest - len(slot))), torch.full((len(rows),), i)))
+        parts.append(
+            (
+                F.pad(rows, (0, n - width)) + i * longest,
+                F.pad(keys, (0, u - keys.shape[1])) + i * longest,
+                ring,
+                F.pad(slot, (0, longest - len(slot))),
+                torch.full((len(rows),), i),
+            )
+        )
         first += len(rows) * n
-    return tuple(torch.cat(p).to(device) for p in zip(*parts))          # rows, keys, ring, slot, owner
+    # rows, keys, ring, slot, owner
+    return tuple(torch.cat(p).to(device) for p in zip(*parts))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention in four quadrants
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def in_pieces(function, pieces, dim=0):
-    """function(*piece) of every piece, joined along `dim`. More than one: recomputed in the backward pass, so that the intermediate tensors of
-    100,000 spots never exist at once."""
+    """function(*piece) of every piece, joined along `dim`. More than one: recomputed in the
+    backward pass, so that the intermediate tensors of 100,000 spots never exist at once."""
     pieces = list(pieces)
     if len(pieces) == 1:
         return function(*pieces[0])
-    return torch.cat([checkpoint(function, *p, use_reentrant=False) if torch.is_grad_enabled() else function(*p) for p in pieces], dim)
+    return torch.cat(
+        [
+            checkpoint(function, *p, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else function(*p)
+            for p in pieces
+        ],
+        dim,
+    )
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer over [tokens; patches], Vaswani et al. 2017, with only the wanted quadrants of the attention computed.
+    """Pre-norm transformer layer over [tokens; patches], Vaswani et al. 2017, with only the wanted
+    quadrants of the attention computed.
 
-    Masking a full (P + S)^2 matrix gives the same numbers (a test compares them): a query always reads itself, and its softmax runs over
-    all keys of its row's quadrants together.
+    Masking a full (P + S)^2 matrix gives the same numbers (a test compares them): a query always
+    reads itself, and its softmax runs over all keys of its row's quadrants together.
     """
 
     def __init__(self, dim, heads, quadrants, h2h="local", rings=0, dropout=0.1):
@@ -288,126 +409,191 @@ class Layer(nn.Module):
         self.heads, self.on, self.h2h = heads, frozenset(quadrants), h2h
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
+        )
         self.drop = nn.Dropout(dropout)
-        self.bias = nn.Parameter(torch.zeros(rings + 2, heads)) if rings else None       # by rounded distance 0 .. rings + 1
+        # by rounded distance 0 .. rings + 1
+        self.bias = nn.Parameter(torch.zeros(rings + 2, heads)) if rings else None
 
     def forward(self, t, h, valid, blocks, whole=False):
-        """t (B, P, D) tokens, h (B, S, D) patches, valid (B, S), all True where `whole`, blocks of `stack_blocks` -> t, h."""
-        (qt, kt, vt), (qh, kh, vh) = (self.qkv(self.norm1(a)).unflatten(-1, (3, self.heads, -1)).unbind(2) for a in (t, h))    # (B, ., H, d)
+        """t (B, P, D) tokens, h (B, S, D) patches, valid (B, S), all True where `whole`, blocks of
+        `stack_blocks` -> t, h."""
+        # (B, ., H, d)
+        (qt, kt, vt), (qh, kh, vh) = (
+            self.qkv(self.norm1(a)).unflatten(-1, (3, self.heads, -1)).unbind(2) for a in (t, h)
+        )
         t = t + self.drop(self.out(self.tokens_read(qt, kt, vt, kh, vh, valid, whole).flatten(2)))
-        h = h + self.drop(self.out(self.patches_read(qh, kh, vh, kt, vt, valid, blocks, whole).flatten(2)))
+        h = h + self.drop(
+            self.out(self.patches_read(qh, kh, vh, kt, vt, valid, blocks, whole).flatten(2))
+        )
         return tuple(a + in_pieces(self.feed_forward, zip(a.split(MANY, 1)), 1) for a in (t, h))
 
     def feed_forward(self, x):
         return self.drop(self.ffn(self.norm2(x)))
 
     def tokens_read(self, q, k, v, kh, vh, valid, whole):
-        """p2p and p2h: q, k, v (B, P, H, d), kh, vh (B, S, H, d) -> (B, P, H, d). O(P (P + S) D)."""
+        """p2p and p2h: q, k, v (B, P, H, d), kh, vh (B, S, H, d) -> (B, P, H, d). O(P (P + S)
+        D)."""
         mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device)
-        mask = (mask if "p2p" in self.on else mask.tril().triu())[None, None].expand(len(q), 1, -1, -1)   # itself only: the diagonal
+        # itself only: the diagonal
+        mask = (mask if "p2p" in self.on else mask.tril().triu())[None, None].expand(
+            len(q), 1, -1, -1
+        )
         if "p2h" in self.on:
-            k, v = torch.cat([k, kh], 1), torch.cat([v, vh], 1)         # (B, P + S, H, d)
-            mask = torch.cat([mask, valid[:, None, None].expand(-1, 1, q.shape[1], -1)], -1)              # (B, 1, P, P + S)
+            k, v = torch.cat([k, kh], 1), torch.cat([v, vh], 1)  # (B, P + S, H, d)
+            # (B, 1, P, P + S)
+            mask = torch.cat([mask, valid[:, None, None].expand(-1, 1, q.shape[1], -1)], -1)
         return sdpa(q, k, v, None if whole and "p2p" in self.on else mask)
 
     def patches_read(self, q, k, v, kt, vt, valid, blocks, whole):
-        """h2p and h2h: q, k, v (B, S, H, d), kt, vt (B, P, H, d) -> (B, S, H, d). O(S (P + K) D), or O(S (P + S) D) with h2h whole."""
+        """h2p and h2h: q, k, v (B, S, H, d), kt, vt (B, P, H, d) -> (B, S, H, d). O(S (P + K) D),
+        or O(S (P + S) D) with h2h whole."""
         if "h2p" not in self.on:
             kt, vt = kt[:, :0], vt[:, :0]
         if "h2h" not in self.on:
             return itself_and_tokens(q, k, v, kt, vt)
         if self.h2h == "whole":
-            mask = torch.cat([valid.new_ones(kt.shape[:2]), valid], 1)[:, None, None]                     # (B, 1, 1, P + S)
+            # (B, 1, 1, P + S)
+            mask = torch.cat([valid.new_ones(kt.shape[:2]), valid], 1)[:, None, None]
             return sdpa(q, torch.cat([kt, k], 1), torch.cat([vt, v], 1), None if whole else mask)
         rows, keys, ring, slot, owner = blocks
-        flat = [a.flatten(0, 1) for a in (q, k, v)]                     # (B S, H, d)
+        flat = [a.flatten(0, 1) for a in (q, k, v)]  # (B S, H, d)
         parts = zip(*(a.split(MANY // BLOCK) for a in (rows, keys, ring, owner)))
-        return in_pieces(self.block_reads, [(*flat, kt, vt, *part) for part in parts]).flatten(0, 1)[slot].view(q.shape)
+        return (
+            in_pieces(self.block_reads, [(*flat, kt, vt, *part) for part in parts])
+            .flatten(0, 1)[slot]
+            .view(q.shape)
+        )
 
     def block_reads(self, q, k, v, kt, vt, rows, keys, ring, owner):
         """Attention of N blocks: q, k, v (B S, H, d), kt, vt (B, P, H, d) -> (N, n, H, d)."""
-        k, v = (torch.cat([a[owner], b[keys]], 1) for a, b in ((kt, k), (vt, v)))                         # (N, P + U, H, d)
-        read = (ring >= 0)[:, None]                                     # (N, 1, n, U)
+        # (N, P + U, H, d)
+        k, v = (torch.cat([a[owner], b[keys]], 1) for a, b in ((kt, k), (vt, v)))
+        read = (ring >= 0)[:, None]  # (N, 1, n, U)
         if self.bias is None:
             mask = F.pad(read, (kt.shape[1], 0), value=True)
         else:
             at = torch.arange(len(self.bias), dtype=ring.dtype, device=ring.device)[:, None]
-            which = (ring.flatten(1)[:, None] == at).to(self.bias.dtype)                                  # (N, rings, n U) one-hot, 0 where not read
-            bias = (self.bias.T @ which).unflatten(2, ring.shape[1:])   # (N, H, n, U): an embedding's gradient, summed one by one, takes longer
+            # (N, rings, n U) one-hot, 0 where not read
+            which = (ring.flatten(1)[:, None] == at).to(self.bias.dtype)
+            # (N, H, n, U): an embedding's gradient, summed one by one, takes longer
+            bias = (self.bias.T @ which).unflatten(2, ring.shape[1:])
             mask = F.pad(bias.masked_fill(~read, float("-inf")), (kt.shape[1], 0))
         return sdpa(q[rows], k, v, mask)
 
 
 def itself_and_tokens(q, k, v, kt, vt):
-    """A patch's softmax over itself and the tokens: the bottleneck, O(S P D). q, k, v (B, S, H, d), kt, vt (B, P, H, d) -> (B, S, H, d)."""
+    """A patch's softmax over itself and the tokens: the bottleneck, O(S P D). q, k, v (B, S, H, d),
+    kt, vt (B, P, H, d) -> (B, S, H, d)."""
     q = q * q.shape[-1] ** -0.5
-    weight = torch.cat([(q * k).sum(-1, keepdim=True), torch.einsum("bshd,bphd->bshp", q, kt)], -1).softmax(-1)      # (B, S, H, 1 + P)
+    # (B, S, H, 1 + P)
+    weight = torch.cat(
+        [(q * k).sum(-1, keepdim=True), torch.einsum("bshd,bphd->bshp", q, kt)], -1
+    ).softmax(-1)
     return weight[..., :1] * v + torch.einsum("bshp,bphd->bshd", weight[..., 1:], vt)
 
 
 def sdpa(q, k, v, mask):
-    """Scaled dot-product attention, q (B, n, H, d), k, v (B, m, H, d), mask (B, 1 or H, n or 1, m) True = read, or added to the scores; None, which
+    """Scaled dot-product attention, q (B, n, H, d), k, v (B, m, H, d), mask (B, 1 or H, n or 1, m)
+    True = read, or added to the scores; None, which
     opens the fused kernels: all are read."""
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
 class Position(nn.Module):
-    """Code of the place in the slide, (B, S, 2) -> (B, S, D), from positions centred over the valid spots: padding changes nothing.
+    """Code of the place in the slide, (B, S, 2) -> (B, S, D), from positions centred over the valid
+    spots: padding changes nothing.
 
-    sincos: D/2 channels an axis, sin and cos of x w_i, w_i = 10000^(-2i/(D/2)), x in lattice pitches (Vaswani et al. 2017, in 2-D).
+    sincos: D/2 channels an axis, sin and cos of x w_i, w_i = 10000^(-2i/(D/2)), x in lattice
+    pitches (Vaswani et al. 2017, in 2-D).
     mlp: Linear - GELU - Linear of x / max |x|.
     """
 
     def __init__(self, kind, dim):
         super().__init__()
         self.kind, self.dim = kind, dim
-        self.mlp = nn.Sequential(nn.Linear(2, dim), nn.GELU(), nn.Linear(dim, dim)) if kind == "mlp" else None
+        self.mlp = (
+            nn.Sequential(nn.Linear(2, dim), nn.GELU(), nn.Linear(dim, dim))
+            if kind == "mlp"
+            else None
+        )
 
     def forward(self, place, valid):
-        used = valid[..., None].to(place.dtype)                         # (B, S, 1)
+        used = valid[..., None].to(place.dtype)  # (B, S, 1)
         place = (place - (place * used).sum(1, keepdim=True) / used.sum(1, keepdim=True)) * used
         if self.kind == "mlp":
             return self.mlp(place / place.abs().amax((1, 2), keepdim=True).clamp(min=1))
-        w = 10000 ** (-torch.arange(0, self.dim // 2, 2, device=place.device) / (self.dim // 2))          # (D/4,)
-        angle = place[..., None] * w                                    # (B, S, 2, D/4)
-        return torch.stack([angle.sin(), angle.cos()], -1).flatten(2)   # (B, S, D)
+        # (D/4,)
+        w = 10000 ** (-torch.arange(0, self.dim // 2, 2, device=place.device) / (self.dim // 2))
+        angle = place[..., None] * w  # (B, S, 2, D/4)
+        return torch.stack([angle.sin(), angle.cos()], -1).flatten(2)  # (B, S, D)
 
 
 class PathwayTransformer(nn.Module):
-    """features (B, S, F) -> genes (B, S, G), or (B, G) in global mode, by way of pathway scores (B, S, P)."""
+    """features (B, S, F) -> genes (B, S, G), or (B, G) in global mode, by way of pathway scores (B,
+    S, P)."""
 
-    def __init__(self, dim_in, n_genes, n_pathways=50, layers=2, dim=256, heads=4, quadrants=QUADRANTS, h2h="local", rings=2, distance_bias=False,
-                 position="none", tau="fixed", zinb=False, dropout=0.1, checkpointing=False, mode="dense"):
+    def __init__(
+        self,
+        dim_in,
+        n_genes,
+        n_pathways=50,
+        layers=2,
+        dim=256,
+        heads=4,
+        quadrants=QUADRANTS,
+        h2h="local",
+        rings=2,
+        distance_bias=False,
+        position="none",
+        tau="fixed",
+        zinb=False,
+        dropout=0.1,
+        checkpointing=False,
+        mode="dense",
+    ):
         super().__init__()
         self.checkpointing, self.mode = checkpointing, mode
         self.embed = nn.Linear(dim_in, dim)
         self.position = None if position == "none" else Position(position, dim)
         self.tokens = nn.Parameter(torch.randn(n_pathways, dim))
         bias = rings if distance_bias and h2h == "local" and "h2h" in quadrants else 0
-        self.layers = nn.ModuleList(Layer(dim, heads, quadrants, h2h, bias, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            Layer(dim, heads, quadrants, h2h, bias, dropout) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(dim)
         self.log_tau = nn.Parameter(torch.tensor(1 / 0.07).log()) if tau == "learned" else None
         self.genes = nn.Linear(n_pathways, n_genes)
-        self.dropped, self.thickness = (nn.Linear(n_pathways, n_genes), nn.Linear(n_pathways, n_genes)) if zinb else (None, None)
+        self.dropped, self.thickness = (
+            (nn.Linear(n_pathways, n_genes), nn.Linear(n_pathways, n_genes))
+            if zinb
+            else (None, None)
+        )
         self.drop = nn.Dropout(dropout)
         nn.init.zeros_(self.genes.bias)
 
     def forward(self, x, place, valid, blocks, whole=False, **_):
-        """x (B, S, F), place (B, S, 2), valid (B, S), all True where `whole`, blocks of `stack_blocks` -> dict: genes, scores (B, S, P) and, with
-        zinb, pi and theta."""
-        h = self.embed(self.drop(x))                                    # (B, S, D)
+        """x (B, S, F), place (B, S, 2), valid (B, S), all True where `whole`, blocks of
+        `stack_blocks` -> dict: genes, scores (B, S, P) and, with zinb, pi and theta."""
+        h = self.embed(self.drop(x))  # (B, S, D)
         if self.position is not None:
             h = h + self.position(place, valid)
-        t = self.tokens.expand(len(x), -1, -1)                          # (B, P, D)
+        t = self.tokens.expand(len(x), -1, -1)  # (B, P, D)
         for layer in self.layers:
             given = t, h, valid, blocks, whole
-            t, h = checkpoint(layer, *given, use_reentrant=False) if self.checkpointing else layer(*given)
+            t, h = (
+                checkpoint(layer, *given, use_reentrant=False)
+                if self.checkpointing
+                else layer(*given)
+            )
         t, h = self.norm(t), self.norm(h)
         if self.mode == "global":
-            h = (h * valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None]                 # (B, 1, D)
-        s = F.normalize(h, dim=-1) @ F.normalize(t, dim=-1).transpose(1, 2)                               # (B, S, P) cosines
+            # (B, 1, D)
+            h = (h * valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None]
+        # (B, S, P) cosines
+        s = F.normalize(h, dim=-1) @ F.normalize(t, dim=-1).transpose(1, 2)
         if self.log_tau is not None:
             s = s * self.log_tau.exp()
         out = {"genes": self.genes(s), "scores": s}
@@ -426,13 +612,18 @@ def quadrants(text):
     """`p2p,h2p` -> ("p2p", "h2p"), `all` -> all four. Raises DataError for an unknown name."""
     names = QUADRANTS if text == "all" else tuple(text.split(","))
     if not set(names) <= set(QUADRANTS):
-        raise DataError(f"--interactions {text} is not a comma-separated choice of {', '.join(QUADRANTS)}: correct it")
+        raise DataError(
+            f"--interactions {text} is not a comma-separated choice of "
+            f"{', '.join(QUADRANTS)}: correct it"
+        )
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses. mask (B, S, G) is True where a gene was measured and the spot has counts enough; nothing else is read
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Losses. mask (B, S, G) is True where a gene was measured and the spot has counts enough; nothing
+# else is read
+# --------------------------------------------------------------------------------------------------
+
 
 def masked_mse(pred, true, mask):
     """Mean squared error over the places of the mask."""
@@ -440,11 +631,14 @@ def masked_mse(pred, true, mask):
 
 
 def masked_pcc(pred, true, mask):
-    """Pearson r (B, G) of every slide and gene over its valid spots, defined (B, G): where there are two spots and the truth varies."""
-    n = mask.sum(1, keepdim=True).clamp(min=1)                          # (B, 1, G)
+    """Pearson r (B, G) of every slide and gene over its valid spots, defined (B, G): where there
+    are two spots and the truth varies."""
+    n = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1, G)
     p, t = ((a - (a * mask).sum(1, keepdim=True) / n) * mask for a in (pred, true))
     defined = (n[:, 0] >= 2) & (t.square().sum(1) > 1e-6)
-    return (p * t).sum(1) / ((p.square().sum(1) + 1e-8).sqrt() * (t.square().sum(1) + 1e-8).sqrt()), defined
+    return (p * t).sum(1) / (
+        (p.square().sum(1) + 1e-8).sqrt() * (t.square().sum(1) + 1e-8).sqrt()
+    ), defined
 
 
 def pcc_loss(pred, true, mask):
@@ -454,41 +648,55 @@ def pcc_loss(pred, true, mask):
 
 
 def zinb_nll(y, mu, theta, pi, mask):
-    """Mean negative log-likelihood of zero-inflated negative binomial counts; mu mean, theta inverse dispersion, pi logit of the inflation.
+    """Mean negative log-likelihood of zero-inflated negative binomial counts; mu mean, theta
+    inverse dispersion, pi logit of the inflation.
 
-    log NB = lgamma(y + th) - lgamma(th) - lgamma(y + 1) + th log(th / (th + mu)) + y log(mu / (th + mu));
-    P(0) = pi + (1 - pi) NB(0), P(y > 0) = (1 - pi) NB(y).
+    log NB = lgamma(y + th) - lgamma(th) - lgamma(y + 1) + th log(th / (th + mu)) + y log(mu / (th +
+    mu)); P(0) = pi + (1 - pi) NB(0), P(y > 0) = (1 - pi) NB(y).
     """
-    kind, (y, mu, theta, pi) = mu.dtype, (a.double() for a in (y, mu, theta, pi))    # lgamma of a million counts is off by one in float32
+    # lgamma of a million counts is off by one in float32
+    kind, (y, mu, theta, pi) = mu.dtype, (a.double() for a in (y, mu, theta, pi))
     mu, theta = mu.clamp(1e-8, 1e6), theta.clamp(1e-8, 1e6)
-    log_rest = theta.log() - (theta + mu).log()                         # log th / (th + mu)
-    nb = torch.lgamma(y + theta) - torch.lgamma(theta) - torch.lgamma(y + 1) + theta * log_rest + y * (mu.log() - (theta + mu).log())
+    log_rest = theta.log() - (theta + mu).log()  # log th / (th + mu)
+    nb = (
+        torch.lgamma(y + theta)
+        - torch.lgamma(theta)
+        - torch.lgamma(y + 1)
+        + theta * log_rest
+        + y * (mu.log() - (theta + mu).log())
+    )
     log_in, log_out = F.logsigmoid(pi), F.logsigmoid(-pi)
     log_p = torch.where(y == 0, torch.logaddexp(log_in, log_out + theta * log_rest), log_out + nb)
     return (-(log_p * mask).sum() / mask.sum().clamp(min=1)).to(kind)
 
 
 def pathway_targets(y, mask, member):
-    """z-scored genes averaged over the measured members of each set: y (B, S, G), mask (B, S, G), member (P, G) -> (B, S, P), present (B, P)."""
-    n = mask.sum(1, keepdim=True)                                       # (B, 1, G)
+    """z-scored genes averaged over the measured members of each set: y (B, S, G), mask (B, S, G),
+    member (P, G) -> (B, S, P), present (B, P)."""
+    n = mask.sum(1, keepdim=True)  # (B, 1, G)
     d = (y - (y * mask).sum(1, keepdim=True) / n.clamp(min=1)) * mask
-    z = d / (d.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt().clamp(min=1e-6)               # unbiased, per slide
-    found = (n[:, 0] > 0).to(y.dtype) @ member.T                        # (B, P) members on the panel
+    # unbiased, per slide
+    z = d / (d.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt().clamp(min=1e-6)
+    # (B, P) members on the panel
+    found = (n[:, 0] > 0).to(y.dtype) @ member.T
     return z @ member.T / found.clamp(min=1)[:, None], found > 0
 
 
 def pathway_loss(scores, y, mask, member):
-    """1 - PCC between pathway scores (B, S, P) and their targets. Circular by construction: the target is a linear function of the genes."""
+    """1 - PCC between pathway scores (B, S, P) and their targets. Circular by construction: the
+    target is a linear function of the genes."""
     target, present = pathway_targets(y, mask, member)
     return pcc_loss(scores, target.detach(), mask.any(-1, keepdim=True) & present[:, None])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training: scaler, loss of a batch, one member, the average of members
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class Scaler:
-    """Mean and spread of features and targets, and counts per 10,000 of each gene, over the scored training spots; genes where measured."""
+    """Mean and spread of features and targets, and counts per 10,000 of each gene, over the scored
+    training spots; genes where measured."""
 
     def __init__(self, tensors):
         self.tensors = tensors
@@ -497,20 +705,36 @@ class Scaler:
     def fit(cls, samples, by="train"):
         x = torch.cat([s.x[s.scored] for s in samples]).double()
 
-        def total(value):                                               # of value(sample) (n, G) over scored spots and measured genes
+        # of value(sample) (n, G) over scored spots and measured genes
+        def total(value):
             return sum(value(s)[s.scored].sum(0, dtype=torch.float64) * s.measured for s in samples)
-        n = total(lambda s: torch.ones_like(s.y)).clamp(min=1)          # (G,)
+
+        n = total(lambda s: torch.ones_like(s.y)).clamp(min=1)  # (G,)
         mean = total(lambda s: s.y) / n
-        centre = {s.name: (mean if by == "train" else s.y[s.scored].mean(0, dtype=torch.float64)).float() for s in samples}
-        std = (total(lambda s: (s.y - centre[s.name]).square()) / n).sqrt()             # over the training spots, or within slides
+        centre = {
+            s.name: (mean if by == "train" else s.y[s.scored].mean(0, dtype=torch.float64)).float()
+            for s in samples
+        }
+        # over the training spots, or within slides
+        std = (total(lambda s: (s.y - centre[s.name]).square()) / n).sqrt()
         rate = total(lambda s: s.counts / s.library[:, None] * 1e4) / n
-        return cls({"x_mean": x.mean(0).float(), "x_std": x.std(0, correction=0).clamp(min=1e-6).float(), "y_mean": mean.float(),
-                    "y_std": torch.where(std > 1e-6, std, 1.0).float(), "rate": rate.clamp(min=1e-3).float()})
+        return cls(
+            {
+                "x_mean": x.mean(0).float(),
+                "x_std": x.std(0, correction=0).clamp(min=1e-6).float(),
+                "y_mean": mean.float(),
+                "y_std": torch.where(std > 1e-6, std, 1.0).float(),
+                "rate": rate.clamp(min=1e-3).float(),
+            }
+        )
 
     def features(self, sample, scale):
         """The sample with z-scored features: by the training spots, or by all its own spots."""
         out, x, t = copy.copy(sample), sample.x, self.tensors
-        views = {"train": (x - t["x_mean"]) / t["x_std"], "slide": (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-6)}
+        views = {
+            "train": (x - t["x_mean"]) / t["x_std"],
+            "slide": (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-6),
+        }
         out.x = torch.cat([views["train"], views["slide"]], 1) if scale == "both" else views[scale]
         return out
 
@@ -518,7 +742,8 @@ class Scaler:
         return Scaler({k: v.to(device) for k, v in self.tensors.items()})
 
     def z(self, y, mask, by):
-        """Targets (B, S, G) in units of their spread over the training spots, or z-scored within each slide over the mask."""
+        """Targets (B, S, G) in units of their spread over the training spots, or z-scored within
+        each slide over the mask."""
         if by == "train":
             return (y - self.tensors["y_mean"]) / self.tensors["y_std"]
         n = mask.sum(1, keepdim=True).clamp(min=1)
@@ -526,14 +751,19 @@ class Scaler:
         return d / ((d.square().sum(1, keepdim=True) / n).sqrt() + 1e-3)
 
     def mean_counts(self, out, library):
-        """mu (B, S, G) of the negative binomial: library / 10,000 x training rate x softplus, which is the training rate at the start."""
+        """mu (B, S, G) of the negative binomial: library / 10,000 x training rate x softplus, which
+        is the training rate at the start."""
         return library[..., None] / 1e4 * self.tensors["rate"] * F.softplus(out["genes"] + 0.5413)
 
     def predicted(self, out, config, library=None):
         """Network output -> target units."""
         if config.loss != "zinb":
             return out["genes"] * self.tensors["y_std"] + self.tensors["y_mean"]
-        depth = torch.full_like(out["genes"][..., 0], 1e4) if config.target == "cp10k" or library is None else library
+        depth = (
+            torch.full_like(out["genes"][..., 0], 1e4)
+            if config.target == "cp10k" or library is None
+            else library
+        )
         return torch.log1p(self.mean_counts(out, depth) * torch.sigmoid(-out["pi"]))
 
 
@@ -544,14 +774,21 @@ def bag_mean(y, mask):
 
 
 def loss_of(out, batch, scaler, config, member=None, bag=False):
-    """The training loss of a batch; targets and predictions are in units of the genes' spread, so all genes count alike."""
+    """The training loss of a batch; targets and predictions are in units of the genes' spread, so
+    all genes count alike."""
     mask = batch["scored"]
     true = scaler.z(batch["y"], mask, "train" if bag else config.target_scale)
     if bag:
         mean, there = bag_mean(true, mask)
         return masked_mse(out["genes"], mean, there)
     if config.loss == "zinb":
-        loss = zinb_nll(batch["counts"], scaler.mean_counts(out, batch["library"]), out["theta"], out["pi"], mask)
+        loss = zinb_nll(
+            batch["counts"],
+            scaler.mean_counts(out, batch["library"]),
+            out["theta"],
+            out["pi"],
+            mask,
+        )
     else:
         loss = masked_mse(out["genes"], true, mask) * (config.loss != "pcc")
         if config.loss != "mse":
@@ -563,24 +800,48 @@ def loss_of(out, batch, scaler, config, member=None, bag=False):
 
 @torch.no_grad()
 def predict(models, sample, scaler, config):
-    """Mean over models of genes (S, G) or (G,) in target units, and of pathway scores (S, P), numpy; eval mode, one slide."""
+    """Mean over models of genes (S, G) or (G,) in target units, and of pathway scores (S, P),
+    numpy; eval mode, one slide."""
     device = next(models[0].parameters()).device
     batch, scaler = sample.batch or collate([sample], device), scaler.to(device)
     with run.autocast(config, device):
         outs = [{k: v.float() for k, v in model.eval()(**batch).items()} for model in models]
-    genes = torch.stack([scaler.predicted(out, config, batch.get("library"))[0] for out in outs]).mean(0)
-    scores = torch.stack([out["scores"][0] for out in outs]).mean(0).cpu().numpy() if "scores" in outs[0] else None
+    genes = torch.stack(
+        [scaler.predicted(out, config, batch.get("library"))[0] for out in outs]
+    ).mean(0)
+    scores = (
+        torch.stack([out["scores"][0] for out in outs]).mean(0).cpu().numpy()
+        if "scores" in outs[0]
+        else None
+    )
     return genes.cpu().numpy(), scores
 
 
 def validation_score(model, samples, scaler, config, bag):
-    """Mean per-slide PCC on held-out training slides; for bags minus the error of the slide mean."""
+    """Mean per-slide PCC on held-out training slides; for bags minus the error of the slide
+    mean."""
     found = []
     for s in samples:
-        genes, rows, measured = predict([model], s, scaler, config)[0], s.scored.numpy(), s.measured.numpy()
+        genes, rows, measured = (
+            predict([model], s, scaler, config)[0],
+            s.scored.numpy(),
+            s.measured.numpy(),
+        )
         true = s.y.numpy()[rows][:, measured]
         if bag:
-            found.append(-float(np.sqrt(np.mean(((genes[measured] - true.mean(0)) / scaler.tensors["y_std"].numpy()[measured]) ** 2))))
+            found.append(
+                -float(
+                    np.sqrt(
+                        np.mean(
+                            (
+                                (genes[measured] - true.mean(0))
+                                / scaler.tensors["y_std"].numpy()[measured]
+                            )
+                            ** 2
+                        )
+                    )
+                )
+            )
         else:
             found.append(metrics.pcc_summary(true, genes[rows][:, measured])["pcc_mean"])
     return float(np.nanmean(found)) if np.isfinite(found).any() else -np.inf
@@ -590,17 +851,36 @@ def learning_rate(epoch, config):
     """Linear over the first tenth of the epochs, then a cosine to a hundredth."""
     warm = max(1, config.epochs // 10)
     rest = (epoch - warm) / max(1, config.epochs - warm)
-    return float(config.lr * ((epoch + 1) / warm if epoch < warm else 0.01 + 0.99 * (1 + np.cos(np.pi * rest)) / 2))
+    return float(
+        config.lr
+        * ((epoch + 1) / warm if epoch < warm else 0.01 + 0.99 * (1 + np.cos(np.pi * rest)) / 2)
+    )
 
 
-def train_one(make, fit, val, scaler, config, device, epochs, number=0, member=None, bag=False, saved=None, save=None):
-    """One model, `epochs` passes over the slides `fit`. Returns it and its history [(loss, score on the slides `val` or nan)].
+def train_one(
+    make,
+    fit,
+    val,
+    scaler,
+    config,
+    device,
+    epochs,
+    number=0,
+    member=None,
+    bag=False,
+    saved=None,
+    save=None,
+):
+    """One model, `epochs` passes over the slides `fit`. Returns it and its history [(loss, score on
+    the slides `val` or nan)].
 
     Every epoch seeds itself, so going on from `saved` gives what an uninterrupted run gives.
     """
     torch.manual_seed(1_000_003 * config.seed + number)
     model = run.compiled(make().to(device), config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
+    )
     history = []
     if saved is not None:
         model.load_state_dict(saved["model"])
@@ -616,35 +896,71 @@ def train_one(make, fit, val, scaler, config, device, epochs, number=0, member=N
             group["lr"] = learning_rate(epoch, config)
         losses, steps = [], torch.randperm(len(fit)).split(config.batch)
         for rows in steps:
-            batch = dict(fit[rows[0]].batch) if config.batch == 1 else collate([fit[i] for i in rows], device)
-            if bag:                                                     # another half of the spots each time: few slides make few bags
+            batch = (
+                dict(fit[rows[0]].batch)
+                if config.batch == 1
+                else collate([fit[i] for i in rows], device)
+            )
+            # another half of the spots each time: few slides make few bags
+            if bag:
                 half = torch.rand(batch["valid"].shape, device=device) < 0.5
-                batch |= {"valid": batch["valid"] & half, "scored": batch["scored"] & half[..., None], "whole": False}
+                batch |= {
+                    "valid": batch["valid"] & half,
+                    "scored": batch["scored"] & half[..., None],
+                    "whole": False,
+                }
             with run.autocast(config, device):
-                loss = loss_of({k: v.float() for k, v in model(**batch).items()}, batch, there, config, member, bag)
+                loss = loss_of(
+                    {k: v.float() for k, v in model(**batch).items()},
+                    batch,
+                    there,
+                    config,
+                    member,
+                    bag,
+                )
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             losses.append(loss.detach())
-        total = sum(v * len(rows) / len(fit) for v, rows in zip(torch.stack(losses).tolist(), steps))        # the host waits for the device here only
+        # the host waits for the device here only
+        total = sum(
+            v * len(rows) / len(fit) for v, rows in zip(torch.stack(losses).tolist(), steps)
+        )
         if not np.isfinite(total):
-            raise DataError(f"the loss is {total} at epoch {epoch}: lower --lr, or check the inputs for extreme values")
-        history.append((total, validation_score(model, val, scaler, config, bag) if val else float("nan")))
+            raise DataError(
+                f"the loss is {total} at epoch {epoch}: lower --lr, or check the inputs for "
+                "extreme values"
+            )
+        history.append(
+            (total, validation_score(model, val, scaler, config, bag) if val else float("nan"))
+        )
         if save is not None and config.save_every and (epoch + 1) % config.save_every == 0:
-            save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "history": history})
+            save(
+                {
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "history": history,
+                }
+            )
     return model, history
 
 
 def inner_folds(samples, n):
-    """[(fit, val)], n at most: each leaves out other patients, or slides where there is one patient, or tiles of an only slide."""
+    """[(fit, val)], n at most: each leaves out other patients, or slides where there is one
+    patient, or tiles of an only slide."""
     if n < 1:
         return []
-    names = [s.patient for s in samples] if len({s.patient for s in samples}) > 1 else [s.name for s in samples]
+    names = (
+        [s.patient for s in samples]
+        if len({s.patient for s in samples}) > 1
+        else [s.name for s in samples]
+    )
     groups = sorted(set(names), key=names.index)
     if len(groups) == 1:
         s, out = samples[0], []
-        tile = torch.div(s.place - s.place.amin(0), 4, rounding_mode="floor").long()                      # (S, 2) tiles of 4 x 4 pitches
+        # (S, 2) tiles of 4 x 4 pitches
+        tile = torch.div(s.place - s.place.amin(0), 4, rounding_mode="floor").long()
         for f in range(min(n, 5)):
             held = (tile[:, 0] + 2 * tile[:, 1]) % 5 == f
             fit, val = copy.copy(s), copy.copy(s)
@@ -652,17 +968,30 @@ def inner_folds(samples, n):
             if fit.scored.sum() > 1 and val.scored.sum() > 1:
                 out.append(([fit], [val]))
         if not out:
-            raise DataError(f"slide {s.name} is too small to train on alone: give more training slides")
+            raise DataError(
+                f"slide {s.name} is too small to train on alone: give more training slides"
+            )
         return out
     folds = min(len(groups), max(n, 2))
     held = [set(groups[f::folds]) for f in range(folds)]
-    return [([s for s, g in zip(samples, names) if g not in h], [s for s, g in zip(samples, names) if g in h]) for h in held]
+    return [
+        (
+            [s for s, g in zip(samples, names) if g not in h],
+            [s for s, g in zip(samples, names) if g in h],
+        )
+        for h in held
+    ]
 
 
 def smooth(curve, reach=2):
-    """Mean over `reach` epochs before and after: the best epoch of a few slides is then not the luckiest one."""
+    """Mean over `reach` epochs before and after: the best epoch of a few slides is then not the
+    luckiest one."""
     kernel = np.ones(2 * reach + 1)
-    return np.convolve(curve, kernel, "same") / np.convolve(np.ones_like(curve), kernel, "same") if len(curve) >= len(kernel) else np.asarray(curve)
+    return (
+        np.convolve(curve, kernel, "same") / np.convolve(np.ones_like(curve), kernel, "same")
+        if len(curve) >= len(kernel)
+        else np.asarray(curve)
+    )
 
 
 def processes():
@@ -678,53 +1007,97 @@ def say(text):
 
 
 def exchange(done, first, make, epochs, device):
-    """Give done[first:] of `train` to all processes, each from the one that trained it: histories of `epochs` pairs and, with `make`, weights.
+    """Give done[first:] of `train` to all processes, each from the one that trained it: histories
+    of `epochs` pairs and, with `make`, weights.
 
     Jobs seed themselves, so two processes end with the numbers of one, bit for bit.
     """
     world = processes()[1]
     for number in range(first, len(done) if world > 1 else first):
         history = torch.zeros(epochs, 2, dtype=torch.float64, device=device)
-        weights = {k: w.clone() for k, w in make().to(device).state_dict().items()} if make is not None else {}
+        weights = (
+            {k: w.clone() for k, w in make().to(device).state_dict().items()}
+            if make is not None
+            else {}
+        )
         if done[number] is not None:
-            history, weights = history.copy_(torch.tensor(done[number]["history"], dtype=torch.float64)), done[number]["weights"]
+            history, weights = (
+                history.copy_(torch.tensor(done[number]["history"], dtype=torch.float64)),
+                done[number]["weights"],
+            )
         for tensor in (history, *weights.values()):
             torch.distributed.broadcast(tensor, number % world)
         done[number] = {"weights": weights, "history": [tuple(h) for h in history.tolist()]}
 
 
 def train(make, samples, scaler, config, device, member=None, bag=False, latest=None, origin=None):
-    """Cross-validation inside the training slides chooses the number of epochs; then `members` models are trained on all of them. Under torchrun
-    the folds, and then the members, are shared out to the processes.
+    """Cross-validation inside the training slides chooses the number of epochs; then `members`
+    models are trained on all of them. Under torchrun the folds, and then the members, are shared
+    out to the processes.
 
-    Returns models, histories of the folds and the members, the best mean validation score (nan without folds). latest: path of latest.pt or None;
-    origin: what the run is made of (checksum of its files, slides, genes), which must not change between a checkpoint and --resume.
+    Returns models, histories of the folds and the members, the best mean validation score (nan
+    without folds). latest: path of latest.pt or None;
+    origin: what the run is made of (checksum of its files, slides, genes), which must not change
+    between a checkpoint and --resume.
     """
     saved = {"done": [], "going": None}
     if latest is not None and config.resume:
         saved = load_checkpoint(latest)
         if saved["config"] != resumable(config):
-            raise DataError(f"{latest} was written with other flags: use the same flags, or leave --resume away")
+            raise DataError(
+                f"{latest} was written with other flags: use the same flags, or leave --resume away"
+            )
         if saved.get("data") != origin:
-            raise DataError(f"{latest} was written from other files, slides or genes: use the same, or leave --resume away")
-    done, jobs, epochs, best = list(saved["done"]), inner_folds(samples, config.folds), config.epochs, float("nan")
+            raise DataError(
+                f"{latest} was written from other files, slides or genes: use the same, or "
+                "leave --resume away"
+            )
+    done, jobs, epochs, best = (
+        list(saved["done"]),
+        inner_folds(samples, config.folds),
+        config.epochs,
+        float("nan"),
+    )
     n_folds, (rank, world) = len(jobs), processes()
     for number, (fit, val) in enumerate(jobs + [(samples, [])] * config.members):
         if number == n_folds and n_folds:
             exchange(done, 0, None, epochs, device)
-            curve = smooth(np.mean([[score for _, score in h["history"]] for h in done[:n_folds]], axis=0))       # (epochs,)
+            # (epochs,)
+            curve = smooth(
+                np.mean([[score for _, score in h["history"]] for h in done[:n_folds]], axis=0)
+            )
             epochs, best = int(curve.argmax()) + 1, float(curve.max())
         if number < len(done):
             continue
         if number % world != rank:
-            done.append(None)                                           # another process trains it
+            done.append(None)  # another process trains it
             continue
 
         def save(state):
-            run.write_atomically(latest, lambda f: torch.save({"config": resumable(config), "data": origin, "done": done, "going": state}, f))
-        model, history = train_one(make, fit, val, scaler, config, device, epochs, number, member, bag,
-                                   saved["going"] if number == len(saved["done"]) else None, save if latest is not None else None)
-        done.append({"weights": model.state_dict() if number >= n_folds else {}, "history": history})
+            run.write_atomically(
+                latest,
+                lambda f: torch.save(
+                    {"config": resumable(config), "data": origin, "done": done, "going": state}, f
+                ),
+            )
+
+        model, history = train_one(
+            make,
+            fit,
+            val,
+            scaler,
+            config,
+            device,
+            epochs,
+            number,
+            member,
+            bag,
+            saved["going"] if number == len(saved["done"]) else None,
+            save if latest is not None else None,
+        )
+        done.append(
+            {"weights": model.state_dict() if number >= n_folds else {}, "history": history}
+        )
     exchange(done, n_folds, make, epochs, device)
     models = [make().to(device) for _ in done[n_folds:]]
     for model, job in zip(models, done[n_folds:]):
@@ -734,7 +1107,11 @@ def train(make, samples, scaler, config, device, member=None, bag=False, latest=
 
 def resumable(config):
     """The flags that must not change between a checkpoint and --resume."""
-    return {k: v for k, v in vars(config).items() if k not in ("resume", "save_every", "runs", "device", "threads", "cache", "predict")}
+    return {
+        k: v
+        for k, v in vars(config).items()
+        if k not in ("resume", "save_every", "runs", "device", "threads", "cache", "predict")
+    }
 
 
 def load_checkpoint(path):
@@ -742,12 +1119,14 @@ def load_checkpoint(path):
     return data.read_checkpoint(path, "stformer checkpoint", ["config"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Baselines: the same features, targets, training spots and scores
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 class OneLinear(nn.Module):
-    """One linear layer from features to genes, trained as the model is (HE2RNA style: Schmauch et al. 2020, without its top-k pooling)."""
+    """One linear layer from features to genes, trained as the model is (HE2RNA style: Schmauch et
+    al. 2020, without its top-k pooling)."""
 
     def __init__(self, dim_in, n_genes):
         super().__init__()
@@ -759,23 +1138,34 @@ class OneLinear(nn.Module):
 
 
 class ABMIL(nn.Module):
-    """Gated attention pooling, Ilse et al. 2018, Eq. 9: a_i = softmax_i w (tanh(V h_i) * sigmoid(U h_i)); genes = linear(sum_i a_i h_i)."""
+    """Gated attention pooling, Ilse et al. 2018, Eq. 9: a_i = softmax_i w (tanh(V h_i) * sigmoid(U
+    h_i)); genes = linear(sum_i a_i h_i)."""
 
     def __init__(self, dim_in, n_genes, dim=256, dropout=0.25):
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(dim_in, dim), nn.ReLU(), nn.Dropout(dropout))
-        self.v, self.u, self.w = nn.Linear(dim, dim // 2), nn.Linear(dim, dim // 2), nn.Linear(dim // 2, 1)
+        self.v, self.u, self.w = (
+            nn.Linear(dim, dim // 2),
+            nn.Linear(dim, dim // 2),
+            nn.Linear(dim // 2, 1),
+        )
         self.genes = nn.Linear(dim, n_genes)
 
     def forward(self, x, valid, **_):
         """x (B, S, F), valid (B, S) -> genes (B, G) of the slide's mean."""
-        h = self.embed(x)                                               # (B, S, D)
-        a = self.w(self.v(h).tanh() * self.u(h).sigmoid()).masked_fill(~valid[..., None], float("-inf")).softmax(1)      # (B, S, 1)
+        h = self.embed(x)  # (B, S, D)
+        # (B, S, 1)
+        a = (
+            self.w(self.v(h).tanh() * self.u(h).sigmoid())
+            .masked_fill(~valid[..., None], float("-inf"))
+            .softmax(1)
+        )
         return {"genes": self.genes((a * h).sum(1))}
 
 
 def pseudo_inverse(a, steps=6):
-    """Moore-Penrose inverse of softmax matrices (..., m, m) by the iteration of Xiong et al. 2021, Sec. 3.2."""
+    """Moore-Penrose inverse of softmax matrices (..., m, m) by the iteration of Xiong et al. 2021,
+    Sec. 3.2."""
     eye = torch.eye(a.shape[-1], device=a.device, dtype=a.dtype)
     z = a.transpose(-1, -2) / (a.abs().sum(-2).amax(-1) * a.abs().sum(-1).amax(-1))[..., None, None]
     for _ in range(steps):
@@ -785,67 +1175,104 @@ def pseudo_inverse(a, steps=6):
 
 
 def nystrom_attention(q, k, v, landmarks=64):
-    """softmax(q kl') pinv(softmax(ql kl')) softmax(ql k') v, landmarks = segment means (Xiong et al. 2021, Eq. 13): O(S m d).
-    q, k, v (H, S, d) -> (H, S, d)."""
+    """softmax(q kl') pinv(softmax(ql kl')) softmax(ql k') v, landmarks = segment means (Xiong et
+    al. 2021, Eq. 13): O(S m d). q, k, v (H, S, d) -> (H, S, d)."""
     m, s = min(landmarks, q.shape[1]), q.shape[1]
     q = q * q.shape[-1] ** -0.5
-    segment = torch.div(torch.arange(s, device=q.device) * m, s, rounding_mode="floor")                  # (S,)
+    # (S,)
+    segment = torch.div(torch.arange(s, device=q.device) * m, s, rounding_mode="floor")
     size = torch.bincount(segment, minlength=m)[:, None]
-    ql, kl = (torch.zeros(len(a), m, a.shape[-1], device=a.device, dtype=a.dtype).index_add(1, segment, a) / size for a in (q, k))    # (H, m, d)
-    inner = (ql @ kl.transpose(1, 2)).softmax(-1)                       # (H, m, m)
-    return (q @ kl.transpose(1, 2)).softmax(-1) @ (pseudo_inverse(inner) @ ((ql @ k.transpose(1, 2)).softmax(-1) @ v))
+    # (H, m, d)
+    ql, kl = (
+        torch.zeros(len(a), m, a.shape[-1], device=a.device, dtype=a.dtype).index_add(1, segment, a)
+        / size
+        for a in (q, k)
+    )
+    inner = (ql @ kl.transpose(1, 2)).softmax(-1)  # (H, m, m)
+    return (q @ kl.transpose(1, 2)).softmax(-1) @ (
+        pseudo_inverse(inner) @ ((ql @ k.transpose(1, 2)).softmax(-1) @ v)
+    )
 
 
 class TransMIL(nn.Module):
-    """Shao et al. 2021: class token, Nystrom attention, PPEG (depthwise 7, 5, 3 convolutions on the sequence as a square), Nystrom attention."""
+    """Shao et al. 2021: class token, Nystrom attention, PPEG (depthwise 7, 5, 3 convolutions on the
+    sequence as a square), Nystrom attention."""
 
     def __init__(self, dim_in, n_genes, dim=128, heads=8, landmarks=64):
         super().__init__()
         self.heads, self.landmarks = heads, landmarks
         self.embed = nn.Sequential(nn.Linear(dim_in, dim), nn.ReLU())
-        self.cls = nn.Parameter(torch.randn(dim) * dim ** -0.5)
+        self.cls = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
-        self.qkv, self.out = (nn.ModuleList(nn.Linear(dim, n * dim, bias=n == 1) for _ in range(2)) for n in (3, 1))
-        self.ppeg = nn.ModuleList(nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim) for size in (7, 5, 3))
+        self.qkv, self.out = (
+            nn.ModuleList(nn.Linear(dim, n * dim, bias=n == 1) for _ in range(2)) for n in (3, 1)
+        )
+        self.ppeg = nn.ModuleList(
+            nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim) for size in (7, 5, 3)
+        )
         self.genes = nn.Linear(dim, n_genes)
 
     def attention(self, h, i):
-        q, k, v = self.qkv[i](self.norms[i](h)).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)   # (H, S, d) each
-        return h + self.out[i](nystrom_attention(q, k, v, self.landmarks).transpose(0, 1).flatten(1))
+        # (H, S, d) each
+        q, k, v = (
+            self.qkv[i](self.norms[i](h)).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
+        )
+        return h + self.out[i](
+            nystrom_attention(q, k, v, self.landmarks).transpose(0, 1).flatten(1)
+        )
 
     def forward(self, x, valid, **_):
         """x (B, S, F), valid (B, S) -> genes (B, G) of the slide's mean."""
-        return {"genes": torch.stack([self.genes(self.slide(x[b, valid[b]])) for b in range(len(x))])}
+        return {
+            "genes": torch.stack([self.genes(self.slide(x[b, valid[b]])) for b in range(len(x))])
+        }
 
     def slide(self, x):
         """(S, F) -> (D,), the class token after the second attention."""
         h = self.embed(x)
         side = int(np.ceil(len(h) ** 0.5))
-        h = torch.cat([h, h[:side * side - len(h)]])                    # the first spots again, to fill the square as in the paper
-        h = self.attention(torch.cat([self.cls[None], h]), 0)           # (1 + side^2, D)
+        # the first spots again, to fill the square as in the paper
+        h = torch.cat([h, h[: side * side - len(h)]])
+        h = self.attention(torch.cat([self.cls[None], h]), 0)  # (1 + side^2, D)
         square = h[1:].T.view(1, -1, side, side)
         square = square + sum(conv(square) for conv in self.ppeg)
         return self.norms[2](self.attention(torch.cat([h[:1], square[0].flatten(1).T]), 1)[0])
 
 
 def official_ridge(x, y, pca=None):
-    """Ridge of the HEST benchmark (Jaume et al. 2024): alpha = 100 / (dim x genes), no intercept, lsqr; after z-score + PCA, or on x as it is."""
+    """Ridge of the HEST benchmark (Jaume et al. 2024): alpha = 100 / (dim x genes), no intercept,
+    lsqr; after z-score + PCA, or on x as it is."""
     dim = min(pca or x.shape[1], *x.shape)
-    ridge = Ridge(alpha=100 / (dim * y.shape[1]), fit_intercept=False, solver="lsqr", max_iter=1000, random_state=0)
-    return (ridge if pca is None else make_pipeline(StandardScaler(), PCA(dim, random_state=0), ridge)).fit(x, y)
+    ridge = Ridge(
+        alpha=100 / (dim * y.shape[1]),
+        fit_intercept=False,
+        solver="lsqr",
+        max_iter=1000,
+        random_state=0,
+    )
+    return (
+        ridge if pca is None else make_pipeline(StandardScaler(), PCA(dim, random_state=0), ridge)
+    ).fit(x, y)
 
 
 def classical_baselines(raw, fit, test):
-    """{name: [prediction (S, G) per test sample]} of the predictors without a network. raw: unscaled samples by name; a gene that a training
-    slide lacks stands there at the mean of the others. fit, test: names."""
-    def beside(s):                                                      # mean over the spot and the places of its table
+    """{name: [prediction (S, G) per test sample]} of the predictors without a network. raw:
+    unscaled samples by name; a gene that a training slide lacks stands there at the mean of the
+    others. fit, test: names."""
+
+    # mean over the spot and the places of its table
+    def beside(s):
         w = (s.ring >= 0).float()[..., None]
-        return torch.cat([(s.x[i] * v).sum(1) / v.sum(1) for i, v in zip(s.table.split(4096), w.split(4096))])
+        return torch.cat(
+            [(s.x[i] * v).sum(1) / v.sum(1) for i, v in zip(s.table.split(4096), w.split(4096))]
+        )
+
     own = {n: raw[n].x.double().numpy() for n in [*fit, *test]}
     near = {n: beside(raw[n]).double().numpy() for n in [*fit, *test]}
     both = {n: np.concatenate([own[n], near[n]], 1) for n in own}
     rows = {n: raw[n].scored.numpy() for n in fit}
-    mask = np.concatenate([np.tile(raw[n].measured.numpy(), (rows[n].sum(), 1)) for n in fit])            # (N, G)
+    # (N, G)
+    mask = np.concatenate([np.tile(raw[n].measured.numpy(), (rows[n].sum(), 1)) for n in fit])
     y = np.concatenate([raw[n].y.double().numpy()[rows[n]] for n in fit])
     mean = (y * mask).sum(0) / np.maximum(mask.sum(0), 1)
     y = np.where(mask, y, mean)
@@ -853,15 +1280,26 @@ def classical_baselines(raw, fit, test):
     def predictions(x, make):
         model = make(np.concatenate([x[n][rows[n]] for n in fit]), y)
         return [model.predict(x[n]) for n in test]
+
     knn = min(30, len(y))
-    return {"train_mean": [np.tile(mean, (len(own[n]), 1)) for n in test],
-            "ridge_pca256": predictions(own, lambda x, y: official_ridge(x, y, 256)), "ridge_raw": predictions(own, official_ridge),
-            "ridge_neighbour": predictions(near, official_ridge), "ridge_own_and_neighbour": predictions(both, official_ridge),
-            "knn": predictions(own, lambda x, y: make_pipeline(StandardScaler(), KNeighborsRegressor(knn, weights="distance")).fit(x, y))}
+    return {
+        "train_mean": [np.tile(mean, (len(own[n]), 1)) for n in test],
+        "ridge_pca256": predictions(own, lambda x, y: official_ridge(x, y, 256)),
+        "ridge_raw": predictions(own, official_ridge),
+        "ridge_neighbour": predictions(near, official_ridge),
+        "ridge_own_and_neighbour": predictions(both, official_ridge),
+        "knn": predictions(
+            own,
+            lambda x, y: make_pipeline(
+                StandardScaler(), KNeighborsRegressor(knn, weights="distance")
+            ).fit(x, y),
+        ),
+    }
 
 
 def flat(config):
-    """The flags for a predictor without pathways: a linear layer predicts values, not a likelihood's parameters."""
+    """The flags for a predictor without pathways: a linear layer predicts values, not a
+    likelihood's parameters."""
     out = copy.copy(config)
     out.loss, out.lambda_pathway = "mse" if config.loss == "zinb" else config.loss, 0.0
     out.bf16 = out.compile = False
@@ -869,8 +1307,8 @@ def flat(config):
 
 
 def trained_baselines(samples, test, scaler, config, device):
-    """{name: [prediction per test sample]} of one linear layer (dense) and of ABMIL and TransMIL, which give all spots the slide's mean; and the
-    linear layers themselves."""
+    """{name: [prediction per test sample]} of one linear layer (dense) and of ABMIL and TransMIL,
+    which give all spots the slide's mean; and the linear layers themselves."""
     dim_in, n_genes = samples[0].x.shape[1], samples[0].y.shape[1]
     plain = flat(config)
     brief = copy.copy(plain)
@@ -880,8 +1318,11 @@ def trained_baselines(samples, test, scaler, config, device):
         c, bag = (brief, True) if name in BAGS else (plain, False)
         if name == "linear":
             c = copy.copy(c)
-            c.lr = max(c.lr, 1e-2)                                      # one layer from zero needs larger steps
-        models, *_ = train(lambda make=make: make(dim_in, n_genes), samples, scaler, c, device, bag=bag)
+            # one layer from zero needs larger steps
+            c.lr = max(c.lr, 1e-2)
+        models, *_ = train(
+            lambda make=make: make(dim_in, n_genes), samples, scaler, c, device, bag=bag
+        )
         found = [predict(models, s, scaler, c)[0] for s in test]
         out[name] = [np.tile(p, (len(s.x), 1)) if bag else p for p, s in zip(found, test)]
         if name == "linear":
@@ -890,26 +1331,53 @@ def trained_baselines(samples, test, scaler, config, device):
 
 
 def with_linear(pairs, linear, config):
-    """[(genes (S, G), scores)] of the transformers -> genes averaged with those of the linear layers. A bag's answer (global mode) stays as it is."""
+    """[(genes (S, G), scores)] of the transformers -> genes averaged with those of the linear
+    layers. A bag's answer (global mode) stays as it is."""
     w = 0.0 if config.mode == "global" else config.linear_weight
-    return [((1 - w) * genes + w * flat, scores) for (genes, scores), flat in zip(pairs, linear)] if w else pairs
+    return (
+        [((1 - w) * genes + w * flat, scores) for (genes, scores), flat in zip(pairs, linear)]
+        if w
+        else pairs
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 def variant(config):
-    """Folder name of the run: split where it is not the folder's own, preset, and every other flag that is not at its default."""
-    told = {"data", "slice", "seed", "device", "threads", "deterministic", "runs", "split", "fold", "patient", "preset", "cache", "predict",
-            "save_every", "resume"}
+    """Folder name of the run: split where it is not the folder's own, preset, and every other flag
+    that is not at its default."""
+    told = {
+        "data",
+        "slice",
+        "seed",
+        "device",
+        "threads",
+        "deterministic",
+        "runs",
+        "split",
+        "fold",
+        "patient",
+        "preset",
+        "cache",
+        "predict",
+        "save_every",
+        "resume",
+    }
     words = [config.split] * (config.split != "folds") + [config.preset]
     default = Config()
     for name, value in vars(config).items():
         if name not in told and value != getattr(default, name):
             text = str(value)
-            plain = "".join(c if c.isalnum() or c in "._+" else "_" for c in Path(text).name.replace(",", "+"))
-            words.append(f"{name}-{plain}" + (f"_{hashlib.sha256(text.encode()).hexdigest()[:8]}" if "/" in text else ""))
+            plain = "".join(
+                c if c.isalnum() or c in "._+" else "_" for c in Path(text).name.replace(",", "+")
+            )
+            words.append(
+                f"{name}-{plain}"
+                + (f"_{hashlib.sha256(text.encode()).hexdigest()[:8]}" if "/" in text else "")
+            )
     return "-".join(words)
 
 
@@ -918,60 +1386,113 @@ def build(config, dim_in, n_genes, n_pathways):
     layers, dim, heads = PRESETS[config.preset]
     on = quadrants(config.interactions)
     if "h2p" in on and "p2h" in on and "h2h" not in on and layers < 2:
-        raise DataError("without h2h a patch hears of others only through the pathways: two layers at least, choose another --preset")
-    return PathwayTransformer(dim_in, n_genes, n_pathways, layers, dim, heads, on, config.h2h, config.rings, config.distance_bias, config.position,
-                              config.tau, config.loss == "zinb", config.dropout, config.checkpointing, config.mode)
+        raise DataError(
+            "without h2h a patch hears of others only through the pathways: two layers at "
+            "least, choose another --preset"
+        )
+    return PathwayTransformer(
+        dim_in,
+        n_genes,
+        n_pathways,
+        layers,
+        dim,
+        heads,
+        on,
+        config.h2h,
+        config.rings,
+        config.distance_bias,
+        config.position,
+        config.tau,
+        config.loss == "zinb",
+        config.dropout,
+        config.checkpointing,
+        config.mode,
+    )
 
 
 def shuffled_pairs(sample, seed):
     """The sample with another spot's image at every spot (control)."""
     out = copy.copy(sample)
-    out.x = sample.x[torch.from_numpy(np.random.default_rng([seed, len(sample.x)]).permutation(len(sample.x)))]
+    out.x = sample.x[
+        torch.from_numpy(np.random.default_rng([seed, len(sample.x)]).permutation(len(sample.x)))
+    ]
     return out
 
 
 def true_rates(root, samples, genes):
-    """[log mean counts (S, G) without noise] of a task that simulate.py wrote (truth.npz beside it), None for any other."""
+    """[log mean counts (S, G) without noise] of a task that simulate.py wrote (truth.npz beside
+    it), None for any other."""
     if not (Path(root) / "truth.npz").is_file():
         return None
-    there, weights, *programs = data.read_npz(Path(root) / "truth.npz", "genes", "weights", *(f"z_{s.name}" for s in samples))
+    there, weights, *programs = data.read_npz(
+        Path(root) / "truth.npz", "genes", "weights", *(f"z_{s.name}" for s in samples)
+    )
     column = [there.tolist().index(g) for g in genes]
     return [z @ weights[:, column] for z in programs]
 
 
 def score(samples, predictions, rates=None):
-    """metrics.pcc_summary over the scored spots of the samples, and how well the slide's mean is met: slide_mean_rmse, slide_mean_pcc (over genes);
+    """metrics.pcc_summary over the scored spots of the samples, and how well the slide's mean is
+    met: slide_mean_rmse, slide_mean_pcc (over genes);
     rate_pcc: pcc_mean against the noise-free rates of simulated slides."""
     rows = [s.scored.numpy() for s in samples]
-    true, pred = (np.concatenate([np.asarray(a, np.float32)[r] for a, r in zip(side, rows)])
-                  for side in ([s.y.numpy() for s in samples], predictions))
-    mask = np.concatenate([np.tile(s.measured.numpy(), (r.sum(), 1)) for s, r in zip(samples, rows)])
+    true, pred = (
+        np.concatenate([np.asarray(a, np.float32)[r] for a, r in zip(side, rows)])
+        for side in ([s.y.numpy() for s in samples], predictions)
+    )
+    mask = np.concatenate(
+        [np.tile(s.measured.numpy(), (r.sum(), 1)) for s, r in zip(samples, rows)]
+    )
     slide = np.repeat([s.name for s in samples], [r.sum() for r in rows])
     found = metrics.pcc_summary(true, pred, slide, mask)
     if rates is not None:
-        found["rate_pcc"] = metrics.pcc_summary(np.concatenate([v[r] for v, r in zip(rates, rows)]), pred, slide, mask)["pcc_mean"]
-    means = [(s.y.numpy()[r].mean(0)[s.measured], np.asarray(p)[r].mean(0)[s.measured]) for s, p, r in zip(samples, predictions, rows)]
+        found["rate_pcc"] = metrics.pcc_summary(
+            np.concatenate([v[r] for v, r in zip(rates, rows)]), pred, slide, mask
+        )["pcc_mean"]
+    means = [
+        (s.y.numpy()[r].mean(0)[s.measured], np.asarray(p)[r].mean(0)[s.measured])
+        for s, p, r in zip(samples, predictions, rows)
+    ]
     found["slide_mean_rmse"] = float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in means]))
-    found["slide_mean_pcc"] = float(np.mean([metrics.pcc(a[:, None], b[:, None])[0] for a, b in means]))
+    found["slide_mean_pcc"] = float(
+        np.mean([metrics.pcc(a[:, None], b[:, None])[0] for a, b in means])
+    )
     return found
 
 
 def line(name, s):
     """One row of the printed table."""
-    shown = ("pcc_mean", "pcc_pooled", "variance_ratio_median", "rmse", "slide_mean_rmse", "rate_pcc")
+    shown = (
+        "pcc_mean",
+        "pcc_pooled",
+        "variance_ratio_median",
+        "rmse",
+        "slide_mean_rmse",
+        "rate_pcc",
+    )
     return f"{name:<24}" + "  ".join(f"{k} {s[k]:6.3f}" for k in shown if k in s)
 
 
 def load(config, train_names, test_names):
     """Samples by name (features unscaled), genes; prints what was filtered."""
-    slides = {n: data.load_hest(config.data, n, patches=Path(config.encoder).suffix not in (".npy", ".npz")) for n in [*train_names, *test_names]}
-    genes = data.target_genes(config.genes, [slides[n] for n in train_names], config.data, config.min_counts)
+    slides = {
+        n: data.load_hest(
+            config.data, n, patches=Path(config.encoder).suffix not in (".npy", ".npz")
+        )
+        for n in [*train_names, *test_names]
+    }
+    genes = data.target_genes(
+        config.genes, [slides[n] for n in train_names], config.data, config.min_counts
+    )
     samples = {n: to_sample(config, slides[n], genes) for n in slides}
     for s in samples.values():
         low, absent = int((~s.scored).sum()), int((~s.measured).sum())
         if low or absent:
-            say(f"{s.name}: {low} of {len(s.x)} spots have fewer than {config.min_counts} counts and are not scored; "
-                  f"{absent} genes are not on its panel")
+            say(
+                f"{s.name}: {low} of {len(s.x)} spots have fewer than {config.min_counts} "
+                "counts and are not scored; "
+                f"{absent} genes are not on its panel"
+            )
     return samples, genes
 
 
@@ -982,21 +1503,40 @@ def main(argv=None):
     check(config)
     if config.predict:
         return predict_folder(config, start)
-    split, train_names, test_names, part, leaks = data.hest_partition(config.data, config.split, config.fold, config.patient, config.slice)
+    split, train_names, test_names, part, leaks = data.hest_partition(
+        config.data, config.split, config.fold, config.patient, config.slice
+    )
     record = run.Run("stformer", config, part, variant(config), start)
     raw, genes = load(config, train_names, test_names)
     sets, member = [], None
     if config.gene_sets:
-        sets, member = read_gmt(config.gene_sets, genes, np.random.default_rng(config.seed) if config.shuffle_sets else None)
+        sets, member = read_gmt(
+            config.gene_sets,
+            genes,
+            np.random.default_rng(config.seed) if config.shuffle_sets else None,
+        )
     if record.world > 1 and (config.save_every or config.resume):
-        raise DataError("several processes write no checkpoints: leave --save_every and --resume away, or start one process")
-    say(f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; {len(genes)} genes, "
-          f"{raw[test_names[0]].x.shape[1]} features, "
-          + (f"{len(sets)} gene sets with a target gene" if sets else f"{config.pathways} tokens without gene sets"))
+        raise DataError(
+            "several processes write no checkpoints: leave --save_every and --resume away, "
+            "or start one process"
+        )
+    say(
+        f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; "
+        f"{len(genes)} genes, "
+        f"{raw[test_names[0]].x.shape[1]} features, "
+        + (
+            f"{len(sets)} gene sets with a target gene"
+            if sets
+            else f"{config.pathways} tokens without gene sets"
+        )
+    )
     if config.permute_pairs:
         raw |= {n: shuffled_pairs(raw[n], config.seed) for n in train_names}
     scaler = Scaler.fit([raw[n] for n in train_names], config.target_scale)
-    fit, test = ([scaler.features(raw[n], config.scale) for n in names] for names in (train_names, test_names))
+    fit, test = (
+        [scaler.features(raw[n], config.scale) for n in names]
+        for names in (train_names, test_names)
+    )
     trained, linear = trained_baselines(fit, test, scaler, config, record.device)
     predictions = classical_baselines(raw, train_names, test_names) | trained
     rates = true_rates(config.data, test, genes)
@@ -1009,33 +1549,66 @@ def main(argv=None):
         if member is not None:
             model.start_from_sets(member)
         return model
+
     bag = config.mode == "global"
-    checksum = data.file_checksum(*used_files(config, [raw[n].slide for n in [*train_names, *test_names]]))
-    models, histories, val = train(make, fit, scaler, config, record.device, member, bag, record.folder / "latest.pt",
-                                   [checksum, train_names, test_names, [str(g) for g in genes]])
+    checksum = data.file_checksum(
+        *used_files(config, [raw[n].slide for n in [*train_names, *test_names]])
+    )
+    models, histories, val = train(
+        make,
+        fit,
+        scaler,
+        config,
+        record.device,
+        member,
+        bag,
+        record.folder / "latest.pt",
+        [checksum, train_names, test_names, [str(g) for g in genes]],
+    )
     alone = [predict(models, s, scaler, config) for s in test]
     pairs = with_linear(alone, trained["linear"], config)
     genes_found = [np.tile(p, (len(s.x), 1)) if bag else p for (p, _), s in zip(pairs, test)]
     found = score(test, genes_found, rates)
     if not bag:
         found["pcc_mean_transformer"] = score(test, [p for p, _ in alone])["pcc_mean"]
-    found["val_pcc"] = val                                              # of the transformer, for choices between flags: never the test score
+    # of the transformer, for choices between flags: never the test score
+    found["val_pcc"] = val
     found |= {f"gain_over_{name}": found["pcc_mean"] - others[name]["pcc_mean"] for name in others}
     if member is not None and not bag:
         found["pathway_pcc"] = pathway_agreement(test, pairs, member)
-    say(line("stformer", found) + f"  gain over ridge {found['gain_over_ridge_raw']:+.3f} (raw), {found['gain_over_ridge_pca256']:+.3f} (PCA 256)")
+    say(
+        line("stformer", found) + f"  gain over ridge {found['gain_over_ridge_raw']:+.3f} (raw), "
+        f"{found['gain_over_ridge_pca256']:+.3f} (PCA 256)"
+    )
     arrays = arrays_of(test, genes_found, pairs, genes, sets)
     draw(record, test, genes_found, pairs, genes, sets, histories, bag)
-    record.finish(found, others, arrays, sum(w.numel() for w in models[0].parameters()), split, checksum,
-                  {"model.pt": lambda f: torch.save(state_of(config, models, linear, scaler, genes, sets), f)},
-                  leaks_patient=leaks, train_slides=train_names, test_slides=test_names, epochs=len(histories[-1]),
-                  low_count_spots={n: int((~s.scored).sum()) for n, s in raw.items()},
-                  genes="the folder's list, chosen by its makers on all slides" if config.genes == "task" else "training slides")
+    record.finish(
+        found,
+        others,
+        arrays,
+        sum(w.numel() for w in models[0].parameters()),
+        split,
+        checksum,
+        {
+            "model.pt": lambda f: torch.save(
+                state_of(config, models, linear, scaler, genes, sets), f
+            )
+        },
+        leaks_patient=leaks,
+        train_slides=train_names,
+        test_slides=test_names,
+        epochs=len(histories[-1]),
+        low_count_spots={n: int((~s.scored).sum()) for n, s in raw.items()},
+        genes="the folder's list, chosen by its makers on all slides"
+        if config.genes == "task"
+        else "training slides",
+    )
     return 0
 
 
 def used_files(config, slides):
-    """Files whose content can change a number of this run: counts, patches or features, gene sets."""
+    """Files whose content can change a number of this run: counts, patches or features, gene
+    sets."""
     files = [config.gene_sets]
     for s in slides:
         if Path(config.encoder).suffix in (".npy", ".npz"):
@@ -1047,87 +1620,173 @@ def used_files(config, slides):
 def check(config):
     """Raises DataError naming the flag that has an impossible value."""
     one, zero = run.AT_LEAST_ONE, run.AT_LEAST_ZERO
-    run.check_flags(config, {
-        "fold": zero, "min_counts": zero, "rings": zero, "pathways": one, "pcc_weight": zero, "lambda_pathway": zero, "lr": run.POSITIVE,
-        "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"), "weight_decay": zero, "epochs": one, "folds": (lambda v: v == 0 or v >= 2, "0, or 2 or more"),
-        "members": one, "linear_weight": (lambda v: 0 <= v <= 1, "from 0 to 1"), "batch": one, "save_every": zero})
+    run.check_flags(
+        config,
+        {
+            "fold": zero,
+            "min_counts": zero,
+            "rings": zero,
+            "pathways": one,
+            "pcc_weight": zero,
+            "lambda_pathway": zero,
+            "lr": run.POSITIVE,
+            "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+            "weight_decay": zero,
+            "epochs": one,
+            "folds": (lambda v: v == 0 or v >= 2, "0, or 2 or more"),
+            "members": one,
+            "linear_weight": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+            "batch": one,
+            "save_every": zero,
+        },
+    )
 
 
 def pathway_agreement(samples, pairs, member):
-    """Mean PCC of the pathway scores with z-scored, member-averaged measured genes, over sets and test slides."""
+    """Mean PCC of the pathway scores with z-scored, member-averaged measured genes, over sets and
+    test slides."""
     found = []
     for s, (_, scores) in zip(samples, pairs):
         mask = (s.scored[:, None] & s.measured)[None]
         target, present = pathway_targets(s.y[None], mask, member)
-        r, defined = masked_pcc(torch.tensor(scores)[None], target, mask.any(-1, keepdim=True) & present[:, None])
+        r, defined = masked_pcc(
+            torch.tensor(scores)[None], target, mask.any(-1, keepdim=True) & present[:, None]
+        )
         found += r[defined].tolist()
     return float(np.mean(found)) if found else float("nan")
 
 
 def arrays_of(samples, genes_found, pairs, genes, sets):
     """What arrays.npz holds: spots of all test slides one below the other."""
-    out = {"slide": np.repeat([s.name for s in samples], [len(s.x) for s in samples]),
-           "barcodes": np.concatenate([s.slide.barcodes for s in samples]), "xy": np.concatenate([s.slide.xy for s in samples]),
-           "genes": np.array(genes), "gene_sets": np.array(sets, dtype=str),
-           "pred": np.concatenate(genes_found).astype(np.float32)}
+    out = {
+        "slide": np.repeat([s.name for s in samples], [len(s.x) for s in samples]),
+        "barcodes": np.concatenate([s.slide.barcodes for s in samples]),
+        "xy": np.concatenate([s.slide.xy for s in samples]),
+        "genes": np.array(genes),
+        "gene_sets": np.array(sets, dtype=str),
+        "pred": np.concatenate(genes_found).astype(np.float32),
+    }
     if samples[0].y is not None:
-        out |= {"true": np.concatenate([s.y.numpy() for s in samples]), "scored": np.concatenate([s.scored.numpy() for s in samples])}
+        out |= {
+            "true": np.concatenate([s.y.numpy() for s in samples]),
+            "scored": np.concatenate([s.scored.numpy() for s in samples]),
+        }
     if pairs[0][1] is not None and pairs[0][1].ndim == 2:
         out["pathway_scores"] = np.concatenate([scores for _, scores in pairs])
     return out
 
 
 def state_of(config, models, linear, scaler, genes, sets):
-    """Everything that --predict needs, as tensors, numbers and strings: loads with weights_only=True."""
-    return {"config": vars(config).copy(), "genes": list(genes), "gene_sets": list(sets), "scaler": scaler.tensors,
-            "weights": [model.state_dict() for model in models], "linear": [layer.state_dict() for layer in linear]}
+    """Everything that --predict needs, as tensors, numbers and strings: loads with
+    weights_only=True."""
+    return {
+        "config": vars(config).copy(),
+        "genes": list(genes),
+        "gene_sets": list(sets),
+        "scaler": scaler.tensors,
+        "weights": [model.state_dict() for model in models],
+        "linear": [layer.state_dict() for layer in linear],
+    }
 
 
 def predict_folder(config, start):
-    """Predict the genes of slides that have no counts with a saved model; one folder of results for all of them."""
+    """Predict the genes of slides that have no counts with a saved model; one folder of results for
+    all of them."""
     saved = load_checkpoint(config.predict)
     known = data.saved_flags(config.predict, Config, saved["config"], check)
     with data.checkpoint_fits(config.predict):
-        scaler, genes, sets, weights, linear = (saved[k] for k in ("scaler", "genes", "gene_sets", "weights", "linear"))
+        scaler, genes, sets, weights, linear = (
+            saved[k] for k in ("scaler", "genes", "gene_sets", "weights", "linear")
+        )
         dim_in = len(scaler["x_mean"])
-    known.data, known.slice, known.cache, known.device = config.data, config.slice, config.cache, config.device
+    known.data, known.slice, known.cache, known.device = (
+        config.data,
+        config.slice,
+        config.cache,
+        config.device,
+    )
     known.encoder = config.encoder if config.encoder != Config.encoder else known.encoder
-    slides = data.load_patch_folder(known.data, known.slice, Path(known.encoder).suffix not in (".npy", ".npz"))
+    slides = data.load_patch_folder(
+        known.data, known.slice, Path(known.encoder).suffix not in (".npy", ".npz")
+    )
     if Path(slides[0].source).suffix == ".npz":
         known.encoder = str(Path(known.data) / "{sample}.npz")
-    record = run.Run("stformer", config, config.slice or "all", f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}", start)
+    record = run.Run(
+        "stformer",
+        config,
+        config.slice or "all",
+        f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}",
+        start,
+    )
     samples = [to_sample(known, s) for s in slides]
     for s in samples:
         if s.x.shape[1] != dim_in:
-            raise DataError(f"slide {s.name} has {s.x.shape[1]} features ({known.encoder}), the checkpoint {config.predict} was trained on {dim_in}: "
-                            "make the features with the encoder of the training run")
+            raise DataError(
+                f"slide {s.name} has {s.x.shape[1]} features ({known.encoder}), the "
+                f"checkpoint {config.predict} was trained on {dim_in}: "
+                "make the features with the encoder of the training run"
+            )
     with data.checkpoint_fits(config.predict):
-        if {value.shape for name, value in scaler.items() if not name.startswith("x_")} != {(len(genes),)}:
+        if {value.shape for name, value in scaler.items() if not name.startswith("x_")} != {
+            (len(genes),)
+        }:
             raise ValueError("its scaler is of other genes")
         scaler = Scaler(scaler)
         samples = [scaler.features(s, known.scale) for s in samples]
     with data.checkpoint_fits(config.predict):
-        models = [build(known, samples[0].x.shape[1], len(genes), len(sets) or known.pathways).to(record.device) for _ in weights]
+        models = [
+            build(known, samples[0].x.shape[1], len(genes), len(sets) or known.pathways).to(
+                record.device
+            )
+            for _ in weights
+        ]
         layers = [OneLinear(samples[0].x.shape[1], len(genes)).to(record.device) for _ in linear]
         for model, w in zip(models + layers, weights + linear):
             model.load_state_dict(w)
-    pairs = with_linear([predict(models, s, scaler, known) for s in samples], [predict(layers, s, scaler, flat(known))[0] for s in samples], known)
-    found = [np.tile(p, (len(s.x), 1)) if known.mode == "global" else p for (p, _), s in zip(pairs, samples)]
+    pairs = with_linear(
+        [predict(models, s, scaler, known) for s in samples],
+        [predict(layers, s, scaler, flat(known))[0] for s in samples],
+        known,
+    )
+    found = [
+        np.tile(p, (len(s.x), 1)) if known.mode == "global" else p
+        for (p, _), s in zip(pairs, samples)
+    ]
     draw(record, samples, found, pairs, genes, sets, [], known.mode == "global")
-    record.finish({}, {}, arrays_of(samples, found, pairs, genes, sets), sum(w.numel() for w in models[0].parameters()),
-                  checksum=data.file_checksum(*used_files(known, slides)), checkpoint=config.predict)
+    record.finish(
+        {},
+        {},
+        arrays_of(samples, found, pairs, genes, sets),
+        sum(w.numel() for w in models[0].parameters()),
+        checksum=data.file_checksum(*used_files(known, slides)),
+        checkpoint=config.predict,
+    )
     return 0
 
 
 def maps(rows, xy):
-    """Figure of maps: rows of (title, values (S,)), each on its own colour scale from the 2nd to the 98th percentile."""
-    figure, axes = plt.subplots(len(rows), max(map(len, rows)), figsize=(2.6 * max(map(len, rows)), 2.7 * len(rows)), squeeze=False)
+    """Figure of maps: rows of (title, values (S,)), each on its own colour scale from the 2nd to
+    the 98th percentile."""
+    figure, axes = plt.subplots(
+        len(rows),
+        max(map(len, rows)),
+        figsize=(2.6 * max(map(len, rows)), 2.7 * len(rows)),
+        squeeze=False,
+    )
     for line_of_axes, row in zip(axes, rows):
         for axis in line_of_axes:
             axis.set_axis_off()
         for axis, (title, values) in zip(line_of_axes, row):
             low, high = np.nanpercentile(values, (2, 98))
-            axis.scatter(*xy.T, c=values, s=max(0.3, 5000 / len(xy)), linewidths=0, vmin=low, vmax=high if high > low else low + 1, cmap="viridis")
+            axis.scatter(
+                *xy.T,
+                c=values,
+                s=max(0.3, 5000 / len(xy)),
+                linewidths=0,
+                vmin=low,
+                vmax=high if high > low else low + 1,
+                cmap="viridis",
+            )
             axis.set_title(title, fontsize=8)
             axis.set_aspect("equal")
             axis.invert_yaxis()
@@ -1135,24 +1794,63 @@ def maps(rows, xy):
 
 
 def draw(record, samples, predictions, pairs, genes, sets, histories, bag):
-    """Figures of the first slide: true and predicted maps of the five best and the five worst genes, pathway maps; training curves."""
+    """Figures of the first slide: true and predicted maps of the five best and the five worst
+    genes, pathway maps; training curves."""
     s, pred, scores = samples[0], np.asarray(predictions[0]), pairs[0][1]
     xy = s.slide.xy
     if s.y is None:
         order = np.argsort(-pred.std(0))[:10]
-        record.figure("genes", maps([[(genes[j], pred[:, j]) for j in row] for row in (order[:5], order[5:]) if len(row)], xy))
+        record.figure(
+            "genes",
+            maps(
+                [
+                    [(genes[j], pred[:, j]) for j in row]
+                    for row in (order[:5], order[5:])
+                    if len(row)
+                ],
+                xy,
+            ),
+        )
     else:
         true = np.where(s.scored.numpy()[:, None], s.y.numpy(), np.nan)
         r = metrics.pcc(s.y.numpy()[s.scored], pred[s.scored])
         r = np.where(s.measured.numpy(), np.nan_to_num(r), np.nan)
         order = [j for j in np.argsort(-r) if np.isfinite(r[j])]
         best, worst = order[:5], order[-5:]
-        record.figure("genes", maps([[(f"{genes[j]} {what}" + (f", r {r[j]:.2f}" if what == "predicted" else ""), v[:, j]) for j in side]
-                                     for side in (best, worst) for what, v in (("true", true), ("predicted", pred))], xy))
+        record.figure(
+            "genes",
+            maps(
+                [
+                    [
+                        (
+                            f"{genes[j]} {what}"
+                            + (f", r {r[j]:.2f}" if what == "predicted" else ""),
+                            v[:, j],
+                        )
+                        for j in side
+                    ]
+                    for side in (best, worst)
+                    for what, v in (("true", true), ("predicted", pred))
+                ],
+                xy,
+            ),
+        )
     if scores is not None and not bag:
         order = np.argsort(-scores.std(0))[:10]
-        name = [n.removeprefix("HALLMARK_").lower()[:24] for n in sets] or [f"token {j}" for j in range(scores.shape[1])]
-        record.figure("pathways", maps([[(name[j], scores[:, j]) for j in row] for row in (order[:5], order[5:]) if len(row)], xy))
+        name = [n.removeprefix("HALLMARK_").lower()[:24] for n in sets] or [
+            f"token {j}" for j in range(scores.shape[1])
+        ]
+        record.figure(
+            "pathways",
+            maps(
+                [
+                    [(name[j], scores[:, j]) for j in row]
+                    for row in (order[:5], order[5:])
+                    if len(row)
+                ],
+                xy,
+            ),
+        )
     if histories:
         figure, axes = plt.subplots(1, 2, figsize=(8, 3))
         for i, h in enumerate(histories):

@@ -1,8 +1,12 @@
-"""Break one random line at a time and see whether the tests notice: python tests/mutate.py [--n 20] [--seed 0] [--only gat_fusion ...] (make mutate).
+"""Break one random line at a time and see whether the tests notice: python tests/mutate.py [--n 20]
+[--seed 0] [--only gat_fusion ...] (make mutate).
 
-A mutant differs from a module in one operator, comparison, number or `not`, outside of figures and printed text. It is made in a copy of the checkout and the
-module's own test file is run until its first failure. A mutant that survives is shown: either a test is missing or the change makes no difference.
+A mutant differs from a module in one operator, comparison, number or `not`, outside of figures and
+printed text. It is made in a copy of the checkout and the module's own test file is run until its
+first failure. A mutant that survives is shown: either a test is missing or the change makes no
+difference.
 """
+
 import argparse
 import ast
 import copy
@@ -15,20 +19,71 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ["cells", "cmrcnet", "data", "download", "gat_fusion", "metrics", "multist", "readers", "report", "run", "simulate", "spatia", "stformer"]
-MORE_TESTS = {"gat_fusion": ["numerics"], "multist": ["numerics"], "stformer": ["numerics"], "cmrcnet": ["numerics"], "spatia": ["numerics"],
-              "readers": ["data"], "data": ["gat_fusion"], "run": ["restart"]}
-SKIPPED = ("draw", "figure", "line", "main", "print", "plot", "page", "tissue", "matched", "domain_names")     # functions of pictures, printed text and flags
-SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
-         ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}
+MODULES = [
+    "cells",
+    "cmrcnet",
+    "data",
+    "download",
+    "gat_fusion",
+    "metrics",
+    "multist",
+    "readers",
+    "report",
+    "run",
+    "simulate",
+    "spatia",
+    "stformer",
+]
+MORE_TESTS = {
+    "gat_fusion": ["numerics"],
+    "multist": ["numerics"],
+    "stformer": ["numerics"],
+    "cmrcnet": ["numerics"],
+    "spatia": ["numerics"],
+    "readers": ["data"],
+    "data": ["gat_fusion"],
+    "run": ["restart"],
+}
+# functions of pictures, printed text and flags
+SKIPPED = (
+    "draw",
+    "figure",
+    "line",
+    "main",
+    "print",
+    "plot",
+    "page",
+    "tissue",
+    "matched",
+    "domain_names",
+)
+SWAPS = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
 
 
 def places(tree):
-    """[(node, change)]: everything in the functions of a module that can be broken, in the order of the text."""
+    """[(node, change)]: everything in the functions of a module that can be broken, in the order of
+    the text."""
     out = []
 
     def visit(node, inside):
-        name = getattr(node, "name", "") if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ""
+        name = (
+            getattr(node, "name", "") if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ""
+        )
         if name.startswith(SKIPPED) or isinstance(node, (ast.Raise, ast.JoinedStr)):
             return
         inside = inside or isinstance(node, ast.FunctionDef)
@@ -52,7 +107,14 @@ def broken(source, number):
     """(text of the module with place `number` broken, the line before, the line after)."""
     tree = ast.parse(source)
     node, change = places(tree)[number]
-    statement = min((s for s in ast.walk(tree) if isinstance(s, ast.stmt) and s.lineno <= node.lineno <= s.end_lineno), key=lambda s: s.end_lineno - s.lineno)
+    statement = min(
+        (
+            s
+            for s in ast.walk(tree)
+            if isinstance(s, ast.stmt) and s.lineno <= node.lineno <= s.end_lineno
+        ),
+        key=lambda s: s.end_lineno - s.lineno,
+    )
     before = ast.unparse(copy.deepcopy(node))
     if change == "op":
         node.op = SWAPS[type(node.op)]()
@@ -74,8 +136,14 @@ def caught(folder, module, text, limit):
     path.write_text(text)
     files = [f"tests/test_{m}.py" for m in [module, *MORE_TESTS.get(module, [])]]
     try:
-        found = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files], cwd=folder, timeout=limit,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+        found = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+            cwd=folder,
+            timeout=limit,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        )
         return found.returncode != 0
     except subprocess.TimeoutExpired:
         return True
@@ -89,19 +157,31 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=20, help="mutants")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--only", nargs="*", default=MODULES, choices=MODULES, help="modules")
-    parser.add_argument("--limit", type=float, default=1200, help="seconds of tests after which a mutant counts as caught")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=1200,
+        help="seconds of tests after which a mutant counts as caught",
+    )
     options = parser.parse_args(argv)
     sources = {m: (ROOT / f"{m}.py").read_text() for m in options.only}
     every = [(m, i) for m in options.only for i in range(len(places(ast.parse(sources[m]))))]
     chosen, n_caught = random.Random(options.seed).sample(every, min(options.n, len(every))), 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "main")
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "datasets", "__pycache__"))
+        shutil.copytree(
+            ROOT,
+            folder,
+            ignore=shutil.ignore_patterns(".venv", ".git", "runs", "datasets", "__pycache__"),
+        )
         for module, number in chosen:
             text, lineno, before, after = broken(sources[module], number)
             found = caught(folder, module, text, options.limit)
             n_caught += found
-            print(f"{'caught  ' if found else 'SURVIVED'} {module}.py:{lineno}: {before} -> {after}", flush=True)
+            print(
+                f"{'caught  ' if found else 'SURVIVED'} {module}.py:{lineno}: {before} -> {after}",
+                flush=True,
+            )
     print(f"{n_caught} of {len(chosen)} caught ({len(every)} places)")
 
 

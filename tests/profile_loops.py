@@ -1,9 +1,13 @@
-"""What the training loops do beside arithmetic: python tests/profile_loops.py [method ...] [--turns N] [--flags "..."] (make profile).
+"""What the training loops do beside arithmetic: python tests/profile_loops.py [method ...] [--turns
+N] [--flags "..."] (make profile).
 
-Every method runs with its default flags until its training loops have made a few turns (a step, or an epoch where it counts epochs) and prints a table
-a loop: time, operators, what the host waits for, float64, the largest result, and our functions by their share of a turn, with what they call.
-Real data where PLAINST_DATA says so (the folders of ../shared/data/README.md), else simulated.
+Every method runs with its default flags until its training loops have made a few turns (a step, or
+an epoch where it counts epochs) and prints a table
+a loop: time, operators, what the host waits for, float64, the largest result, and our functions by
+their share of a turn, with what they call. Real data where PLAINST_DATA says so (the folders of
+../shared/data/README.md), else simulated.
 """
+
 import argparse
 import cProfile
 import importlib
@@ -31,16 +35,20 @@ import cells  # noqa: E402
 import run  # noqa: E402
 import simulate  # noqa: E402
 
-METHODS = {                                                             # data, flags, which loops by number
+# data, flags, which loops by number
+METHODS = {
     "gat_fusion": ("dlpfc", "--slice 151673 --cache CACHE", (0,)),
     "multist": ("dlpfc", "--slice 151673 --dec_tol 0 --cache CACHE", (0, 1, 2)),
-    "stformer": ("her2st", "--folds 2 --members 1 --cache CACHE", (0, 5)),            # the linear baseline's first fold, the model's first fold
+    # the linear baseline's first fold, the model's first fold
+    "stformer": ("her2st", "--folds 2 --members 1 --cache CACHE", (0, 5)),
     "cmrcnet": ("her2st", "--cache CACHE", (0,)),
     "spatia": ("cells.h5", "", (0, 1, 2)),
 }
-SYNC = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "masked_select", "equal")     # results whose size or value the host waits for
+# results whose size or value the host waits for
+SYNC = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "masked_select", "equal")
 
-LOADING = ("collate", "image", "images", "expression", "pick", "turned", "batches")      # none of them calls another
+# none of them calls another
+LOADING = ("collate", "image", "images", "expression", "pick", "turned", "batches")
 GRAPHS = ("knn_table", "normalised_knn_graph", "lattice_table", "lattice_pitch", "neighbour_tables")
 
 
@@ -57,39 +65,58 @@ def place():
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts what one turn dispatches: operators, waits of the host, float64 results; and the largest result."""
+    """Counts what one turn dispatches: operators, waits of the host, float64 results; and the
+    largest result."""
 
     def __init__(self):
         super().__init__()
-        self.operators, self.waits, self.double, self.largest = Counter(), Counter(), Counter(), (0, "")
+        self.operators, self.waits, self.double, self.largest = (
+            Counter(),
+            Counter(),
+            Counter(),
+            (0, ""),
+        )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out, name = function(*args, **(kwargs or {})), str(function).split(".")[1]
         self.operators[name] += 1
-        masked = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])      # a mask of unknown count
+        # a mask of unknown count
+        masked = name in ("index", "index_put_") and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
         if masked or name.startswith(SYNC):
             self.waits[f"{name} in {place()}"] += 1
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, torch.Tensor) and t.layout == torch.strided:
                 self.double[name] += t.dtype == torch.float64
-                self.largest = max(self.largest, (t.numel() * t.element_size(), f"{name} {tuple(t.shape)}"))
+                self.largest = max(
+                    self.largest, (t.numel() * t.element_size(), f"{name} {tuple(t.shape)}")
+                )
         return out
 
 
 class Loops:
-    """Stands in for run.progress, around which every training loop is written: measures the wanted ones, cuts every loop short."""
+    """Stands in for run.progress, around which every training loop is written: measures the wanted
+    ones, cuts every loop short."""
 
     def __init__(self, method, wanted, turns):
-        self.method, self.wanted, self.turns, self.number, self.out = method, wanted, turns, -1, sys.stdout
+        self.method, self.wanted, self.turns, self.number, self.out = (
+            method,
+            wanted,
+            turns,
+            -1,
+            sys.stdout,
+        )
 
     def __call__(self, iterable, desc, **_):
         self.number += 1
         items, n = iter(iterable), self.turns
         if self.number not in self.wanted:
-            yield from islice(items, 3 * n + 3)                         # as many as below: stformer averages the curves of its folds
+            # as many as below: stformer averages the curves of its folds
+            yield from islice(items, 3 * n + 3)
             return
         times, calls, ops = [], cProfile.Profile(), Dispatched()
-        for _ in range(2 + n):                                          # two to warm up
+        for _ in range(2 + n):  # two to warm up
             start = time.perf_counter()
             yield next(items)
             times.append(time.perf_counter() - start)
@@ -102,7 +129,15 @@ class Loops:
         with calls:
             yield from islice(items, n)
         with redirect_stdout(self.out):
-            report(f"{self.method} {desc}", times[2:], found.key_averages(), wall, ops, pstats.Stats(calls, stream=io.StringIO()), n)
+            report(
+                f"{self.method} {desc}",
+                times[2:],
+                found.key_averages(),
+                wall,
+                ops,
+                pstats.Stats(calls, stream=io.StringIO()),
+                n,
+            )
         if self.number == max(self.wanted):
             raise Enough
 
@@ -111,19 +146,44 @@ def report(name, times, events, wall, ops, calls, n):
     """Print the table of one loop."""
     own = sorted(events, key=lambda e: -e.self_cpu_time_total)
     inside = sum(e.self_cpu_time_total for e in own) / 1e6
+
     def listed(pairs):
         return ", ".join(f"{k} {v}" for k, v in pairs if v) or "none"
+
     def top(counter):
         return f"{counter.total()}: {listed(counter.most_common(6))}"
-    ours = [(f, c[1] / n, c[3] / calls.total_tt, file) for (file, _, f), c in calls.stats.items() if Path(file).parent == ROOT]
-    rows = {"seconds a turn": f"{statistics.median(times):.4f} (median of {len(times)}, {min(times):.4f} to {max(times):.4f})",
-            "outside operators": f"{1 - inside / wall:.0%} (under the profiler)",
-            "operators by own time": listed((e.key.removeprefix("aten::"), f"{e.self_cpu_time_total / 1e6 / inside:.0%}") for e in own[:8]),
-            "operators a turn": top(ops.operators), "host synchronisations a turn": top(ops.waits), "float64 results a turn": top(ops.double),
-            "largest result": f"{ops.largest[0] / 2**20:.1f} MB, {ops.largest[1]}", "graphs built a turn": listed((f, k) for f, k, *_ in ours if f in GRAPHS),
-            "data loading": f"{sum(share for f, _, share, _ in ours if f in LOADING):.0%}",
-            "our functions": listed((f"{Path(file).stem}.{f} x{k:g}", f"{v:.0%}") for f, k, v, file in sorted(ours, key=lambda p: -p[2])[:14] if v > 0.01)}
-    print(f"\n## {name}\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items()), flush=True)
+
+    ours = [
+        (f, c[1] / n, c[3] / calls.total_tt, file)
+        for (file, _, f), c in calls.stats.items()
+        if Path(file).parent == ROOT
+    ]
+    rows = {
+        "seconds a turn": (
+            f"{statistics.median(times):.4f} (median of {len(times)}, {min(times):.4f} to "
+            f"{max(times):.4f})"
+        ),
+        "outside operators": f"{1 - inside / wall:.0%} (under the profiler)",
+        "operators by own time": listed(
+            (e.key.removeprefix("aten::"), f"{e.self_cpu_time_total / 1e6 / inside:.0%}")
+            for e in own[:8]
+        ),
+        "operators a turn": top(ops.operators),
+        "host synchronisations a turn": top(ops.waits),
+        "float64 results a turn": top(ops.double),
+        "largest result": f"{ops.largest[0] / 2**20:.1f} MB, {ops.largest[1]}",
+        "graphs built a turn": listed((f, k) for f, k, *_ in ours if f in GRAPHS),
+        "data loading": f"{sum(share for f, _, share, _ in ours if f in LOADING):.0%}",
+        "our functions": listed(
+            (f"{Path(file).stem}.{f} x{k:g}", f"{v:.0%}")
+            for f, k, v, file in sorted(ours, key=lambda p: -p[2])[:14]
+            if v > 0.01
+        ),
+    }
+    print(
+        f"\n## {name}\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in rows.items()),
+        flush=True,
+    )
 
 
 def data_folder(folder):
@@ -133,7 +193,9 @@ def data_folder(folder):
         for name in ("dlpfc", "her2st"):
             (folder / name).symlink_to(Path(real, name).resolve())
         return cells.from_ca1(Path(real, "ca1"), folder / "cells.h5")
-    simulate.write_visium(simulate.simulate_cortex(3600, 3000, sample="151673"), folder / "dlpfc" / "151673")
+    simulate.write_visium(
+        simulate.simulate_cortex(3600, 3000, sample="151673"), folder / "dlpfc" / "151673"
+    )
     simulate.simulate_hest(folder / "her2st", n_slides=6, n_spots=220, patch_size=64)
     simulate.simulate_cells(folder / "cells.h5", n_cells=2400, n_genes=92)
 
@@ -143,7 +205,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="profile_loops.py", description=__doc__.split("\n")[0])
     parser.add_argument("methods", nargs="*", default=list(METHODS), help="which methods")
     parser.add_argument("--turns", type=int, default=5, help="turns that are timed")
-    parser.add_argument("--flags", default="", help="more flags for the methods, such as '--threads 1'")
+    parser.add_argument(
+        "--flags", default="", help="more flags for the methods, such as '--threads 1'"
+    )
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -152,8 +216,14 @@ def main(argv=None):
         for method in options.methods:
             source, flags, wanted = METHODS[method]
             loops = Loops(method, wanted, options.turns)
-            words = ["--data", str(folder / source), "--runs", str(folder / "runs"), *flags.replace("CACHE", str(folder / "features")).split(),
-                     *options.flags.split()]
+            words = [
+                "--data",
+                str(folder / source),
+                "--runs",
+                str(folder / "runs"),
+                *flags.replace("CACHE", str(folder / "features")).split(),
+                *options.flags.split(),
+            ]
             with mock.patch.object(run, "progress", loops), redirect_stdout(io.StringIO()):
                 with suppress(Enough):
                     importlib.import_module(method).main(words)

@@ -1,4 +1,6 @@
-"""bench.py and gpu_check.py: every part runs, its peers compute what we compute, and what they report can be wrong."""
+"""bench.py and gpu_check.py: every part runs, its peers compute what we compute, and what they
+report can be wrong."""
+
 import json
 import math
 import sys
@@ -40,15 +42,29 @@ def table():
 
 def rows_of(part, tmp_path):
     """The record of one part, made through the command line."""
-    assert bench.main([part, "--quick", "--repeats", "2", "--threads", "1", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        bench.main(
+            [part, "--quick", "--repeats", "2", "--threads", "1", "--out", str(tmp_path / "out")]
+        )
+        == 0
+    )
     record = json.loads((tmp_path / "out" / f"{part}.json").read_text())
-    assert record["threads"] == 1 and record["quick"] and record["versions"]["torch"] == torch.__version__
+    assert (
+        record["threads"] == 1
+        and record["quick"]
+        and record["versions"]["torch"] == torch.__version__
+    )
     text = (tmp_path / "out" / "bench.md").read_text()
     assert f"## {part}" in text
     for row in record["rows"]:
         assert row["case"] in text
         if "ratio" in row:
-            assert math.isfinite(row["ratio"]) and row["ratio"] > 0 and row["ours_s"] > 0 and row["peer_s"] > 0
+            assert (
+                math.isfinite(row["ratio"])
+                and row["ratio"] > 0
+                and row["ours_s"] > 0
+                and row["peer_s"] > 0
+            )
     return record["rows"]
 
 
@@ -61,7 +77,9 @@ def test_attention_part(tmp_path):
 def test_training_part(tmp_path):
     rows = rows_of("training", tmp_path)
     inputs, epoch, whole = rows[:3]
-    assert whole["ours_s"] == pytest.approx(inputs["ours_s"] + gat_fusion.Config().epochs * epoch["ours_s"])
+    assert whole["ours_s"] == pytest.approx(
+        inputs["ours_s"] + gat_fusion.Config().epochs * epoch["ours_s"]
+    )
     assert whole["ratio"] == pytest.approx(whole["peer_s"] / whole["ours_s"])
     assert "left out" in rows[-1]["note"]
 
@@ -97,7 +115,11 @@ def test_layers_equal_torch_geometrics(table):
         for theirs in others:
             for a, b in zip(ours, theirs):
                 assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item()), layer
-    a, b = (peers.forward_backward(peers.graph_layers(table)["GCN"]["GraphConvolution"], x) for _ in range(2))        # other weights
+    # other weights
+    a, b = (
+        peers.forward_backward(peers.graph_layers(table)["GCN"]["GraphConvolution"], x)
+        for _ in range(2)
+    )
     assert peers.largest_difference(a, b) > 1e-2
 
 
@@ -117,9 +139,12 @@ def test_swapped_models_equal_ours(table):
     ours = multist.AutoEncoder(20, multist.Config()).eval()
     peer = peers.PeerAutoEncoder(ours, multist.Config()).eval()
     a, b = ours.encoder(x, graph), peer.encoder(x, graph)
-    assert torch.allclose(a, b, atol=1e-5) and torch.allclose(ours.decode(a, graph), peer.decode(b, graph), atol=1e-5)
+    assert torch.allclose(a, b, atol=1e-5) and torch.allclose(
+        ours.decode(a, graph), peer.decode(b, graph), atol=1e-5
+    )
     with torch.no_grad():
-        peer.encoder.convs[0].lin.weight.add_(0.1)                      # the swapped layer is the one that is used
+        # the swapped layer is the one that is used
+        peer.encoder.convs[0].lin.weight.add_(0.1)
     assert not torch.allclose(a, peer.encoder(x, graph), atol=1e-3)
 
 
@@ -130,23 +155,41 @@ def test_compare_takes_turns_and_says_what_missed(options):
         order.append(name)
         time.sleep(seconds)
         return {"ours": 1.0, "slow": 1.5, "fast": 1.0}[name]
+
     options.repeats = 4
-    slow, fast = bench.compare("case", {name: lambda n=name, s=s: call(n, s) for name, s in (("ours", .02), ("slow", .08), ("fast", .005))}, options,
-                               lambda a, b: abs(a - b), target=2)
-    assert order[:3] == ["ours", "slow", "fast"] and order[3:9] == ["fast", "slow", "ours", "ours", "slow", "fast"] and len(order) == 15
+    slow, fast = bench.compare(
+        "case",
+        {
+            name: lambda n=name, s=s: call(n, s)
+            for name, s in (("ours", 0.02), ("slow", 0.08), ("fast", 0.005))
+        },
+        options,
+        lambda a, b: abs(a - b),
+        target=2,
+    )
+    assert (
+        order[:3] == ["ours", "slow", "fast"]
+        and order[3:9] == ["fast", "slow", "ours", "ours", "slow", "fast"]
+        and len(order) == 15
+    )
     assert 2 < slow["ratio"] < 6 and fast["ratio"] < 1 and slow["difference"] == 0.5
     assert "missed" in bench.cells(fast)[7] and "missed" not in bench.cells(slow)[7]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel tells the highest resident memory on Linux only")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"),
+    reason="the kernel tells the highest resident memory on Linux only",
+)
 def test_memory_added():
-    found, added = bench.memory_added(lambda: np.ones(2**23).sum())     # 64 MB, freed at the end
+    found, added = bench.memory_added(lambda: np.ones(2**23).sum())  # 64 MB, freed at the end
     assert found == 2**23 and 55 < added < 90
 
 
 def test_too_large_is_left_out_and_said(options, monkeypatch):
     monkeypatch.setattr(bench, "LIMIT_GB", 1e-9)
-    row, = bench.layers_at(np.random.default_rng(0).random((50, 2)), 6, "50 spots, k = 6", options)
+    (row,) = bench.layers_at(
+        np.random.default_rng(0).random((50, 2)), 6, "50 spots, k = 6", options
+    )
     assert "left out" in row["note"] and "ratio" not in row
 
 
@@ -172,21 +215,43 @@ def test_gpu_check_without_a_gpu(tmp_path, monkeypatch, capsys):
 
 def test_gpu_check_of_the_cpu_with_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "SEEDS", (0,))
-    assert gpu_check.main(["--out", str(tmp_path), "--device", "cpu", "--quick", "--methods", "gat_fusion"]) == 0
+    assert (
+        gpu_check.main(
+            ["--out", str(tmp_path), "--device", "cpu", "--quick", "--methods", "gat_fusion"]
+        )
+        == 0
+    )
     record = json.loads((tmp_path / "gpu_check.json").read_text())
-    result, = record["results"]
-    assert record["passed"] and result["difference"] == 0 and result["cpu_runs"][0]["turn_s"]["epochs"] > 0
+    (result,) = record["results"]
+    assert (
+        record["passed"]
+        and result["difference"] == 0
+        and result["cpu_runs"][0]["turn_s"]["epochs"] > 0
+    )
     assert [r["score"] for r in result["device_runs"]] == [r["score"] for r in result["cpu_runs"]]
-    assert "| gat_fusion | ari |" in (tmp_path / "gpu_check.md").read_text() and "passed" in capsys.readouterr().out
+    assert (
+        "| gat_fusion | ari |" in (tmp_path / "gpu_check.md").read_text()
+        and "passed" in capsys.readouterr().out
+    )
 
 
 def test_gpu_check_fails_on_a_difference_and_on_an_error(tmp_path):
     def runs(*scores):
         return [{"score": s} for s in scores]
-    assert gpu_check.judged("multist", runs(.50, .54), runs(.56, .62))["passed"]             # .07 apart, .06 spread + .05
-    assert not gpu_check.judged("multist", runs(.50, .54), runs(.66, .70))["passed"]
+
+    # .07 apart, .06 spread + .05
+    assert gpu_check.judged("multist", runs(0.50, 0.54), runs(0.56, 0.62))["passed"]
+    assert not gpu_check.judged("multist", runs(0.50, 0.54), runs(0.66, 0.70))["passed"]
     with open(tmp_path / "log", "w") as log:
-        broken = gpu_check.one_run("gat_fusion", tmp_path / "absent", "--epochs 1", torch.device("cpu"), 0, tmp_path / "runs", log)
+        broken = gpu_check.one_run(
+            "gat_fusion",
+            tmp_path / "absent",
+            "--epochs 1",
+            torch.device("cpu"),
+            0,
+            tmp_path / "runs",
+            log,
+        )
     assert broken["error"].startswith("DataError") and "absent" in (tmp_path / "log").read_text()
-    result = gpu_check.judged("gat_fusion", [broken], runs(.5))
+    result = gpu_check.judged("gat_fusion", [broken], runs(0.5))
     assert not result["passed"] and "FAILED DataError" in gpu_check.table([result])

@@ -1,4 +1,5 @@
 """cells.py: the cell file, its checks, the converters and the split over cells."""
+
 import errno
 import json
 import os
@@ -24,9 +25,16 @@ def table(n=N, seed=0, **changes):
     rng = np.random.default_rng(seed)
     counts = rng.poisson(1.0, (n, G))
     counts[:, 0] += 1
-    return {"counts": sp.csr_matrix(counts), "genes": [f"gene{g}" for g in range(G)], "ids": [f"zelle-\u00e4{i}" for i in range(n)],
-            "xy": rng.uniform(0, 3000, (n, 2)), "section": np.arange(n) % 2, "sections": ["left", "right"],
-            "crops": rng.integers(0, 256, (n, C, S, S), dtype=np.uint8), "channels": ["own", "other"]} | changes
+    return {
+        "counts": sp.csr_matrix(counts),
+        "genes": [f"gene{g}" for g in range(G)],
+        "ids": [f"zelle-\u00e4{i}" for i in range(n)],
+        "xy": rng.uniform(0, 3000, (n, 2)),
+        "section": np.arange(n) % 2,
+        "sections": ["left", "right"],
+        "crops": rng.integers(0, 256, (n, C, S, S), dtype=np.uint8),
+        "channels": ["own", "other"],
+    } | changes
 
 
 @pytest.fixture
@@ -35,16 +43,33 @@ def path(tmp_path):
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    given = table(labels=np.arange(N) % 3 - 1, classes=["a", "b"], masks=np.random.default_rng(1).random((N, S, S)) < .3,
-                  um_per_px=.5, px_per_crop_px=3, truth={"program": np.arange(N) / 7, "name": np.array(["x", "y\u00e9"])})
+    given = table(
+        labels=np.arange(N) % 3 - 1,
+        classes=["a", "b"],
+        masks=np.random.default_rng(1).random((N, S, S)) < 0.3,
+        um_per_px=0.5,
+        px_per_crop_px=3,
+        truth={"program": np.arange(N) / 7, "name": np.array(["x", "y\u00e9"])},
+    )
     found = data.load_cells(data.write_cells(tmp_path / "new" / "cells.h5", **given))
-    assert (found.counts != given["counts"]).nnz == 0 and found.counts.dtype == np.int32 and (found.n_cells, found.n_genes) == (N, G)
+    assert (
+        (found.counts != given["counts"]).nnz == 0
+        and found.counts.dtype == np.int32
+        and (found.n_cells, found.n_genes) == (N, G)
+    )
     for name in ("genes", "ids", "xy", "section", "labels"):
         np.testing.assert_array_equal(getattr(found, name), given[name], err_msg=name)
     for name in ("crops", "masks"):
         np.testing.assert_array_equal(getattr(found, name)[:], given[name])
-    assert (found.sections, found.channels, found.classes) == (["left", "right"], ["own", "other"], ["a", "b"])
-    assert (found.um_per_px, found.px_per_crop_px) == (.5, 3.0) and found.section_sizes.tolist() == [75, 75]
+    assert (found.sections, found.channels, found.classes) == (
+        ["left", "right"],
+        ["own", "other"],
+        ["a", "b"],
+    )
+    assert (found.um_per_px, found.px_per_crop_px) == (
+        0.5,
+        3.0,
+    ) and found.section_sizes.tolist() == [75, 75]
     np.testing.assert_array_equal(found.truth["program"], np.arange(N) / 7)
     assert found.truth["name"].tolist() == ["x", "y\u00e9"] and found.source.endswith("cells.h5")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["cells.h5"]
@@ -56,7 +81,8 @@ from pathlib import Path
 import numpy as np
 import test_cells
 data, given, path = test_cells.data, test_cells.table(2000), Path(sys.argv[2]) / "cells.h5"
-given["crops"] = np.random.default_rng(0).integers(0, int(sys.argv[1]), (2000, 2, 32, 32), dtype=np.uint8)    # 4 MB before compression
+size = (2000, 2, 32, 32)  # 4 MB before compression
+given["crops"] = np.random.default_rng(0).integers(0, int(sys.argv[1]), size, dtype=np.uint8)
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 data.write_cells(path, **test_cells.table(seed=1))
 old, refused = path.read_bytes(), 0
@@ -67,7 +93,8 @@ for limit in np.geomspace(500, 2 ** 23, 24).astype(int).tolist():
         break
     except data.DataError as error:
         refused += 1
-        assert "cannot be written (File too large): check the path, the rights and the free space" in str(error)
+        reason = "cannot be written (File too large): check the path, the rights and the free space"
+        assert reason in str(error)
         assert path.read_bytes() == old
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -80,19 +107,32 @@ print("refused", refused)
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the system for room as Linux does")
 @pytest.mark.parametrize("values", [2, 256])
 def test_a_full_disk_is_one_sentence_wherever_it_fills(tmp_path, values):
-    """A file may grow to so many bytes only, as on a full disk, in a process of its own: HDF5 would end it in closing a file that it could not write."""
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(values), str(tmp_path)], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})
+    """A file may grow to so many bytes only, as on a full disk, in a process of its own: HDF5 would
+    end it in closing a file that it could not write."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(values), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) > 15
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no way to ask for room")
-@pytest.mark.parametrize("code, written", [(errno.EOPNOTSUPP, True), (errno.EINVAL, True), (errno.EDQUOT, False), (errno.ENOSPC, False)])
-def test_room_is_asked_for_where_the_file_system_answers(path, tmp_path, monkeypatch, code, written):
-    """What was asked for and not used is given back: the bytes are those of a file for which nothing was asked."""
+@pytest.mark.parametrize(
+    "code, written",
+    [(errno.EOPNOTSUPP, True), (errno.EINVAL, True), (errno.EDQUOT, False), (errno.ENOSPC, False)],
+)
+def test_room_is_asked_for_where_the_file_system_answers(
+    path, tmp_path, monkeypatch, code, written
+):
+    """What was asked for and not used is given back: the bytes are those of a file for which
+    nothing was asked."""
+
     def refuse(*args):
         raise OSError(code, os.strerror(code))
+
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     if written:
         assert data.write_cells(tmp_path / "b.h5", **table()).read_bytes() == path.read_bytes()
@@ -104,20 +144,37 @@ def test_room_is_asked_for_where_the_file_system_answers(path, tmp_path, monkeyp
 
 def test_what_may_be_left_out(path):
     found = data.load_cells(path)
-    assert found.masks is None and found.classes == [] and (found.labels == -1).all() and np.isnan(found.um_per_px) and found.truth == {}
+    assert (
+        found.masks is None
+        and found.classes == []
+        and (found.labels == -1).all()
+        and np.isnan(found.um_per_px)
+        and found.truth == {}
+    )
 
 
 def test_the_same_cells_give_the_same_bytes(path, tmp_path):
     """The data checksum of a record must not depend on when the file was made."""
-    assert data.file_checksum(path) == data.file_checksum(data.write_cells(tmp_path / "again.h5", **table()))
+    assert data.file_checksum(path) == data.file_checksum(
+        data.write_cells(tmp_path / "again.h5", **table())
+    )
 
 
 def test_crops_are_read_by_row(path):
     crops, all_crops = data.load_cells(path).crops, table()["crops"]
     assert crops.shape == (N, C, S, S) and len(crops) == N and crops.path == str(path)
     mask = np.arange(N) % 5 == 1
-    for item in (0, -1, np.int64(77), [5, 3, 5, 140], np.array([149, 0, 64, 63]), slice(60, 70), slice(None, None, -7), mask,
-                 np.array([], dtype=int)):
+    for item in (
+        0,
+        -1,
+        np.int64(77),
+        [5, 3, 5, 140],
+        np.array([149, 0, 64, 63]),
+        slice(60, 70),
+        slice(None, None, -7),
+        mask,
+        np.array([], dtype=int),
+    ):
         np.testing.assert_array_equal(crops[item], all_crops[item], err_msg=str(item))
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(crops))[[9, 2]], all_crops[[9, 2]])
     with pytest.raises(IndexError):
@@ -126,8 +183,11 @@ def test_crops_are_read_by_row(path):
 
 def test_crops_may_come_block_by_block(tmp_path):
     given = table()
-    blocks = (given["crops"][i:i + 40] for i in range(0, N, 40))
-    np.testing.assert_array_equal(data.load_cells(data.write_cells(tmp_path / "c.h5", **given | {"crops": blocks})).crops[:], given["crops"])
+    blocks = (given["crops"][i : i + 40] for i in range(0, N, 40))
+    np.testing.assert_array_equal(
+        data.load_cells(data.write_cells(tmp_path / "c.h5", **given | {"crops": blocks})).crops[:],
+        given["crops"],
+    )
 
 
 def changed(path, **items):
@@ -153,16 +213,37 @@ def ragged():
 
 BAD = {
     "crops of unequal size": (lambda p: _vlen(p), "unequal size"),
-    "crops not square": (lambda p: changed(p, crops=np.zeros((N, C, S, S + 1), np.uint8)), "unequal size"),
-    "crops as float": (lambda p: changed(p, crops=np.zeros((N, C, S, S), np.float32)), "another kind"),
-    "too few crops": (lambda p: changed(p, crops=np.zeros((N - 1, C, S, S), np.uint8)), "150 cells and 2 channels but crops"),
+    "crops not square": (
+        lambda p: changed(p, crops=np.zeros((N, C, S, S + 1), np.uint8)),
+        "unequal size",
+    ),
+    "crops as float": (
+        lambda p: changed(p, crops=np.zeros((N, C, S, S), np.float32)),
+        "another kind",
+    ),
+    "too few crops": (
+        lambda p: changed(p, crops=np.zeros((N - 1, C, S, S), np.uint8)),
+        "150 cells and 2 channels but crops",
+    ),
     "too few channels": (lambda p: changed(p, channels=["own"]), "150 cells and 1 channels"),
     "masks of another size": (lambda p: changed(p, masks=np.zeros((N, S, S + 1), bool)), "masks"),
-    "more label ids than cells": (lambda p: changed(p, labels=np.zeros(N + 1, np.int32)), r"labels of shape \(151,\)"),
-    "more label ids than classes": (lambda p: changed(p, labels=np.arange(N) % 3, classes=["a", "b"]), "label ids outside"),
-    "zero-count cells": (lambda p: changed(p, counts__data=np.where(np.arange(_nnz(p)) < _row0(p), 0, 1)), "1 cells without a single count"),
+    "more label ids than cells": (
+        lambda p: changed(p, labels=np.zeros(N + 1, np.int32)),
+        r"labels of shape \(151,\)",
+    ),
+    "more label ids than classes": (
+        lambda p: changed(p, labels=np.arange(N) % 3, classes=["a", "b"]),
+        "label ids outside",
+    ),
+    "zero-count cells": (
+        lambda p: changed(p, counts__data=np.where(np.arange(_nnz(p)) < _row0(p), 0, 1)),
+        "1 cells without a single count",
+    ),
     "NaN counts": (lambda p: changed(p, counts__data=np.full(_nnz(p), np.nan)), "NaN"),
-    "broken CSR": (lambda p: changed(p, counts__indices=np.full(_nnz(p), G + 3)), "cannot be read as a cell file"),
+    "broken CSR": (
+        lambda p: changed(p, counts__indices=np.full(_nnz(p), G + 3)),
+        "cannot be read as a cell file",
+    ),
     "no xy": (lambda p: changed(p, xy=None), "cannot be read as a cell file"),
     "NaN in xy": (lambda p: changed(p, xy=np.full((N, 2), np.nan)), "not finite"),
     "xy of other cells": (lambda p: changed(p, xy=np.zeros((N + 1, 2))), r"xy of shape \(151, 2\)"),
@@ -173,7 +254,10 @@ BAD = {
     "another format": (lambda p: changed(p, at_format="x"), "not a cell file"),
     "infinite field of view": (lambda p: changed(p, at_px_per_crop_px=np.inf), "px per crop px"),
     "crops in no bytes": (lambda p: _empty(p), "declares"),
-    "values beyond the last row pointer": (lambda p: changed(p, counts__indptr=np.r_[0, np.full(N, _nnz(p) - 1)]), "row pointers"),
+    "values beyond the last row pointer": (
+        lambda p: changed(p, counts__indptr=np.r_[0, np.full(N, _nnz(p) - 1)]),
+        "row pointers",
+    ),
     "sections as numbers": (lambda p: changed(p, sections=[1, 2]), "instead of a list of names"),
     "no field of view": (lambda p: changed(p, at_px_per_crop_px=0.0), "px per crop px"),
 }
@@ -209,10 +293,10 @@ def test_files_that_cannot_be_used(path, case):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("share", [0, .1, .5, .9, .999])
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.999])
 def test_truncated_file(path, share):
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(share * len(whole))])
+    path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(data.DataError, match="truncated"):
         data.load_cells(path)
 
@@ -234,16 +318,22 @@ def test_flipped_bits_in_the_crops_are_noticed(path):
         crops[64:128]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"crops": [np.zeros((1, C, S, S), np.uint8), np.zeros((1, C, S + 1, S + 1), np.uint8)]}, "crops of unequal size"),
-    ({"crops": np.zeros((N - 1, C, S, S), np.uint8)}, "149 crops for 150 cells"),
-    ({"crops": np.zeros((N + 1, C, S, S), np.uint8)}, "more crops than its 150 cells"),
-    ({"crops": np.zeros((N, C, S, S))}, "another kind"),
-    ({"counts": sp.csr_matrix(np.zeros((N, G), int))}, "150 cells without a single count"),
-    ({"counts": sp.csr_matrix(np.full((N, G), .5))}, "non-integer"),
-    ({"labels": np.zeros(N, int)}, "label ids outside"),
-    ({"masks": np.zeros((N, S, S), np.uint8)}, "masks"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"crops": [np.zeros((1, C, S, S), np.uint8), np.zeros((1, C, S + 1, S + 1), np.uint8)]},
+            "crops of unequal size",
+        ),
+        ({"crops": np.zeros((N - 1, C, S, S), np.uint8)}, "149 crops for 150 cells"),
+        ({"crops": np.zeros((N + 1, C, S, S), np.uint8)}, "more crops than its 150 cells"),
+        ({"crops": np.zeros((N, C, S, S))}, "another kind"),
+        ({"counts": sp.csr_matrix(np.zeros((N, G), int))}, "150 cells without a single count"),
+        ({"counts": sp.csr_matrix(np.full((N, G), 0.5))}, "non-integer"),
+        ({"labels": np.zeros(N, int)}, "label ids outside"),
+        ({"masks": np.zeros((N, S, S), np.uint8)}, "masks"),
+    ],
+)
 def test_nothing_is_written_when_something_is_wrong(path, tmp_path, changes, message):
     before = path.read_bytes()
     with pytest.raises(data.DataError, match=message):
@@ -257,44 +347,65 @@ def test_folder_that_cannot_be_written(tmp_path):
         data.write_cells(tmp_path / "file" / "cells.h5", **table())
 
 
-# ------------------------------------------------------------------------------------------------------------------ CA1
+# ---------------------------------------------------------------------------------------------- CA1
 @pytest.fixture(scope="module")
 def ca1(real_data, tmp_path_factory):
-    return data.load_cells(data.from_ca1(real_data / "ca1", tmp_path_factory.mktemp("ca1") / "cells.h5"))
+    return data.load_cells(
+        data.from_ca1(real_data / "ca1", tmp_path_factory.mktemp("ca1") / "cells.h5")
+    )
 
 
 def test_ca1_is_the_recipe(ca1):
-    assert (ca1.n_cells, ca1.n_genes) == (2358, 92) and ca1.sections == ["ca1"] and ca1.px_per_crop_px == 3 and np.isnan(ca1.um_per_px)
-    assert np.median(np.asarray(ca1.counts.sum(axis=1))) == 21.5 and ca1.counts.sum(axis=1).min() == 8
+    assert (
+        (ca1.n_cells, ca1.n_genes) == (2358, 92)
+        and ca1.sections == ["ca1"]
+        and ca1.px_per_crop_px == 3
+        and np.isnan(ca1.um_per_px)
+    )
+    assert (
+        np.median(np.asarray(ca1.counts.sum(axis=1))) == 21.5 and ca1.counts.sum(axis=1).min() == 8
+    )
     assert ca1.crops.shape == (2358, 2, 32, 32) and ca1.channels == ["own", "other"]
 
 
 def test_ca1_against_a_naive_version(ca1, real_data):
     image = sp.load_npz(real_data / "ca1" / "label_image.coo.npz").toarray()
-    reads = [line.split(",") for line in (real_data / "ca1" / "spots.csv").read_text().splitlines()[1:]]
+    reads = [
+        line.split(",") for line in (real_data / "ca1" / "spots.csv").read_text().splitlines()[1:]
+    ]
     numbers = ca1.ids.astype(int)
-    at_rim = np.flatnonzero((ca1.xy < 48).any(axis=1) | (ca1.xy > [7602 - 48, 5471 - 48]).any(axis=1))
+    at_rim = np.flatnonzero(
+        (ca1.xy < 48).any(axis=1) | (ca1.xy > [7602 - 48, 5471 - 48]).any(axis=1)
+    )
     assert len(at_rim) > 3
     padded = np.pad(image, 48)
     for i in [*at_rim[:2], *np.random.default_rng(0).choice(2358, 3, replace=False)]:
         y, x = np.nonzero(image == numbers[i])
         np.testing.assert_allclose(ca1.xy[i], [x.mean(), y.mean()])
         cx, cy = np.rint(ca1.xy[i]).astype(int) + 48
-        window = padded[cy - 48:cy + 48, cx - 48:cx + 48]
-        for channel, mask in enumerate((window == numbers[i], (window != 0) & (window != numbers[i]))):
+        window = padded[cy - 48 : cy + 48, cx - 48 : cx + 48]
+        for channel, mask in enumerate(
+            (window == numbers[i], (window != 0) & (window != numbers[i]))
+        ):
             pooled = mask.reshape(32, 3, 32, 3).mean((1, 3))
             np.testing.assert_array_equal(ca1.crops[i][channel], np.rint(255 * pooled))
     centroids = {}
-    for i in np.random.default_rng(1).choice(len(reads), 40, replace=False):     # one read at a time: the nearest of all nuclei near it
+    # one read at a time: the nearest of all nuclei near it
+    for i in np.random.default_rng(1).choice(len(reads), 40, replace=False):
         gene, x, y = reads[i][0], int(reads[i][1]), int(reads[i][2])
-        for number in np.unique(image[max(y - 150, 0):y + 150, max(x - 150, 0):x + 150]):
+        for number in np.unique(image[max(y - 150, 0) : y + 150, max(x - 150, 0) : x + 150]):
             if number and number not in centroids:
-                where = np.argwhere(image[max(y - 250, 0):y + 250, max(x - 250, 0):x + 250] == number)
+                where = np.argwhere(
+                    image[max(y - 250, 0) : y + 250, max(x - 250, 0) : x + 250] == number
+                )
                 centroids[number] = where.mean(0)[::-1] + [max(x - 250, 0), max(y - 250, 0)]
         near = {n: np.hypot(*(c - [x, y])) for n, c in centroids.items()}
         best = min(near, key=near.get, default=None)
         if best is not None and near[best] <= 35 and best in numbers:
-            assert ca1.counts[np.flatnonzero(numbers == best)[0], np.flatnonzero(ca1.genes == gene)[0]] > 0
+            assert (
+                ca1.counts[np.flatnonzero(numbers == best)[0], np.flatnonzero(ca1.genes == gene)[0]]
+                > 0
+            )
 
 
 def write_ca1(folder, reads, image):
@@ -311,28 +422,54 @@ def toy_image():
 
 
 def test_nuclei_with_few_reads_are_dropped_and_counted(tmp_path, capsys):
-    reads = "x,y,Gene\n" + "45,25,b\n" * 8 + "46,26,a\n" + "155,64,a\n" * 7 + "155,110,a\n" + "-1,100,a\n"
-    found = data.load_cells(data.from_ca1(write_ca1(tmp_path / "s1", reads, toy_image()), tmp_path / "c.h5"))
-    assert found.ids.tolist() == ["7"] and found.genes.tolist() == ["a", "b"] and found.sections == ["s1"]
+    reads = (
+        "x,y,Gene\n"
+        + "45,25,b\n" * 8
+        + "46,26,a\n"
+        + "155,64,a\n" * 7
+        + "155,110,a\n"
+        + "-1,100,a\n"
+    )
+    found = data.load_cells(
+        data.from_ca1(write_ca1(tmp_path / "s1", reads, toy_image()), tmp_path / "c.h5")
+    )
+    assert (
+        found.ids.tolist() == ["7"]
+        and found.genes.tolist() == ["a", "b"]
+        and found.sections == ["s1"]
+    )
     assert found.counts.toarray().tolist() == [[1, 8]]
     out = capsys.readouterr().out
-    assert "1 cells x 2 genes" in out and "dropped 2 nuclei with fewer than 8 reads and 1 reads" in out and out.count("\n") == 1
+    assert (
+        "1 cells x 2 genes" in out
+        and "dropped 2 nuclei with fewer than 8 reads and 1 reads" in out
+        and out.count("\n") == 1
+    )
 
 
-@pytest.mark.parametrize(("reads", "message"), [
-    ("Gene,x,y\n" + "a,45,25\n" * 9 + "a,236,25\n", "1 reads outside the 200 x 120 px image"),
-    ("Gene,x,y\n" + "a,45,25\n" * 9 + "a,45,-36\n", "1 reads outside"),
-    ("Gene,x\na,1\n", "needs Gene, x and y"), ("", "needs Gene, x and y"), ("Gene,x,y\n", "holds no read"),
-    ("Gene,x,y\na,b,1\n", "cannot be read as a table"), ("Gene,x,y\na,1\n", "cannot be read as a table"), ("Gene,x,y\na,nan,1\n", "no finite number"),
-    ("Gene,x,y\na,45,25\n", "gives no nucleus 8 reads"),
-])
+@pytest.mark.parametrize(
+    ("reads", "message"),
+    [
+        ("Gene,x,y\n" + "a,45,25\n" * 9 + "a,236,25\n", "1 reads outside the 200 x 120 px image"),
+        ("Gene,x,y\n" + "a,45,25\n" * 9 + "a,45,-36\n", "1 reads outside"),
+        ("Gene,x\na,1\n", "needs Gene, x and y"),
+        ("", "needs Gene, x and y"),
+        ("Gene,x,y\n", "holds no read"),
+        ("Gene,x,y\na,b,1\n", "cannot be read as a table"),
+        ("Gene,x,y\na,1\n", "cannot be read as a table"),
+        ("Gene,x,y\na,nan,1\n", "no finite number"),
+        ("Gene,x,y\na,45,25\n", "gives no nucleus 8 reads"),
+    ],
+)
 def test_reads_that_cannot_be_used(tmp_path, reads, message):
     with pytest.raises(data.DataError, match=message) as error:
         data.from_ca1(write_ca1(tmp_path / "s", reads, toy_image()), tmp_path / "c.h5")
     assert "spots.csv" in str(error.value) and not (tmp_path / "c.h5").exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "other", "float", "empty", "huge", "wide", "out of range"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "other", "float", "empty", "huge", "wide", "out of range"]
+)
 def test_label_images_that_cannot_be_used(tmp_path, damage):
     folder = write_ca1(tmp_path / "s", "Gene,x,y\na,45,25\n" * 1, toy_image())
     path = folder / "label_image.coo.npz"
@@ -346,10 +483,17 @@ def test_label_images_that_cannot_be_used(tmp_path, damage):
         sp.save_npz(path, sp.coo_matrix(([1], ([0], [0])), shape=(2**20, 2**20)))
     elif damage == "out of range":
         image = sp.csr_matrix(toy_image())
-        image.indices[0] = 2**30                               # written beyond the array's memory by toarray
+        # written beyond the array's memory by toarray
+        image.indices[0] = 2**30
         sp.save_npz(path, image)
     else:
-        image = toy_image().astype(float) if damage == "float" else np.zeros((9, 9), int) if damage == "empty" else np.full((9, 9), 2**40)
+        image = (
+            toy_image().astype(float)
+            if damage == "float"
+            else np.zeros((9, 9), int)
+            if damage == "empty"
+            else np.full((9, 9), 2**40)
+        )
         sp.save_npz(path, sp.coo_matrix(image))
     with pytest.raises(data.DataError, match="label_image.coo.npz"):
         data.from_ca1(folder, tmp_path / "c.h5")
@@ -359,9 +503,24 @@ def test_label_images_that_cannot_be_used(tmp_path, damage):
 def test_command_line(tmp_path):
     """As users run it, and without the packages of the extra [xenium]."""
     folder = write_ca1(tmp_path / "s", "Gene,x,y\n" + "a,45,25\n" * 9, toy_image())
-    code = "import runpy, sys; sys.modules.update(tifffile=None, imagecodecs=None, pyarrow=None); runpy.run_path(sys.argv[1], run_name='__main__')"
-    words = ["-c", code.replace("sys.argv[1]", f"{str(ROOT / 'data.py')!r}"), "ca1", str(folder), str(tmp_path / "c.h5")]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    code = (
+        "import runpy, sys; sys.modules.update(tifffile=None, imagecodecs=None, pyarrow=None); "
+        "runpy.run_path(sys.argv[1], run_name='__main__')"
+    )
+    words = [
+        "-c",
+        code.replace("sys.argv[1]", f"{str(ROOT / 'data.py')!r}"),
+        "ca1",
+        str(folder),
+        str(tmp_path / "c.h5"),
+    ]
+    done = subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert (done.returncode, done.stderr) == (0, "") and "1 cells x 1 genes" in done.stdout
     assert data.load_cells(tmp_path / "c.h5").n_cells == 1
 
@@ -371,36 +530,67 @@ def test_command_line_errors(tmp_path, what, capsys):
     with pytest.raises(SystemExit) as stop:
         data.main([what, str(tmp_path / "none"), str(tmp_path / "d.h5")])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "none" in err
+    assert (
+        stop.value.code == 2
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and "none" in err
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- split
+# -------------------------------------------------------------------------------------------- split
 def gap(found, a, b):
     """Smallest distance between cells of two parts in one section."""
-    return min(np.hypot(*(found.xy[a & rows][:, None] - found.xy[b & rows]).transpose(2, 0, 1)).min()
-               for rows in (found.section == s for s in np.unique(found.section)) if (a & rows).any() and (b & rows).any())
+    return min(
+        np.hypot(*(found.xy[a & rows][:, None] - found.xy[b & rows]).transpose(2, 0, 1)).min()
+        for rows in (found.section == s for s in np.unique(found.section))
+        if (a & rows).any() and (b & rows).any()
+    )
 
 
 def test_ca1_blocks(ca1):
     whole = data.cell_split(ca1, val=0)
-    assert (whole.train.sum(), whole.val.sum(), whole.test.sum()) == (1593, 0, 645) and "600 px" in whole.detail and not whole.leaks_position
+    assert (
+        (whole.train.sum(), whole.val.sum(), whole.test.sum()) == (1593, 0, 645)
+        and "600 px" in whole.detail
+        and not whole.leaks_position
+    )
     split = data.cell_split(ca1)
-    assert np.array_equal(split.test, whole.test) and not ((split.train | split.val) & ~whole.train).any() and split.val.sum() > 200
+    assert (
+        np.array_equal(split.test, whole.test)
+        and not ((split.train | split.val) & ~whole.train).any()
+        and split.val.sum() > 200
+    )
     assert not (split.train & split.val).any() and split.train.sum() > 1000
     for a, b in ((split.train, split.test), (split.val, split.test), (split.train, split.val)):
         assert gap(ca1, a, b) > 96
-    assert np.sum([data.cell_split(ca1, fold=k).test for k in range(4)], axis=0).tolist() == [1] * 2358
+    assert (
+        np.sum([data.cell_split(ca1, fold=k).test for k in range(4)], axis=0).tolist() == [1] * 2358
+    )
     assert data.cell_split(ca1, buffer=0).leaks_position
 
 
 def test_blocks_of_two_sections_keep_their_distance_within_the_section(tmp_path):
     found = data.load_cells(data.write_cells(tmp_path / "c.h5", **table(800)))
     split = data.cell_split(found, width=300.0, buffer=60.0)
-    assert ((found.xy[:, 0] // 300 % 4 == 2) == split.test).all() and not (split.test & (split.train | split.val)).any()
-    assert min(gap(found, split.train, split.test), gap(found, split.train, split.val), gap(found, split.val, split.test)) > 60
-    found.section[(found.xy[:, 0] // 300) % 4 == 2] = 0                          # now section 1 has no test cell: it loses none to the buffer
+    assert ((found.xy[:, 0] // 300 % 4 == 2) == split.test).all() and not (
+        split.test & (split.train | split.val)
+    ).any()
+    assert (
+        min(
+            gap(found, split.train, split.test),
+            gap(found, split.train, split.val),
+            gap(found, split.val, split.test),
+        )
+        > 60
+    )
+    # now section 1 has no test cell: it loses none to the buffer
+    found.section[(found.xy[:, 0] // 300) % 4 == 2] = 0
     again = data.cell_split(found, width=300.0, buffer=60.0, val=0)
-    assert again.train[found.section == 1].all() and not (again.train | again.test)[found.section == 0].all()
+    assert (
+        again.train[found.section == 1].all()
+        and not (again.train | again.test)[found.section == 0].all()
+    )
 
 
 def test_sections(tmp_path):
@@ -412,18 +602,30 @@ def test_sections(tmp_path):
         for s in splits:
             assert s.name == "sections" and "sections" in s.detail and not s.leaks_position
             parts = [set(found.section[part].tolist()) for part in (s.train, s.val, s.test)]
-            assert all(parts) and sum(map(len, parts)) == n == len(set.union(*parts)) and (s.train | s.val | s.test).all()
+            assert (
+                all(parts)
+                and sum(map(len, parts)) == n == len(set.union(*parts))
+                and (s.train | s.val | s.test).all()
+            )
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ({"width": 1e5}, "no cell to test"), ({"buffer": 1e4}, "no cell to"), ({"fold": 4}, "make no split"), ({"width": 0.0}, "make no split"),
-    ({"val": 1}, "make no split"), ({"test_every": 1}, "make no split")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"width": 1e5}, "no cell to test"),
+        ({"buffer": 1e4}, "no cell to"),
+        ({"fold": 4}, "make no split"),
+        ({"width": 0.0}, "make no split"),
+        ({"val": 1}, "make no split"),
+        ({"test_every": 1}, "make no split"),
+    ],
+)
 def test_splits_that_cannot_be_made(path, flags, message):
     with pytest.raises(data.DataError, match=message):
         data.cell_split(data.load_cells(path), **flags)
 
 
-# --------------------------------------------------------------------------------------------------------------- Xenium
+# ------------------------------------------------------------------------------------------- Xenium
 @pytest.fixture(scope="module")
 def bundle(real_data):
     for name in ("tifffile", "imagecodecs", "pyarrow"):
@@ -442,62 +644,102 @@ def copy(bundle, tmp_path):
 def naive_crop(image, xy, pool, size=32):
     x, y = np.floor(xy).astype(int) + 200
     half = pool * size // 2
-    window = np.pad(image, 200)[y - half:y + half, x - half:x + half].astype(float)
+    window = np.pad(image, 200)[y - half : y + half, x - half : x + half].astype(float)
     return window.reshape(size, pool, size, pool).mean((1, 3))
 
 
 def test_xenium_bundle(bundle, tmp_path, capsys):
     import pyarrow.parquet
     import tifffile
+
     found = data.load_cells(data.from_xenium(bundle, tmp_path / "c.h5"))
     counts, genes, ids = data.read_10x_h5(bundle / "cell_feature_matrix.h5")
     has = np.asarray(counts.sum(axis=1)).ravel() > 0
-    assert sorted(found.ids) == sorted(ids[has]) and found.n_cells == 21 and found.genes.tolist() == genes.tolist() and len(genes) == 5006
+    assert (
+        sorted(found.ids) == sorted(ids[has])
+        and found.n_cells == 21
+        and found.genes.tolist() == genes.tolist()
+        and len(genes) == 5006
+    )
     assert "dropped 15 cells without a gene count; a crop shows 27.2 um" in capsys.readouterr().out
-    assert found.sections == ["xenium_tiny"] and found.um_per_px == .2125 and found.px_per_crop_px == 4 and found.crops.shape == (21, 4, 32, 32)
+    assert (
+        found.sections == ["xenium_tiny"]
+        and found.um_per_px == 0.2125
+        and found.px_per_crop_px == 4
+        and found.crops.shape == (21, 4, 32, 32)
+    )
     assert found.channels == ["DAPI", "ATP1A1/CD45/E-Cadherin", "18S", "alphaSMA/Vimentin"]
     cells_table = pyarrow.parquet.read_table(bundle / "cells.parquet").to_pydict()
     for i in range(21):
-        k, row = cells_table["cell_id"].index(found.ids[i]), int(np.flatnonzero(ids == found.ids[i])[0])
-        np.testing.assert_allclose(found.xy[i] * .2125, [cells_table["x_centroid"][k], cells_table["y_centroid"][k]])
+        k, row = (
+            cells_table["cell_id"].index(found.ids[i]),
+            int(np.flatnonzero(ids == found.ids[i])[0]),
+        )
+        np.testing.assert_allclose(
+            found.xy[i] * 0.2125, [cells_table["x_centroid"][k], cells_table["y_centroid"][k]]
+        )
         assert (found.counts[i] != counts[row]).nnz == 0
-        area = found.masks[i].sum() * (4 * .2125) ** 2                          # um2, against the table's
-        assert area == pytest.approx(min(cells_table["cell_area"][k], 27.2**2), rel=.35, abs=6)
-    image = tifffile.imread(bundle / "morphology_focus" / "morphology_focus_0001.ome.tif", is_ome=False, level=0)
-    raw, crops = np.stack([naive_crop(image, xy, 4) for xy in found.xy]), found.crops[:, ][:, 1].astype(float)
-    low, high = np.quantile(raw, [.01, .998])
-    np.testing.assert_allclose(crops, 255 * np.clip((raw - low) / (high - low), 0, 1), atol=.51)
+        # um2, against the table's
+        area = found.masks[i].sum() * (4 * 0.2125) ** 2
+        assert area == pytest.approx(min(cells_table["cell_area"][k], 27.2**2), rel=0.35, abs=6)
+    image = tifffile.imread(
+        bundle / "morphology_focus" / "morphology_focus_0001.ome.tif", is_ome=False, level=0
+    )
+    raw, crops = (
+        np.stack([naive_crop(image, xy, 4) for xy in found.xy]),
+        found.crops[:,][:, 1].astype(float),
+    )
+    low, high = np.quantile(raw, [0.01, 0.998])
+    np.testing.assert_allclose(crops, 255 * np.clip((raw - low) / (high - low), 0, 1), atol=0.51)
 
 
 def test_xenium_reads_only_the_tiles_under_the_cells(bundle, tmp_path, monkeypatch):
     import tifffile
+
     decoded, whole = [], cells._Plane._tile
 
     def tile(self, row, col):
         decoded.append((self.path, row, col))
         return whole(self, row, col)
+
     monkeypatch.setattr(cells._Plane, "_tile", tile)
-    monkeypatch.setattr(tifffile.TiffPage, "asarray", lambda *a, **k: pytest.fail("a whole page was read"))
+    monkeypatch.setattr(
+        tifffile.TiffPage, "asarray", lambda *a, **k: pytest.fail("a whole page was read")
+    )
     data.from_xenium(bundle, tmp_path / "c.h5")
-    assert 0 < len({d[1:] for d in decoded}) < 12                               # of the 24 tiles of a page
+    # of the 24 tiles of a page
+    assert 0 < len({d[1:] for d in decoded}) < 12
 
 
 def test_xenium_z_stack(copy, tmp_path):
     import tifffile
+
     shutil.rmtree(copy / "morphology_focus")
     (copy / "cell_boundaries.parquet").unlink()
     stack = np.random.default_rng(0).integers(0, 200, (3, 1950, 4500), dtype=np.uint8)
-    tifffile.imwrite(copy / "morphology.ome.tif", stack, tile=(512, 256), metadata={"axes": "ZYX", "Channel": {"Name": "DAPI"}})
+    tifffile.imwrite(
+        copy / "morphology.ome.tif",
+        stack,
+        tile=(512, 256),
+        metadata={"axes": "ZYX", "Channel": {"Name": "DAPI"}},
+    )
     image = stack.max(axis=0)
     found = data.load_cells(data.from_xenium(copy, tmp_path / "c.h5", field_um=20, size=16))
-    assert found.channels == ["DAPI"] and found.masks is None and found.px_per_crop_px == 6 and found.crops.shape == (21, 1, 16, 16)
+    assert (
+        found.channels == ["DAPI"]
+        and found.masks is None
+        and found.px_per_crop_px == 6
+        and found.crops.shape == (21, 1, 16, 16)
+    )
     raw = np.stack([naive_crop(image, xy, 6, 16) for xy in found.xy])
-    low, high = np.quantile(raw, [.01, .998])
-    np.testing.assert_allclose(found.crops[:, ][:, 0], 255 * np.clip((raw - low) / (high - low), 0, 1), atol=.51)
+    low, high = np.quantile(raw, [0.01, 0.998])
+    np.testing.assert_allclose(
+        found.crops[:,][:, 0], 255 * np.clip((raw - low) / (high - low), 0, 1), atol=0.51
+    )
 
 
-def _truncate(path, share=.5):
-    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+def _truncate(path, share=0.5):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
 def _pixel_size(bundle, value):
@@ -505,20 +747,41 @@ def _pixel_size(bundle, value):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pixel_size": value}))
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda b: (b / "experiment.xenium").unlink(), "experiment.xenium gives no pixel_size"),
-    (lambda b: _pixel_size(b, 0.0), "pixel_size of 0.0"),
-    (lambda b: _pixel_size(b, .05), "cells outside the 5789 x 3522 px image"),
-    (lambda b: _pixel_size(b, 4.25), "too coarse"),
-    (lambda b: (b / "cells.parquet").unlink(), "cells.parquet cannot be read"),
-    (lambda b: _truncate(b / "cells.parquet"), "cells.parquet cannot be read"),
-    (lambda b: shutil.copy(b / "nucleus_boundaries.parquet", b / "cells.parquet"), "cells.parquet cannot be read"),
-    (lambda b: _truncate(b / "cell_feature_matrix.h5"), "cell_feature_matrix.h5 cannot be read"),
-    (lambda b: _truncate(b / "morphology_focus" / "morphology_focus_0002.ome.tif", .2), "morphology_focus_0002.ome.tif cannot be"),
-    (lambda b: _truncate(b / "morphology_focus" / "morphology_focus_0002.ome.tif", .99), "morphology_focus_0002.ome.tif cannot be"),
-    (lambda b: (b / "morphology_focus" / "morphology_focus_0001.ome.tif").write_text("no"), "morphology_focus_0001.ome.tif cannot be read"),
-    (lambda b: (shutil.rmtree(b / "morphology_focus"), (b / "morphology.ome.tif").unlink()), "no morphology image"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: (b / "experiment.xenium").unlink(), "experiment.xenium gives no pixel_size"),
+        (lambda b: _pixel_size(b, 0.0), "pixel_size of 0.0"),
+        (lambda b: _pixel_size(b, 0.05), "cells outside the 5789 x 3522 px image"),
+        (lambda b: _pixel_size(b, 4.25), "too coarse"),
+        (lambda b: (b / "cells.parquet").unlink(), "cells.parquet cannot be read"),
+        (lambda b: _truncate(b / "cells.parquet"), "cells.parquet cannot be read"),
+        (
+            lambda b: shutil.copy(b / "nucleus_boundaries.parquet", b / "cells.parquet"),
+            "cells.parquet cannot be read",
+        ),
+        (
+            lambda b: _truncate(b / "cell_feature_matrix.h5"),
+            "cell_feature_matrix.h5 cannot be read",
+        ),
+        (
+            lambda b: _truncate(b / "morphology_focus" / "morphology_focus_0002.ome.tif", 0.2),
+            "morphology_focus_0002.ome.tif cannot be",
+        ),
+        (
+            lambda b: _truncate(b / "morphology_focus" / "morphology_focus_0002.ome.tif", 0.99),
+            "morphology_focus_0002.ome.tif cannot be",
+        ),
+        (
+            lambda b: (b / "morphology_focus" / "morphology_focus_0001.ome.tif").write_text("no"),
+            "morphology_focus_0001.ome.tif cannot be read",
+        ),
+        (
+            lambda b: (shutil.rmtree(b / "morphology_focus"), (b / "morphology.ome.tif").unlink()),
+            "no morphology image",
+        ),
+    ],
+)
 def test_bundles_that_cannot_be_used(copy, tmp_path, damage, message):
     damage(copy)
     with pytest.raises(data.DataError, match=message) as error:

@@ -1,4 +1,6 @@
-"""cmrcnet: layers and losses against naive versions, retrieval against brute force, leaks, controls on simulated slides, processes, bad input."""
+"""cmrcnet: layers and losses against naive versions, retrieval against brute force, leaks, controls
+on simulated slides, processes, bad input."""
+
 import json
 import os
 import shutil
@@ -26,8 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """Four simulated slides of three patients (S3 and S4 are sections of P3), genes a function of the patch."""
-    root = simulate.simulate_hest(tmp_path_factory.mktemp("hest") / "sim", n_slides=4, n_spots=60, patch_size=16, n_genes=60)
+    """Four simulated slides of three patients (S3 and S4 are sections of P3), genes a function of
+    the patch."""
+    root = simulate.simulate_hest(
+        tmp_path_factory.mktemp("hest") / "sim", n_slides=4, n_spots=60, patch_size=16, n_genes=60
+    )
     (root / "metadata.csv").write_text("id,patient\nS1,P1\nS2,P2\nS3,P3\nS4,P3\n")
     return root
 
@@ -39,12 +44,39 @@ def no_figures(request, monkeypatch):
         monkeypatch.setattr(cm, "draw", lambda *args: None)
 
 
-SMALL = ("--epochs", "2", "--val", "none", "--dim", "32", "--snn", "64", "--n_hvg", "20", "--batch", "16", "--k", "10", "--backbone", "features",
-         "--markers", "none")
+SMALL = (
+    "--epochs",
+    "2",
+    "--val",
+    "none",
+    "--dim",
+    "32",
+    "--snn",
+    "64",
+    "--n_hvg",
+    "20",
+    "--batch",
+    "16",
+    "--k",
+    "10",
+    "--backbone",
+    "features",
+    "--markers",
+    "none",
+)
 
 
 def flags(root, tmp_path, *more):
-    return ["--data", str(root), "--runs", str(tmp_path / "runs"), "--cache", str(Path(root).parent / "cache"), *SMALL, *more]
+    return [
+        "--data",
+        str(root),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--cache",
+        str(Path(root).parent / "cache"),
+        *SMALL,
+        *more,
+    ]
 
 
 def run_of(capsys):
@@ -61,18 +93,30 @@ def model_of(dim_in=6, n_genes=9, seed=0, rows=8, **more):
     return model, config
 
 
-# ---------------------------------------------------------------------------------------------------------- network
+# ------------------------------------------------------------------------------------------ network
+
 
 def test_parameters_of_the_released_configuration():
-    """69.7 M with G = 3467: 68.9 M that are used, and the released code's unused 1000-way head of 0.77 M."""
+    """69.7 M with G = 3467: 68.9 M that are used, and the released code's unused 1000-way head of
+    0.77 M."""
     config = cm.Config(dim=256, snn=2048)
     with torch.device("meta"):
         model = cm.CMRC("released", 3467, config)
     table = cm.parameter_table(model)
-    assert table == {"vit": 59_103_744, "image_head": 263_168, "gene_head": 954_112, "gene_tokens": 7_102_464, "image_tokens": 196_864,
-                     "cross_attention": 263_168, "residual_blocks": 1_052_928}
+    assert table == {
+        "vit": 59_103_744,
+        "image_head": 263_168,
+        "gene_head": 954_112,
+        "gene_tokens": 7_102_464,
+        "image_tokens": 196_864,
+        "cross_attention": 263_168,
+        "residual_blocks": 1_052_928,
+    }
     total = sum(p.numel() for p in model.parameters())
-    assert total == sum(table.values()) == 68_936_448 and round((total + 768 * 1000 + 1000) / 1e6, 1) == 69.7
+    assert (
+        total == sum(table.values()) == 68_936_448
+        and round((total + 768 * 1000 + 1000) / 1e6, 1) == 69.7
+    )
     with torch.device("meta"):
         apart = cm.CMRC("released", 3467, cm.Config(dim=256, snn=2048, share=False))
     assert cm.parameter_table(apart)["residual_blocks"] == 2 * 1_052_928
@@ -82,8 +126,18 @@ def test_parameters_of_the_released_configuration():
 def test_vit_of_a_checkpoint_equals_transformers(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs = transformers.ViTModel(transformers.ViTConfig(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192,
-                                                          image_size=64, patch_size=32, layer_norm_eps=1e-6), add_pooling_layer=False).eval()
+    theirs = transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=192,
+            image_size=64,
+            patch_size=32,
+            layer_norm_eps=1e-6,
+        ),
+        add_pooling_layer=False,
+    ).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
     if kind == "safetensors":
@@ -91,25 +145,47 @@ def test_vit_of_a_checkpoint_equals_transformers(kind, tmp_path):
         found = cm.read_tensors(tmp_path / "model.safetensors")
     else:
         found = {k: v.clone() for k, v in theirs.state_dict().items()}
-    if kind == "hub names":                                             # as files on the hub name them
-        found = {"vit." + k.replace("layers.", "encoder.layer.").replace("o_proj", "output.dense").replace("mlp.fc1", "intermediate.dense")
-                 .replace("mlp.fc2", "output.dense").replace("q_proj", "attention.query").replace("k_proj", "attention.key")
-                 .replace("v_proj", "attention.value"): v for k, v in found.items()} | {"classifier.weight": torch.zeros(2, 48)}
-        assert "vit.encoder.layer.0.attention.attention.query.weight" in found and "vit.encoder.layer.0.attention.output.dense.bias" in found
+    # as files on the hub name them
+    if kind == "hub names":
+        found = {
+            "vit."
+            + k.replace("layers.", "encoder.layer.")
+            .replace("o_proj", "output.dense")
+            .replace("mlp.fc1", "intermediate.dense")
+            .replace("mlp.fc2", "output.dense")
+            .replace("q_proj", "attention.query")
+            .replace("k_proj", "attention.key")
+            .replace("v_proj", "attention.value"): v
+            for k, v in found.items()
+        } | {"classifier.weight": torch.zeros(2, 48)}
+        assert (
+            "vit.encoder.layer.0.attention.attention.query.weight" in found
+            and "vit.encoder.layer.0.attention.output.dense.bias" in found
+        )
     vit = cm.ViT(64, 32, 48, 3, 4, cm.GlobalRows()).eval()
     if kind == "timm names":
         state = cm.vit_state(found, vit)
         found = {}
         for k, v in state.items():
-            k = k.replace("patch.", "patch_embed.proj.").replace("cls", "cls_token").replace("pos", "pos_embed")
-            k = k.replace(".qkv", ".attn.qkv").replace(".proj", ".attn.proj") if k.startswith("blocks") else k
+            k = (
+                k.replace("patch.", "patch_embed.proj.")
+                .replace("cls", "cls_token")
+                .replace("pos", "pos_embed")
+            )
+            k = (
+                k.replace(".qkv", ".attn.qkv").replace(".proj", ".attn.proj")
+                if k.startswith("blocks")
+                else k
+            )
             found[k.replace("fc1", "mlp.fc1").replace("fc2", "mlp.fc2")] = v
         found |= {"head.weight": torch.zeros(1000, 48)}
     vit.load_state_dict(cm.vit_state(found, vit))
     image = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in cm.IMAGENET)
     with torch.no_grad():
-        want = theirs(pixel_values=(image.permute(0, 3, 1, 2).float() / 255 - mean) / std).last_hidden_state
+        want = theirs(
+            pixel_values=(image.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        ).last_hidden_state
         assert (vit(image) - want).abs().max() < 1e-5 * want.abs().max()
 
 
@@ -124,7 +200,11 @@ def test_a_checkpoint_of_another_depth_is_refused(tmp_path):
 
 def test_residual_cross_attention_equals_the_naive_form():
     torch.manual_seed(0)
-    block, x, y = cm.ResidualCrossAttention(16, cm.GlobalRows(), 0.0, heads=4).eval(), torch.randn(2, 5, 16), torch.randn(2, 3, 16)
+    block, x, y = (
+        cm.ResidualCrossAttention(16, cm.GlobalRows(), 0.0, heads=4).eval(),
+        torch.randn(2, 5, 16),
+        torch.randn(2, 3, 16),
+    )
     with torch.no_grad():
         got, x = block(x, y), block.block(x)
         for b in range(2):
@@ -145,14 +225,24 @@ def test_mask_rate_is_the_dropped_fraction_and_touches_r_only():
             if isinstance(m, cm.Drop):
                 m.p = 0.0
         outs[rate] = model.train()(image, s)
-    assert torch.equal(outs[0.0][0], outs[0.9][0]) and torch.equal(outs[0.0][1], outs[0.9][1]) and not torch.allclose(outs[0.0][2], outs[0.9][2])
+    assert (
+        torch.equal(outs[0.0][0], outs[0.9][0])
+        and torch.equal(outs[0.0][1], outs[0.9][1])
+        and not torch.allclose(outs[0.0][2], outs[0.9][2])
+    )
     model, _ = model_of(mask_rate=0.3, rows=4000)
     x = torch.ones(4000, 5, 16)
     masked = model.train().rebuild.masked(x)
     assert abs((masked == 0).float().mean() - 0.3) < 0.01 and ((masked == 0) | (masked == 1)).all()
     assert torch.equal(model.eval().rebuild.masked(x), x)
     with torch.no_grad():
-        assert torch.equal(model.rebuild(torch.randn(3, 1, 6), s[:3]), model.rebuild(torch.randn(3, 1, 6), s[:3])) is False
+        assert (
+            torch.equal(
+                model.rebuild(torch.randn(3, 1, 6), s[:3]),
+                model.rebuild(torch.randn(3, 1, 6), s[:3]),
+            )
+            is False
+        )
 
 
 def test_alpha_dropout_keeps_mean_and_variance():
@@ -162,18 +252,27 @@ def test_alpha_dropout_keeps_mean_and_variance():
     out = cm.Drop(0.25, rows, alpha=True).train()(torch.randn(20000, 10))
     assert abs(out.mean()) < 0.01 and abs(out.var() - 1) < 0.02
     plain = cm.Drop(0.25, rows).train()(torch.ones(20000, 10))
-    assert abs((plain == 0).float().mean() - 0.25) < 0.01 and torch.allclose(plain.max(), torch.tensor(4 / 3))
+    assert abs((plain == 0).float().mean() - 0.25) < 0.01 and torch.allclose(
+        plain.max(), torch.tensor(4 / 3)
+    )
 
 
 def test_both_losses_reach_every_weight():
     model, config = model_of()
     loss = cm.loss_of(model.train()(torch.randn(8, 6), torch.rand(8, 9)), config)[0]
     loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "cross.in_proj" not in n)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for n, p in model.named_parameters()
+        if "cross.in_proj" not in n
+    )
     model, _ = model_of()
     z, _, r = model.train()(torch.randn(8, 6), torch.rand(8, 9))
     cm.reconstruction_error(r, z, "mse").mean().backward()
-    assert model.rebuild.genes.weight.grad.abs().sum() > 0 and model.image_head.w1.weight.grad.abs().sum() > 0
+    assert (
+        model.rebuild.genes.weight.grad.abs().sum() > 0
+        and model.image_head.w1.weight.grad.abs().sum() > 0
+    )
     assert model.gene_head.w1.weight.grad is None
 
 
@@ -182,11 +281,16 @@ def test_turns_and_flips_are_the_eight_of_the_square():
     rows.set(0, 1, 400, torch.Generator().manual_seed(0))
     image = torch.arange(12, dtype=torch.uint8).view(1, 2, 2, 3).expand(400, -1, -1, -1)
     out = {bytes(p.numpy().tobytes()) for p in cm.turned(image, rows)}
-    want = {np.rot90(p, n).copy().tobytes() for n in range(4) for p in (image[0].numpy(), image[0].flip(0).numpy())}
+    want = {
+        np.rot90(p, n).copy().tobytes()
+        for n in range(4)
+        for p in (image[0].numpy(), image[0].flip(0).numpy())
+    }
     assert out == want and len(want) == 8
 
 
-# ----------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
+
 
 @pytest.mark.parametrize("tau, norm_sim", [(1.0, False), (0.5, False), (0.1, True)])
 def test_contrastive_loss_equals_its_definition(tau, norm_sim):
@@ -197,9 +301,13 @@ def test_contrastive_loss_equals_its_definition(tau, norm_sim):
     def softmax(x):
         e = np.exp(x - x.max())
         return e / e.sum()
+
     s, inner = b @ a.T / tau, (a @ a.T + b @ b.T) / 2 * (1 / tau if norm_sim else tau)
     t = np.array([softmax(row) for row in inner])
-    want = [(-(t[i] * np.log(softmax(s[i]))).sum() - (t[:, i] * np.log(softmax(s[:, i]))).sum()) / 2 for i in range(6)]
+    want = [
+        (-(t[i] * np.log(softmax(s[i]))).sum() - (t[:, i] * np.log(softmax(s[:, i]))).sum()) / 2
+        for i in range(6)
+    ]
     got = cm.contrastive(torch.tensor(z), torch.tensor(h), tau, norm_sim)
     assert np.allclose(got, want) and np.allclose(t.sum(1), 1)
 
@@ -208,12 +316,17 @@ def test_released_targets_are_one_hot_so_that_the_loss_is_plain_cross_entropy():
     torch.manual_seed(0)
     z, h = (F.layer_norm(torch.randn(32, 256), (256,)) for _ in range(2))
     s = h @ z.T
-    want = (F.cross_entropy(s, torch.arange(32), reduction="none") + F.cross_entropy(s.T, torch.arange(32), reduction="none")) / 2
+    want = (
+        F.cross_entropy(s, torch.arange(32), reduction="none")
+        + F.cross_entropy(s.T, torch.arange(32), reduction="none")
+    ) / 2
     assert torch.allclose(cm.contrastive(z, h), want, rtol=1e-4) and want.mean() > 20
-    near = F.layer_norm(z[:1] + 0.3 * torch.randn(32, 256), (256,))     # alike, as the spots of one tissue are
+    # alike, as the spots of one tissue are
+    near = F.layer_norm(z[:1] + 0.3 * torch.randn(32, 256), (256,))
     smooth = cm.contrastive(near, near, 0.1, norm_sim=True)
     assert smooth.mean() > 1 and cm.contrastive(near, near).mean() < 0.1
-    assert abs(cm.contrastive(torch.ones(32, 8), torch.ones(32, 8)).mean() - np.log(32)) < 1e-5         # no information: log(batch)
+    # no information: log(batch)
+    assert abs(cm.contrastive(torch.ones(32, 8), torch.ones(32, 8)).mean() - np.log(32)) < 1e-5
 
 
 def test_pairs_are_learned_and_retrieved():
@@ -230,7 +343,10 @@ def test_pairs_are_learned_and_retrieved():
         optimiser.step()
         losses.append(loss.item())
     index = cm.exact_topk(cm.embed(model, config, x=image), cm.embed(model, config, s=s), 5)[1]
-    assert losses[-1] < losses[0] / 2 and (index == torch.arange(256)[:, None]).any(1).float().mean() > 0.9
+    assert (
+        losses[-1] < losses[0] / 2
+        and (index == torch.arange(256)[:, None]).any(1).float().mean() > 0.9
+    )
 
 
 def test_warning_when_the_loss_is_that_of_guessing(capsys):
@@ -240,7 +356,8 @@ def test_warning_when_the_loss_is_that_of_guessing(capsys):
     assert not capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------------------------- retrieval
+# ---------------------------------------------------------------------------------------- retrieval
+
 
 def test_exact_search_equals_brute_force_in_any_tiles():
     torch.manual_seed(0)
@@ -259,32 +376,55 @@ def test_inverted_file_with_all_lists_is_exact_and_with_few_is_near():
     ivf = cm.InvertedFile(keys, 40)
     assert sorted(ivf.order.tolist()) == list(range(1800)) and ivf.first[-1] == 1800
     all_values, all_index = ivf.topk(q, 10, 40, step=100)
-    assert torch.allclose(all_values, value, atol=1e-5) and metrics.recall_at_k(all_index.numpy(), index.numpy()) > 0.999
+    assert (
+        torch.allclose(all_values, value, atol=1e-5)
+        and metrics.recall_at_k(all_index.numpy(), index.numpy()) > 0.999
+    )
     assert metrics.recall_at_k(ivf.topk(q, 10, 8)[1].numpy(), index.numpy()) > 0.9
-    few = cm.InvertedFile(keys[:30], 15).topk(q[:4], 10, 1)             # a list has fewer than k keys: the rest is marked
+    # a list has fewer than k keys: the rest is marked
+    few = cm.InvertedFile(keys[:30], 15).topk(q[:4], 10, 1)
     assert (few[1] == -1).any() and (few[0][few[1] == -1] == float("-inf")).all()
     assert np.isfinite(cm.read_out(*few, np.ones((30, 2), "f"))).all()
 
 
 def test_read_out_is_the_mean_of_the_neighbours():
     rng = np.random.default_rng(0)
-    values, index, sim = rng.random((30, 4)).astype("f"), rng.integers(0, 30, (5, 3)), rng.random((5, 3)).astype("f")
+    values, index, sim = (
+        rng.random((30, 4)).astype("f"),
+        rng.integers(0, 30, (5, 3)),
+        rng.random((5, 3)).astype("f"),
+    )
     i, s = torch.from_numpy(index), torch.from_numpy(sim)
     assert np.allclose(cm.read_out(s, i, values), values[index].mean(1), atol=1e-6)
     assert np.allclose(cm.read_out(s, i, sp.csr_matrix(values)), values[index].mean(1), atol=1e-6)
     w = np.exp(sim / 0.05) / np.exp(sim / 0.05).sum(1, keepdims=True)
-    assert np.allclose(cm.read_out(s, i, values, "softmax"), (values[index] * w[..., None]).sum(1), atol=1e-5)
+    assert np.allclose(
+        cm.read_out(s, i, values, "softmax"), (values[index] * w[..., None]).sum(1), atol=1e-5
+    )
     i[0, 1] = -1
     assert np.allclose(cm.read_out(s, i, values)[0], values[index[0, [0, 2]]].mean(0), atol=1e-6)
     key = torch.randn(30, 8)
     assert np.allclose(cm.read_out(*cm.exact_topk(key, key, 1), values), values)
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
+
 
 def config_of(task, *more, **values):
-    return cm.resolved(cm.Config(**{"data": str(task), "cache": str(task.parent / "cache"), "backbone": "features", "n_hvg": 20, "k": 10, "dim": 32,
-                                    "snn": 64, **values}))
+    return cm.resolved(
+        cm.Config(
+            **{
+                "data": str(task),
+                "cache": str(task.parent / "cache"),
+                "backbone": "features",
+                "n_hvg": 20,
+                "k": 10,
+                "dim": 32,
+                "snn": 64,
+                **values,
+            }
+        )
+    )
 
 
 def test_gene_lists_and_inputs_come_from_training_slides_unless_oracle(task, monkeypatch):
@@ -296,9 +436,15 @@ def test_gene_lists_and_inputs_come_from_training_slides_unless_oracle(task, mon
         if name == "S3":
             slide.counts = sp.csr_matrix(slide.counts.toarray()[:, ::-1] * 7)
         return slide
+
     monkeypatch.setattr(data, "load_hest", poisoned)
     got = cm.load(config_of(task), ["S1", "S2"], ["S3"])
-    assert got.inputs == want.inputs and got.lists == want.lists and got.genes == want.genes and np.array_equal(got.pairs.y, want.pairs.y)
+    assert (
+        got.inputs == want.inputs
+        and got.lists == want.lists
+        and got.genes == want.genes
+        and np.array_equal(got.pairs.y, want.pairs.y)
+    )
     assert all(torch.equal(v, got.scaler.tensors[k]) for k, v in want.scaler.tensors.items())
     oracle = cm.load(config_of(task, oracle_genes=True), ["S1", "S2"], ["S3"])
     assert oracle.lists["S3"]["heg"] != want.lists["S3"]["heg"]
@@ -307,7 +453,14 @@ def test_gene_lists_and_inputs_come_from_training_slides_unless_oracle(task, mon
 
 
 def test_control_probes_are_no_genes():
-    slides = [data.Slide(sp.csr_matrix((3, 4)), np.array(["B", "NegControlProbe_1", "A", "BLANK_0001"]), np.arange(3).astype(str), np.zeros((3, 2)))]
+    slides = [
+        data.Slide(
+            sp.csr_matrix((3, 4)),
+            np.array(["B", "NegControlProbe_1", "A", "BLANK_0001"]),
+            np.arange(3).astype(str),
+            np.zeros((3, 2)),
+        )
+    ]
     assert cm.shared_genes(slides) == ["A", "B"]
 
 
@@ -317,8 +470,12 @@ def test_scaler_sees_scored_training_spots_and_scales_each_view(task):
     frozen = torch.cat([s.frozen[s.scored] for s in loaded.fit])
     assert torch.allclose(loaded.scaler.tensors["frozen_mean"], frozen.mean(0), atol=1e-4)
     s, half = loaded.test[0], loaded.test[0].frozen.shape[1]
-    assert s.x.shape[1] == 2 * half and torch.allclose(s.x[:, half:].mean(0), torch.zeros(half), atol=1e-4)
-    assert torch.allclose(loaded.fit[0].s[loaded.fit[0].scored].mean(0), torch.zeros(len(loaded.inputs)), atol=0.2)
+    assert s.x.shape[1] == 2 * half and torch.allclose(
+        s.x[:, half:].mean(0), torch.zeros(half), atol=1e-4
+    )
+    assert torch.allclose(
+        loaded.fit[0].s[loaded.fit[0].scored].mean(0), torch.zeros(len(loaded.inputs)), atol=0.2
+    )
 
 
 def test_inner_folds_leave_patients_then_slides_then_tiles(task):
@@ -331,8 +488,11 @@ def test_inner_folds_leave_patients_then_slides_then_tiles(task):
     for (a,), (b,) in cm.inner_folds(fit[:1], config):
         assert not (a.scored & b.scored).any() and (a.scored | b.scored).all()
     config.val = "random"
-    (a, b), = cm.inner_folds(fit, config)
-    assert sum(s.scored.sum() for s in a) + sum(s.scored.sum() for s in b) == 240 and 30 < sum(s.scored.sum() for s in b) < 66
+    ((a, b),) = cm.inner_folds(fit, config)
+    assert (
+        sum(s.scored.sum() for s in a) + sum(s.scored.sum() for s in b) == 240
+        and 30 < sum(s.scored.sum() for s in b) < 66
+    )
 
 
 def test_unmeasured_target_stands_at_the_mean_of_the_other_slides(task):
@@ -352,43 +512,122 @@ def test_ridge_is_the_benchmarks_formula():
 def test_slide_accuracy():
     rng = np.random.default_rng(0)
     z, slide = rng.normal(size=(300, 8)), np.repeat([0, 1, 2], 100)
-    assert abs(cm.slide_accuracy(z, slide) - 1 / 3) < 0.12 and cm.slide_accuracy(z + 5 * np.eye(8)[slide], slide) > 0.95
+    assert (
+        abs(cm.slide_accuracy(z, slide) - 1 / 3) < 0.12
+        and cm.slide_accuracy(z + 5 * np.eye(8)[slide], slide) > 0.95
+    )
     assert np.isnan(cm.slide_accuracy(z, slide * 0))
 
 
-# ------------------------------------------------------------------------------------------------------- end to end
+# --------------------------------------------------------------------------------------- end to end
+
 
 def test_end_to_end_record_atlas_and_predict(task, tmp_path, capsys):
     cm.main(flags(task, tmp_path, "--fold", "0", "--val", "groups"))
     record, folder = run_of(capsys)
     assert folder == tmp_path / "runs" / "cmrcnet" / "sim" / "fold0" / folder.parent.name / "seed0"
-    names = {"train_mean", "ridge_pca256", "ridge_raw", "ridge_scaled", "knn", "knn_scaled", "image_only", "contrastive_only"}
-    assert set(record["baselines"]) == names and not record["leaks_patient"] and record["gene_lists"] == "training slides"
-    keys = {"pcc_mean", "pcc_heg", "pcc_hvg", "pcc_marker", "gene_gene_pearson", "variance_ratio_median", "rmse", "rate_pcc"}
-    assert all(keys <= set(s) | {"gene_gene_pearson"} for s in [record["metrics"], *record["baselines"].values()])
-    assert keys | {"slide_accuracy_image", "contrastive", "contrastive_guess", "ceiling_pcc", "val_pcc"} <= set(record["metrics"])
-    assert abs(record["metrics"]["contrastive_guess"] - np.log(16)) < 1e-6 and record["baselines"]["train_mean"]["pcc_mean"] == 0
+    names = {
+        "train_mean",
+        "ridge_pca256",
+        "ridge_raw",
+        "ridge_scaled",
+        "knn",
+        "knn_scaled",
+        "image_only",
+        "contrastive_only",
+    }
+    assert (
+        set(record["baselines"]) == names
+        and not record["leaks_patient"]
+        and record["gene_lists"] == "training slides"
+    )
+    keys = {
+        "pcc_mean",
+        "pcc_heg",
+        "pcc_hvg",
+        "pcc_marker",
+        "gene_gene_pearson",
+        "variance_ratio_median",
+        "rmse",
+        "rate_pcc",
+    }
+    assert all(
+        keys <= set(s) | {"gene_gene_pearson"}
+        for s in [record["metrics"], *record["baselines"].values()]
+    )
+    assert keys | {
+        "slide_accuracy_image",
+        "contrastive",
+        "contrastive_guess",
+        "ceiling_pcc",
+        "val_pcc",
+    } <= set(record["metrics"])
+    assert (
+        abs(record["metrics"]["contrastive_guess"] - np.log(16)) < 1e-6
+        and record["baselines"]["train_mean"]["pcc_mean"] == 0
+    )
     arrays = np.load(folder / "arrays.npz")
     n = 50
-    want = metrics.pcc_summary(arrays["true"][:, :n], arrays["pred"][:, :n], arrays["slide"])["pcc_mean"]
+    want = metrics.pcc_summary(arrays["true"][:, :n], arrays["pred"][:, :n], arrays["slide"])[
+        "pcc_mean"
+    ]
     assert abs(want - record["metrics"]["pcc_mean"]) < 1e-5
-    assert {f.name for f in folder.iterdir()} >= {"genes.png", "gene_gene.png", "training.png", "model.pt", "atlas.h5", "latest.pt"} - {"latest.pt"}
+    assert {f.name for f in folder.iterdir()} >= {
+        "genes.png",
+        "gene_gene.png",
+        "training.png",
+        "model.pt",
+        "atlas.h5",
+        "latest.pt",
+    } - {"latest.pt"}
 
-    # --predict reads the same values from the atlas, on the HEST folder and on a bare folder of patches; and any gene of the training slides
+    # --predict reads the same values from the atlas, on the HEST folder and on a bare folder of
+    # patches; and any gene of the training slides
     test = str(arrays["slide"][0])
-    more = ["--slice", test, "--predict", str(folder / "model.pt"), "--k", "10", "--cache", str(tmp_path / "c")]
+    more = [
+        "--slice",
+        test,
+        "--predict",
+        str(folder / "model.pt"),
+        "--k",
+        "10",
+        "--cache",
+        str(tmp_path / "c"),
+    ]
     for i, root in enumerate((task, task / "patches")):
         cm.main(["--data", str(root), "--runs", str(tmp_path / f"p{i}"), *more])
         _, where = run_of(capsys)
         got = np.load(where / "arrays.npz")
         row = {b: j for j, b in enumerate(got["barcodes"])}
         here = arrays["slide"] == test
-        assert np.abs(got["pred"][[row[b] for b in arrays["barcodes"][here]]] - arrays["pred"][here]).max() < 1e-4
+        assert (
+            np.abs(
+                got["pred"][[row[b] for b in arrays["barcodes"][here]]] - arrays["pred"][here]
+            ).max()
+            < 1e-4
+        )
     cm.main(["--data", str(task), "--runs", str(tmp_path / "all"), "--genes", "all", *more])
     every = np.load(run_of(capsys)[1] / "arrays.npz")
-    assert set(every["genes"]) == set(data.load_hest(task, test).genes) and every["pred"].shape[1] == 60
+    assert (
+        set(every["genes"]) == set(data.load_hest(task, test).genes)
+        and every["pred"].shape[1] == 60
+    )
     (tmp_path / "two.json").write_text(json.dumps(every["genes"][[5, 2]].tolist()))
-    cm.main(["--data", str(task), "--runs", str(tmp_path / "two"), "--genes", str(tmp_path / "two.json"), "--index", "ivf", "--probe", "99", *more])
+    cm.main(
+        [
+            "--data",
+            str(task),
+            "--runs",
+            str(tmp_path / "two"),
+            "--genes",
+            str(tmp_path / "two.json"),
+            "--index",
+            "ivf",
+            "--probe",
+            "99",
+            *more,
+        ]
+    )
     two = np.load(run_of(capsys)[1] / "arrays.npz")
     assert np.allclose(two["pred"], every["pred"][:, [5, 2]], atol=1e-5)
 
@@ -398,10 +637,19 @@ def test_bfloat16_products_stay_near_float32(task, tmp_path, capsys):
     for more in ([], ["--bf16"]):
         cm.main(flags(task, tmp_path, *more))
         record, folder = run_of(capsys)
-        found.append((record["history"][-1][0], np.load(folder / "arrays.npz")["embedding"], folder.parent.name))
+        found.append(
+            (
+                record["history"][-1][0],
+                np.load(folder / "arrays.npz")["embedding"],
+                folder.parent.name,
+            )
+        )
     (loss, z, name), (loss_near, z_near, name_near) = found
-    assert "bf16" not in name and "bf16-True" in name_near and 0 < abs(loss_near - loss) < 0.02 * loss
-    assert z_near.dtype == np.float32 and 0 < np.abs(z_near - z).mean() < 0.03      # channels of a LayerNorm: their standard deviation is about 1
+    assert (
+        "bf16" not in name and "bf16-True" in name_near and 0 < abs(loss_near - loss) < 0.02 * loss
+    )
+    # channels of a LayerNorm: their standard deviation is about 1
+    assert z_near.dtype == np.float32 and 0 < np.abs(z_near - z).mean() < 0.03
 
 
 def test_resume_gives_the_same_weights(task, tmp_path, capsys):
@@ -411,8 +659,9 @@ def test_resume_gives_the_same_weights(task, tmp_path, capsys):
     def stop(*a, save=cm.run.write_atomically, **k):
         save(*a, **k)
         calls.append(1)
-        if len(calls) == 5:                                             # in the second fold
+        if len(calls) == 5:  # in the second fold
             raise KeyboardInterrupt
+
     cm.main(flags(task, tmp_path / "once", *more))
     once = torch.load(run_of(capsys)[1] / "model.pt", weights_only=True)["weights"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -425,21 +674,36 @@ def test_resume_gives_the_same_weights(task, tmp_path, capsys):
     with pytest.raises(DataError, match="other flags"):
         resume_elsewhere(task, tmp_path, latest, more)
     read = []
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other files, slides or genes"):
-        patch.setattr(cm.data, "file_checksum", lambda *paths: read.extend(paths) or "of slides that changed")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(DataError, match="other files, slides or genes"),
+    ):
+        patch.setattr(
+            cm.data, "file_checksum", lambda *paths: read.extend(paths) or "of slides that changed"
+        )
         cm.main(flags(task, tmp_path / "again", *more, "--resume"))
-    read = {Path(f).resolve() for f in read}                            # every slide's counts and pictures
-    assert read >= {f.resolve() for folder in ("adata", "patches") for f in (task / folder).iterdir() if f.stem in {g.stem for g in read}}
+    # every slide's counts and pictures
+    read = {Path(f).resolve() for f in read}
+    assert read >= {
+        f.resolve()
+        for folder in ("adata", "patches")
+        for f in (task / folder).iterdir()
+        if f.stem in {g.stem for g in read}
+    }
     assert {f.parent.name for f in read} >= {"adata", "patches"} and len({f.stem for f in read}) > 2
-    latest.write_bytes(latest.read_bytes()[:5000])                      # an interrupted copy
+    latest.write_bytes(latest.read_bytes()[:5000])  # an interrupted copy
     with pytest.raises(DataError, match="not a whole cmrcnet checkpoint"):
         cm.main(flags(task, tmp_path / "again", *more, "--resume"))
 
 
 def resume_elsewhere(task, tmp_path, latest, more):
     """Resume a run of other flags from a latest.pt that was put into its folder."""
-    config = cm.resolved(cm.run.parse(cm.Config, flags(task, tmp_path / "other", *more, "--k", "9")))
-    folder = tmp_path / "other" / "runs" / "cmrcnet" / "sim" / "fold0" / cm.variant(config) / "seed0"
+    config = cm.resolved(
+        cm.run.parse(cm.Config, flags(task, tmp_path / "other", *more, "--k", "9"))
+    )
+    folder = (
+        tmp_path / "other" / "runs" / "cmrcnet" / "sim" / "fold0" / cm.variant(config) / "seed0"
+    )
     folder.mkdir(parents=True)
     shutil.copy(latest, folder)
     cm.main(flags(task, tmp_path / "other", *more, "--k", "9", "--resume"))
@@ -447,53 +711,112 @@ def resume_elsewhere(task, tmp_path, latest, more):
 
 def test_split_by_sample_says_that_it_leaks_the_patient(task, tmp_path, capsys):
     for split, leaks, train in (("sample", True, ["S1", "S2", "S4"]), ("section", True, ["S4"])):
-        cm.main(flags(task, tmp_path, "--split", split, "--slice", "S3", "--reconstruction", "none"))
+        cm.main(
+            flags(task, tmp_path, "--split", split, "--slice", "S3", "--reconstruction", "none")
+        )
         record, folder = run_of(capsys)
-        assert record["leaks_patient"] is leaks and record["train_slides"] == train and folder.parent.name.startswith(split)
-    cm.main(flags(task, tmp_path, "--split", "patient", "--patient", "P3", "--reconstruction", "none"))
+        assert (
+            record["leaks_patient"] is leaks
+            and record["train_slides"] == train
+            and folder.parent.name.startswith(split)
+        )
+    cm.main(
+        flags(task, tmp_path, "--split", "patient", "--patient", "P3", "--reconstruction", "none")
+    )
     assert run_of(capsys)[0]["leaks_patient"] is False
 
 
 def test_tiny_vit_end_to_end(task, tmp_path, capsys):
-    cm.main([*flags(task, tmp_path, "--fold", "0", "--epochs", "1", "--split", "section", "--slice", "S4"), "--backbone", "tiny"])
+    cm.main(
+        [
+            *flags(
+                task,
+                tmp_path,
+                "--fold",
+                "0",
+                "--epochs",
+                "1",
+                "--split",
+                "section",
+                "--slice",
+                "S4",
+            ),
+            "--backbone",
+            "tiny",
+        ]
+    )
     record, folder = run_of(capsys)
     assert record["parameters"]["vit"] > 1e6 and "ridge_scaled" not in record["baselines"]
-    cm.main(["--data", str(task), "--slice", "S1", "--predict", str(folder / "model.pt"), "--k", "5", "--runs", str(tmp_path / "p"), "--cache",
-             str(tmp_path / "c")])
+    cm.main(
+        [
+            "--data",
+            str(task),
+            "--slice",
+            "S1",
+            "--predict",
+            str(folder / "model.pt"),
+            "--k",
+            "5",
+            "--runs",
+            str(tmp_path / "p"),
+            "--cache",
+            str(tmp_path / "c"),
+        ]
+    )
 
 
 def test_simulated_link_is_found_and_shuffled_pairs_are_not(tmp_path_factory, tmp_path, capsys):
-    """The known link: at least .8 of the noise ceiling. Shuffled pairs: about 0 on average. One draw is not 0: three latent variables rule all genes,
-    so that a chance relation moves all of them at once."""
-    root = simulate.simulate_hest(tmp_path_factory.mktemp("link") / "sim", n_slides=3, n_spots=150, patch_size=16, n_genes=60)
+    """The known link: at least .8 of the noise ceiling. Shuffled pairs: about 0 on average. One
+    draw is not 0: three latent variables rule all genes, so that a chance relation moves all of
+    them at once."""
+    root = simulate.simulate_hest(
+        tmp_path_factory.mktemp("link") / "sim", n_slides=3, n_spots=150, patch_size=16, n_genes=60
+    )
     more = ("--fold", "0", "--n_hvg", "60", "--k", "10", "--reconstruction", "none")
     cm.main(flags(root, tmp_path, *more, "--epochs", "25"))
     found = run_of(capsys)[0]["metrics"]
     assert found["pcc_mean"] > 0.8 * found["ceiling_pcc"] > 0.3
     shuffled = []
     for seed in range(4):
-        cm.main(flags(root, tmp_path, *more, "--epochs", "4", "--shuffle_pairs", "--seed", str(seed)))
+        cm.main(
+            flags(root, tmp_path, *more, "--epochs", "4", "--shuffle_pairs", "--seed", str(seed))
+        )
         shuffled.append(run_of(capsys)[0]["metrics"]["pcc_mean"])
     assert abs(np.mean(shuffled)) < 0.2 and max(shuffled) < found["pcc_mean"] - 0.1
 
 
 def test_shuffling_keeps_images_and_breaks_pairs():
-    samples = [cm.Sample(str(i), "", None, torch.arange(10 * i, 10 * i + 10.)[:, None]) for i in range(3)]
+    samples = [
+        cm.Sample(str(i), "", None, torch.arange(10 * i, 10 * i + 10.0)[:, None]) for i in range(3)
+    ]
     cm.shuffle(samples, 0)
     after = torch.cat([s.frozen for s in samples]).flatten()
-    assert sorted(after.tolist()) == list(range(30)) and (after == torch.arange(30.)).sum() < 6
-    assert (after[:10] >= 10).any()                                     # over slides, or the slides' means would stay paired
+    assert sorted(after.tolist()) == list(range(30)) and (after == torch.arange(30.0)).sum() < 6
+    # over slides, or the slides' means would stay paired
+    assert (after[:10] >= 10).any()
 
 
 def test_two_processes_have_the_loss_curve_of_one(task, tmp_path):
     curves = []
     for n in (1, 2):
         script = tmp_path / "ddp.py"
-        script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cmrcnet\ncmrcnet.draw = lambda *a: None\n"
-                          "cmrcnet.run.cli(cmrcnet.main)\n")
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if n == 2 else [sys.executable]
-        subprocess.run([*start, str(script), *flags(task, tmp_path / str(n), "--fold", "0", "--epochs", "4")], check=True, capture_output=True,
-                       timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        script.write_text(
+            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cmrcnet\ncmrcnet.draw = "
+            "lambda *a: None\n"
+            "cmrcnet.run.cli(cmrcnet.main)\n"
+        )
+        start = (
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            if n == 2
+            else [sys.executable]
+        )
+        subprocess.run(
+            [*start, str(script), *flags(task, tmp_path / str(n), "--fold", "0", "--epochs", "4")],
+            check=True,
+            capture_output=True,
+            timeout=200,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         path = next((tmp_path / str(n)).rglob("run.json"))
         record = json.loads(path.read_text())
         assert record["processes"] == n
@@ -505,26 +828,71 @@ def test_real_slides(real_data, tmp_path, capsys):
     """A section of patient C from its others, features of every eighth pixel."""
     for name in ("C2", "C3", "C4", "C5"):
         slide = data.load_hest(real_data / "her2st", name)
-        np.savez(tmp_path / f"{name}.npz", embedding=data.handmade_descriptor(slide.patches[:][:, ::8, ::8]), barcodes=slide.barcodes)
-    cm.main(["--data", str(real_data / "her2st"), "--split", "section", "--slice", "C2", "--runs", str(tmp_path), "--val", "none", "--epochs", "6",
-             "--reconstruction", "none", "--dim", "64", "--snn", "64", "--backbone", "features", "--encoder", str(tmp_path / "{sample}.npz")])
+        np.savez(
+            tmp_path / f"{name}.npz",
+            embedding=data.handmade_descriptor(slide.patches[:][:, ::8, ::8]),
+            barcodes=slide.barcodes,
+        )
+    cm.main(
+        [
+            "--data",
+            str(real_data / "her2st"),
+            "--split",
+            "section",
+            "--slice",
+            "C2",
+            "--runs",
+            str(tmp_path),
+            "--val",
+            "none",
+            "--epochs",
+            "6",
+            "--reconstruction",
+            "none",
+            "--dim",
+            "64",
+            "--snn",
+            "64",
+            "--backbone",
+            "features",
+            "--encoder",
+            str(tmp_path / "{sample}.npz"),
+        ]
+    )
     record, _ = run_of(capsys)
-    assert record["metrics"]["pcc_mean"] > 0.2 and record["n_markers"] > 8 and record["low_count_spots"]["C2"] == 2
+    assert (
+        record["metrics"]["pcc_mean"] > 0.2
+        and record["n_markers"] > 8
+        and record["low_count_spots"]["C2"] == 2
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("more, told", [
-    (("--k", "500"), "fewer than --k 500"), (("--batch", "1"), "--batch is 1"), (("--mask_rate", "1.5"), "--mask_rate"), (("--snn", "48"), "dim snn"),
-    (("--weights", "x.pt"), "--backbone base"), (("--fold", "9"), "9"), (("--genes", "none.json"), "none.json"),
-    (("--min_counts", "100000000"), "min_counts")])
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (("--k", "500"), "fewer than --k 500"),
+        (("--batch", "1"), "--batch is 1"),
+        (("--mask_rate", "1.5"), "--mask_rate"),
+        (("--snn", "48"), "dim snn"),
+        (("--weights", "x.pt"), "--backbone base"),
+        (("--fold", "9"), "9"),
+        (("--genes", "none.json"), "none.json"),
+        (("--min_counts", "100000000"), "min_counts"),
+    ],
+)
 def test_bad_flags(task, tmp_path, more, told):
     with pytest.raises(DataError, match=told):
         cm.main(flags(task, tmp_path, *more))
     assert not list(tmp_path.rglob("run.json"))
 
 
-@pytest.mark.parametrize("shape, kind", [((60, 16, 16, 4), "uint8"), ((60, 16, 16, 3), "float32"), ((60, 16, 16), "uint8")])
+@pytest.mark.parametrize(
+    "shape, kind",
+    [((60, 16, 16, 4), "uint8"), ((60, 16, 16, 3), "float32"), ((60, 16, 16), "uint8")],
+)
 def test_patches_that_are_not_rgb(task, tmp_path, shape, kind):
     root = tmp_path / "sim"
     shutil.copytree(task, root)
@@ -537,9 +905,17 @@ def test_patches_that_are_not_rgb(task, tmp_path, shape, kind):
 
 
 def test_command_line_says_it_in_one_sentence_with_status_2(task, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "cmrcnet.py"), *flags(task, tmp_path, "--batch", "1")], capture_output=True, text=True,
-                          timeout=100)
-    assert done.returncode == 2 and done.stderr.strip().startswith("error: --batch is 1") and len(done.stderr.strip().splitlines()) == 1
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cmrcnet.py"), *flags(task, tmp_path, "--batch", "1")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.strip().startswith("error: --batch is 1")
+        and len(done.stderr.strip().splitlines()) == 1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -553,17 +929,31 @@ def trained(task, tmp_path_factory):
 
 
 def test_atlas_and_checkpoint_must_belong_together(task, trained, tmp_path):
-    more = ["--data", str(task), "--runs", str(tmp_path / "r"), "--cache", str(tmp_path / "c"), "--k", "10"]
+    more = [
+        "--data",
+        str(task),
+        "--runs",
+        str(tmp_path / "r"),
+        "--cache",
+        str(tmp_path / "c"),
+        "--k",
+        "10",
+    ]
 
     def predict(*words):
         with pytest.raises(DataError) as error:
             cm.main([*more, *words])
         return str(error.value)
+
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
     model, atlas = folder / "model.pt", folder / "atlas.h5"
     whole = atlas.read_bytes()
-    for change, told in (({"encoder": "vit:base"}, "another encoder"), ({"inputs": 1}, "other genes"), ({"fingerprint": "0"}, "another model")):
+    for change, told in (
+        ({"encoder": "vit:base"}, "another encoder"),
+        ({"inputs": 1}, "other genes"),
+        ({"fingerprint": "0"}, "another model"),
+    ):
         atlas.write_bytes(whole)
         with h5py.File(atlas, "a") as f:
             if "inputs" in change:
@@ -571,14 +961,20 @@ def test_atlas_and_checkpoint_must_belong_together(task, trained, tmp_path):
             else:
                 f.attrs.update(change)
         assert told in predict("--predict", str(model))
-    atlas.write_bytes(whole[:len(whole) // 2])
+    atlas.write_bytes(whole[: len(whole) // 2])
     assert "a whole cmrcnet atlas" in predict("--predict", str(model))
     atlas.write_bytes(whole)
     assert "fewer than --k 5000" in predict("--predict", str(model), "--k", "5000")
     (tmp_path / "g.json").write_text('["NOT_A_GENE"]')
     assert "NOT_A_GENE" in predict("--predict", str(model), "--genes", str(tmp_path / "g.json"))
-    np.savez(tmp_path / "S1.npz", embedding=np.zeros((60, 5), "f"), barcodes=data.load_hest(task, "S1", counts=False).barcodes)
-    assert "encoder of the training run" in predict("--predict", str(model), "--slice", "S1", "--encoder", str(tmp_path / "{sample}.npz"))
+    np.savez(
+        tmp_path / "S1.npz",
+        embedding=np.zeros((60, 5), "f"),
+        barcodes=data.load_hest(task, "S1", counts=False).barcodes,
+    )
+    assert "encoder of the training run" in predict(
+        "--predict", str(model), "--slice", "S1", "--encoder", str(tmp_path / "{sample}.npz")
+    )
     (tmp_path / "empty").mkdir()
     assert "holds neither" in predict("--predict", str(model), "--data", str(tmp_path / "empty"))
     model.write_bytes(model.read_bytes()[:3000])

@@ -1,4 +1,6 @@
-"""Preprocessing, graphs, splits and frozen features against scanpy, dense formulas, brute force and known truth on real slices."""
+"""Preprocessing, graphs, splits and frozen features against scanpy, dense formulas, brute force and
+known truth on real slices."""
+
 import functools
 import io
 import json
@@ -14,10 +16,21 @@ from sklearn.metrics import adjusted_rand_score
 import data
 from data import DataError
 
-SPLIT_SIZES = {                                                          # slice: train, val, test as sklearn deals them (60/20/20, seed 42)
-    "151507": (2532, 844, 845), "151508": (2628, 876, 877), "151509": (2872, 958, 958), "151510": (2757, 919, 919),
-    "151669": (2181, 727, 728), "151670": (2090, 697, 697), "151671": (2455, 819, 819), "151672": (2332, 778, 778),
-    "151673": (2166, 722, 723), "151674": (2181, 727, 727), "151675": (2139, 713, 714), "151676": (2058, 686, 687)}
+# slice: train, val, test as sklearn deals them (60/20/20, seed 42)
+SPLIT_SIZES = {
+    "151507": (2532, 844, 845),
+    "151508": (2628, 876, 877),
+    "151509": (2872, 958, 958),
+    "151510": (2757, 919, 919),
+    "151669": (2181, 727, 728),
+    "151670": (2090, 697, 697),
+    "151671": (2455, 819, 819),
+    "151672": (2332, 778, 778),
+    "151673": (2166, 722, 723),
+    "151674": (2181, 727, 727),
+    "151675": (2139, 713, 714),
+    "151676": (2058, 686, 687),
+}
 
 
 @functools.lru_cache
@@ -33,7 +46,10 @@ def dlpfc(real_data):
 @functools.lru_cache
 def _twelve(root):
     folder = {name: root / "dlpfc" / name for name in SPLIT_SIZES}
-    return {n: data.load_visium(f if f.is_dir() else root / "dlpfc_labels_only" / n, counts=False) for n, f in folder.items()}
+    return {
+        n: data.load_visium(f if f.is_dir() else root / "dlpfc_labels_only" / n, counts=False)
+        for n, f in folder.items()
+    }
 
 
 @pytest.fixture
@@ -63,14 +79,26 @@ def hexagons(rows=20, cols=20, pitch=100.0):
 def toy_slide(n=30, **given):
     grid, xy = hexagons(6, n // 6)
     barcodes = np.array([f"B{i:03d}" for i in range(n)])
-    kept = dict(counts=None, genes=np.array([], str), barcodes=barcodes, xy=xy + 100, grid=grid, sample="toy", um_per_px=1.0) | given
+    kept = (
+        dict(
+            counts=None,
+            genes=np.array([], str),
+            barcodes=barcodes,
+            xy=xy + 100,
+            grid=grid,
+            sample="toy",
+            um_per_px=1.0,
+        )
+        | given
+    )
     return data.Slide(**kept)
 
 
-# -------------------------------------------------------------------------------------------------------- preprocessing
+# ------------------------------------------------------------------------------------ preprocessing
 @functools.lru_cache
 def _scanpy_truth(root):
-    """Counts of the genes seen in >= 3 spots, scanpy's log1p matrix, and the columns of its `seurat` genes."""
+    """Counts of the genes seen in >= 3 spots, scanpy's log1p matrix, and the columns of its
+    `seurat` genes."""
     sc, anndata = pytest.importorskip("scanpy"), pytest.importorskip("anndata")
     counts = _dlpfc(root).counts
     counts = counts[:, counts.getnnz(axis=0) >= 3]
@@ -86,22 +114,32 @@ def test_normalise_equals_scanpy(real_data):
     ours = data.normalise_log1p(counts)
     assert sp.issparse(ours) and ours.dtype == np.float32
     assert abs(ours - expected).max() < 1e-5
-    assert counts.dtype == np.int32 and counts.max() > 1                # the input is not written to
+    # the input is not written to
+    assert counts.dtype == np.int32 and counts.max() > 1
 
 
 def test_normalise_by_hand():
     counts = np.array([[1, 3, 0], [0, 0, 0], [5, 0, 5]])
-    given = data.normalise_log1p(sp.csr_matrix(counts), library_size=[8, 5, 20], target_sum=100).toarray()
-    np.testing.assert_allclose(given, np.log1p(counts * np.array([[100 / 8], [100 / 5], [100 / 20]])), rtol=1e-6)
+    given = data.normalise_log1p(
+        sp.csr_matrix(counts), library_size=[8, 5, 20], target_sum=100
+    ).toarray()
+    np.testing.assert_allclose(
+        given, np.log1p(counts * np.array([[100 / 8], [100 / 5], [100 / 20]])), rtol=1e-6
+    )
     own = data.normalise_log1p(sp.csr_matrix(counts)).toarray()
-    np.testing.assert_allclose(own[[0, 2]], np.log1p(counts[[0, 2]] * [[1e4 / 4], [1e4 / 10]]), rtol=1e-6)
+    np.testing.assert_allclose(
+        own[[0, 2]], np.log1p(counts[[0, 2]] * [[1e4 / 4], [1e4 / 10]]), rtol=1e-6
+    )
     assert (own[1] == 0).all()
-    assert (data.normalise_log1p(sp.csr_matrix(counts), library_size=[0, 0, 20]).toarray()[0] == 0).all()
+    assert (
+        data.normalise_log1p(sp.csr_matrix(counts), library_size=[0, 0, 20]).toarray()[0] == 0
+    ).all()
 
 
 def test_mean_var_dense_and_large_integers():
     x = toy_counts()[0].copy()
-    x.data[0] = 60_000                                                   # its square does not fit 32-bit integers
+    # its square does not fit 32-bit integers
+    x.data[0] = 60_000
     mean, var = data.mean_var(x)
     np.testing.assert_allclose(mean, x.toarray().mean(0), rtol=1e-12)
     np.testing.assert_allclose(var, x.toarray().astype(float).var(0, ddof=1), rtol=1e-9)
@@ -124,21 +162,25 @@ def test_hvg_seurat_v3_equals_scanpy(real_data):
     ours = data.hvg_seurat_v3(counts, 3000)
     assert len(ours) == 3000 and (np.diff(ours) > 0).all()
     overlap = len(np.intersect1d(ours, np.flatnonzero(a.var["highly_variable"]))) / 3000
-    assert overlap >= 0.99, f"overlap with scanpy seurat_v3 {overlap:.4f}"  # measured .9980: skmisc interpolates its loess on another grid
+    # measured .9980: skmisc interpolates its loess on another grid
+    assert overlap >= 0.99, f"overlap with scanpy seurat_v3 {overlap:.4f}"
 
 
 def test_hvg_finds_planted_genes(rng):
     counts = rng.poisson(rng.uniform(2, 4, 400), (300, 400))
-    counts[:, 40:50] = rng.poisson(np.where(rng.random((300, 10)) < 0.3, 10, 0))    # the same mean, far more variance
+    # the same mean, far more variance
+    counts[:, 40:50] = rng.poisson(np.where(rng.random((300, 10)) < 0.3, 10, 0))
     counts = sp.csr_matrix(counts)
     assert data.hvg_seurat_v3(counts, 10).tolist() == list(range(40, 50))
     by_bin = data.hvg_seurat(data.normalise_log1p(counts, np.full(300, 1e4)), 10)
-    assert len(np.intersect1d(by_bin, np.arange(40, 50))) >= 9           # a gene alone in its bin scores 1 and may come between
+    # a gene alone in its bin scores 1 and may come between
+    assert len(np.intersect1d(by_bin, np.arange(40, 50))) >= 9
 
 
 def test_standardise_equals_dense_reference():
     x = data.normalise_log1p(toy_counts(400, 30)[0]).tolil()
-    x[5, 3] = 400.0                                                      # far above mean + 10 std, so that the clip is at work
+    # far above mean + 10 std, so that the clip is at work
+    x[5, 3] = 400.0
     x = x.tocsr()
     fit = data.Standardise(10.0).fit(x)
     dense = x.toarray().astype(np.float64)
@@ -150,7 +192,7 @@ def test_standardise_equals_dense_reference():
     assert sp.issparse(scaled) and scaled.nnz == x.nnz
     np.testing.assert_allclose(scaled.toarray(), np.minimum(z, 10) + mean / std, atol=2e-5)
     low = data.Standardise(1.0).fit(x)
-    np.testing.assert_allclose(low.transform(x), np.clip(z, -1, 1), atol=2e-5)   # both sides
+    np.testing.assert_allclose(low.transform(x), np.clip(z, -1, 1), atol=2e-5)  # both sides
     assert (low.transform(x) == -1).any()
 
 
@@ -174,13 +216,16 @@ def test_expression_never_sees_other_rows(flavor, rng):
     poisoned = counts.toarray()
     poisoned[other] = poisoned[other] * 1000 + rng.integers(0, 5000, (len(other), 60))
     dirty, w = fit_and_transform(sp.csr_matrix(poisoned))
-    assert clean.genes.tolist() == dirty.genes.tolist() and len(clean.genes) == (60 if flavor == "none" else 20)
+    assert clean.genes.tolist() == dirty.genes.tolist() and len(clean.genes) == (
+        60 if flavor == "none" else 20
+    )
     np.testing.assert_array_equal(clean.scaler.mean, dirty.scaler.mean)
     np.testing.assert_array_equal(clean.scaler.std, dirty.scaler.std)
     np.testing.assert_array_equal(z[train], w[train])
-    assert not np.array_equal(z[other], w[other])                        # the poison did arrive
+    assert not np.array_equal(z[other], w[other])  # the poison did arrive
     all_rows = data.Expression(20, flavor).fit(sp.csr_matrix(poisoned), genes)
-    assert not np.array_equal(all_rows.scaler.mean, clean.scaler.mean)   # and would show if other rows were used
+    # and would show if other rows were used
+    assert not np.array_equal(all_rows.scaler.mean, clean.scaler.mean)
 
 
 def test_expression_aligns_genes_by_name(rng):
@@ -192,7 +237,8 @@ def test_expression_aligns_genes_by_name(rng):
     np.testing.assert_array_equal(e.transform(counts[:, order], genes[order]), z)
     lacking = {e.genes[0], e.genes[7]}
     keep = order[~np.isin(genes[order], list(lacking))]
-    part = e.transform(counts[:, keep], genes[keep], library_size=size)  # the whole library, so only the missing genes differ
+    # the whole library, so only the missing genes differ
+    part = e.transform(counts[:, keep], genes[keep], library_size=size)
     missing = np.isin(e.genes, list(lacking))
     assert missing.sum() == 2 and (part[:, missing] == 0).all()
     np.testing.assert_array_equal(part[:, ~missing], z[:, ~missing])
@@ -200,7 +246,8 @@ def test_expression_aligns_genes_by_name(rng):
     assert (own[:, missing] == 0).all()
     with pytest.raises(DataError, match="shares none"):
         e.transform(counts, np.char.add("mouse_", genes))
-    twice = np.concatenate([genes, genes])                               # the first of two columns of one name counts
+    # the first of two columns of one name counts
+    twice = np.concatenate([genes, genes])
     doubled = sp.hstack([counts, counts * 7]).tocsr()
     np.testing.assert_array_equal(e.transform(doubled, twice, library_size=size), z)
 
@@ -223,7 +270,11 @@ def test_expression_own_scale_is_a_fit_on_those_rows():
     e = data.Expression(50, "none").fit(counts, genes)
     fresh = data.Expression(50, "none", min_spots=0).fit(other, genes)
     ours = e.transform(other, genes, own_scale=True)
-    np.testing.assert_allclose(ours, fresh.transform(other, genes)[:, [fresh.genes.tolist().index(g) for g in e.genes]], atol=1e-6)
+    np.testing.assert_allclose(
+        ours,
+        fresh.transform(other, genes)[:, [fresh.genes.tolist().index(g) for g in e.genes]],
+        atol=1e-6,
+    )
     assert np.abs(ours - e.transform(other, genes)).max() > 0.01
 
 
@@ -234,7 +285,11 @@ def test_expression_state_round_trip(flavor):
     buffer = io.BytesIO()
     torch.save(e.state(), buffer)
     buffer.seek(0)
-    for state in (e.state(), torch.load(buffer, weights_only=True), json.loads(json.dumps(e.state()))):
+    for state in (
+        e.state(),
+        torch.load(buffer, weights_only=True),
+        json.loads(json.dumps(e.state())),
+    ):
         again = data.Expression.from_state(state)
         assert vars(again).keys() == vars(e).keys() and again.genes.tolist() == e.genes.tolist()
         np.testing.assert_array_equal(again.transform(counts, genes), e.transform(counts, genes))
@@ -247,32 +302,39 @@ def same_up_to_sign(a, b, atol):
 
 
 def test_truncated_pca_equals_dense(rng, monkeypatch):
-    x = sp.random(150, 40, 0.3, random_state=0, format="csr", dtype=np.float64) @ sp.diags(np.linspace(1, 6, 40))
+    x = sp.random(150, 40, 0.3, random_state=0, format="csr", dtype=np.float64) @ sp.diags(
+        np.linspace(1, 6, 40)
+    )
     rows = np.sort(rng.permutation(150)[:90])
     truth = PCA(6, svd_solver="full").fit(x.toarray()[rows]).transform(x.toarray())
     for given in (x.tocsr(), x.toarray()):
         same_up_to_sign(data.truncated_pca(given, 6, rows), truth, 1e-3)
     assert data.truncated_pca(x.tocsr()[:5], 50).shape == (5, 4)
-    tall = sp.random(2000, 40, 0.3, random_state=1, format="csr", dtype=np.float64) @ sp.diags(np.linspace(1, 6, 40))
+    tall = sp.random(2000, 40, 0.3, random_state=1, format="csr", dtype=np.float64) @ sp.diags(
+        np.linspace(1, 6, 40)
+    )
     monkeypatch.setattr(data, "dense_parts", lambda x, parts=data.dense_parts: parts(x, 300))
     truth = PCA(6, svd_solver="full").fit(tall[:900].toarray()).transform(tall.toarray())
     for given in (tall.tocsr(), tall.tocsr().astype(np.float32)):
         same_up_to_sign(data.truncated_pca(given, 6, np.arange(900)), truth, 1e-3)
     with monkeypatch.context() as only:
-        only.setattr(data, "PCA", None)                                 # a tall matrix takes the other way, a short one does not
+        # a tall matrix takes the other way, a short one does not
+        only.setattr(data, "PCA", None)
         assert data.truncated_pca(tall.tocsr(), 6).shape == (2000, 6)
         with pytest.raises(TypeError):
             data.truncated_pca(tall.tocsr()[:300], 6)
     counts, genes = toy_counts(100, 40)
     e = data.Expression(30).fit(counts[:60], genes)
-    z = np.minimum(e.scaler.scaled(e.log1p(counts, genes)[0]).toarray() - e.scaler.mean / e.scaler.std, 10)
+    z = np.minimum(
+        e.scaler.scaled(e.log1p(counts, genes)[0]).toarray() - e.scaler.mean / e.scaler.std, 10
+    )
     truth = PCA(5, svd_solver="full").fit(z[:60]).transform(z)
     mask = np.arange(100) < 60
     same_up_to_sign(e.pca(counts, genes, 5, mask), truth, 1e-3)
     same_up_to_sign(e.pca(counts, genes, 5, np.flatnonzero(mask)), truth, 1e-3)
 
 
-# --------------------------------------------------------------------------------------------------------------- graphs
+# ------------------------------------------------------------------------------------------- graphs
 def test_knn_table_equals_brute_force(rng):
     xy, query = rng.random((200, 2)), rng.random((40, 2))
     d = np.linalg.norm(xy[:, None] - xy[None], axis=2)
@@ -287,15 +349,24 @@ def test_knn_table_equals_brute_force(rng):
 def test_median_tiles_are_compact_and_hold_every_spot_once():
     xy = np.random.default_rng(0).random((1000, 2))
     tiles = data.median_tiles(xy, 64)
-    assert sorted(np.concatenate(tiles)) == list(range(1000)) and max(map(len, tiles)) <= 64 and min(map(len, tiles)) > 20
+    assert (
+        sorted(np.concatenate(tiles)) == list(range(1000))
+        and max(map(len, tiles)) <= 64
+        and min(map(len, tiles)) > 20
+    )
     assert np.mean([np.ptp(xy[t], axis=0).prod() for t in tiles]) < 2 / len(tiles)
 
 
 def test_a_halo_holds_all_that_some_steps_reach():
-    """Against breadth-first search on the dense matrix; inner rows keep their neighbours by name, empty places stay empty, the pad comes back clean."""
+    """Against breadth-first search on the dense matrix; inner rows keep their neighbours by name,
+    empty places stay empty, the pad comes back clean."""
     rng = np.random.default_rng(0)
-    table, pad, tile = data.knn_table(rng.random((300, 2)), 4), np.full(300, -1), np.array([5, 17, 200])
-    table[rng.random(table.shape) < .1] = -1
+    table, pad, tile = (
+        data.knn_table(rng.random((300, 2)), 4),
+        np.full(300, -1),
+        np.array([5, 17, 200]),
+    )
+    table[rng.random(table.shape) < 0.1] = -1
     reach = data.table_to_csr(table).toarray() > 0
     for hops in (0, 1, 3):
         want, inner = set(tile), set()
@@ -303,7 +374,12 @@ def test_a_halo_holds_all_that_some_steps_reach():
             inner = set(want)
             want |= set(np.flatnonzero(reach[sorted(want)].any(0)))
         rows, near = data.with_halo(table, tile, hops, pad)
-        assert rows[:3].tolist() == tile.tolist() and set(rows) == want and len(rows) == len(want) and (pad == -1).all()
+        assert (
+            rows[:3].tolist() == tile.tolist()
+            and set(rows) == want
+            and len(rows) == len(want)
+            and (pad == -1).all()
+        )
         for i, row in enumerate(rows):
             assert ((near[i] < 0) == (table[row] < 0)).all()
             if row in inner:
@@ -329,7 +405,10 @@ def test_knn_table_too_few_spots(rng):
 
 
 def brute_lattice(grid, distance, radius):
-    return [set(np.flatnonzero((d > 0) & (d <= radius)).tolist()) for d in (distance(*(grid - g).T) for g in grid)]
+    return [
+        set(np.flatnonzero((d > 0) & (d <= radius)).tolist())
+        for d in (distance(*(grid - g).T) for g in grid)
+    ]
 
 
 def hex_distance(dr, dc):
@@ -343,22 +422,29 @@ def test_lattice_table_on_visium(dlpfc, radius):
     table = data.lattice_table(dlpfc.grid, radius)
     assert table.shape == (3639, 3 * radius * (radius + 1))
     truth = brute_lattice(dlpfc.grid, hex_distance, radius)
-    assert [set(row[row >= 0].tolist()) for row in table] == truth       # as sets: a repeated neighbour would change the length below
+    # as sets: a repeated neighbour would change the length below
+    assert [set(row[row >= 0].tolist()) for row in table] == truth
     assert ((table >= 0).sum(1) == [len(t) for t in truth]).all()
     full = (table >= 0).all(1)
-    assert 0.6 < full.mean() < 1                                         # interior, and an edge that is marked by -1
+    # interior, and an edge that is marked by -1
+    assert 0.6 < full.mean() < 1
     assert (table[~full] == -1).any(1).all()
     a = data.table_to_csr(table)
-    assert (a != a.T).nnz == 0 and a.max() == 1                          # j in row i iff i in row j, each once
+    # j in row i iff i in row j, each once
+    assert (a != a.T).nnz == 0 and a.max() == 1
     assert a.diagonal().sum() == 0
     if radius == 1:
         pitch = data.lattice_pitch(dlpfc.xy)
         rows, cols = a.nonzero()
-        assert np.abs(np.linalg.norm(dlpfc.xy[rows] - dlpfc.xy[cols], axis=1) / pitch - 1).max() < 0.05
-        assert {tuple(sorted(r)) for r in data.knn_table(dlpfc.xy, 6)[full].tolist()} == {tuple(sorted(r)) for r in table[full].tolist()}
+        assert (
+            np.abs(np.linalg.norm(dlpfc.xy[rows] - dlpfc.xy[cols], axis=1) / pitch - 1).max() < 0.05
+        )
+        assert {tuple(sorted(r)) for r in data.knn_table(dlpfc.xy, 6)[full].tolist()} == {
+            tuple(sorted(r)) for r in table[full].tolist()
+        }
     else:
         ring = hex_distance(*(dlpfc.grid[table[full][0]] - dlpfc.grid[np.flatnonzero(full)[0]]).T)
-        assert ring.tolist() == [1] * 6 + [2] * 12 + [3] * 18            # by ring
+        assert ring.tolist() == [1] * 6 + [2] * 12 + [3] * 18  # by ring
 
 
 @pytest.mark.parametrize("radius", [1, 2])
@@ -376,10 +462,13 @@ def test_lattice_table_on_square_array(real_data, radius):
 def test_lattice_table_ignores_origin_and_order(rng):
     grid, _ = hexagons(8, 9)
     table = data.lattice_table(grid)
-    np.testing.assert_array_equal(data.lattice_table(grid - [40, 60]), table)    # negative rows and columns
+    # negative rows and columns
+    np.testing.assert_array_equal(data.lattice_table(grid - [40, 60]), table)
     p = rng.permutation(len(grid))
     back = np.append(np.argsort(p), -1)
-    np.testing.assert_array_equal(data.lattice_table(grid[p])[np.argsort(p)], np.where(table >= 0, back[table], -1))
+    np.testing.assert_array_equal(
+        data.lattice_table(grid[p])[np.argsort(p)], np.where(table >= 0, back[table], -1)
+    )
 
 
 def test_symmetric_union_and_normalised_adjacency():
@@ -400,9 +489,18 @@ def test_symmetric_union_and_normalised_adjacency():
     assert abs(np.linalg.eigvalsh(ours.toarray()).max() - 1) < 1e-6
 
 
-@pytest.mark.parametrize("xy", [np.random.default_rng(0).random((700, 2)), np.random.default_rng(1).permutation(np.argwhere(np.ones((26, 27)))),
-                                np.concatenate([np.random.default_rng(2).random((90, 2)) + [[i * 9, 0]] for i in range(3)] + [np.zeros((9, 2))])],
-                         ids=["random", "lattice of integers with ties", "three pieces and spots at one place"])
+@pytest.mark.parametrize(
+    "xy",
+    [
+        np.random.default_rng(0).random((700, 2)),
+        np.random.default_rng(1).permutation(np.argwhere(np.ones((26, 27)))),
+        np.concatenate(
+            [np.random.default_rng(2).random((90, 2)) + [[i * 9, 0]] for i in range(3)]
+            + [np.zeros((9, 2))]
+        ),
+    ],
+    ids=["random", "lattice of integers with ties", "three pieces and spots at one place"],
+)
 def test_graph_in_tree_order_is_the_graph_in_the_order_of_the_file(xy):
     """Bit for bit, entries in sorted order, with ties and with spots at one place."""
     union = data.symmetric_union(data.knn_table(xy, 6))
@@ -417,7 +515,8 @@ def test_graph_in_tree_order_is_the_graph_in_the_order_of_the_file(xy):
 def test_neighbour_mean_equals_loop(rng):
     table = data.knn_table(rng.random((50, 2)), 5)
     table[rng.random(table.shape) < 0.3] = -1
-    table[7] = -1                                                        # no neighbour: its own value
+    # no neighbour: its own value
+    table[7] = -1
     x = rng.random((50, 8)) * (rng.random((50, 8)) < 0.4)
     truth = np.stack([x[[i, *row[row >= 0]]].mean(0) for i, row in enumerate(table)])
     np.testing.assert_allclose(data.neighbour_mean(x, table), truth, atol=1e-6)
@@ -426,7 +525,7 @@ def test_neighbour_mean_equals_loop(rng):
     np.testing.assert_allclose(sparse.toarray(), truth, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------- splits
+# ------------------------------------------------------------------------------------------- splits
 def disjoint(split):
     return not (split.train & split.val | split.train & split.test | split.val & split.test).any()
 
@@ -442,7 +541,9 @@ def test_random_split_has_the_published_sizes(twelve):
             assert abs(split.train[of_class].sum() - 0.6 * total) <= 1.01
             assert abs(split.test[of_class].sum() - 0.2 * total) <= 1.01
     other = data.random_split(slide.labels, seed=1)
-    assert (other.train != split.train).any() and (data.random_split(slide.labels).train == split.train).all()
+    assert (other.train != split.train).any() and (
+        data.random_split(slide.labels).train == split.train
+    ).all()
 
 
 def test_random_split_with_a_rare_class():
@@ -459,13 +560,16 @@ def test_block_split(twelve, buffer, val):
     tested = np.zeros(slide.n_spots, int)
     for fold in range(5):
         split = data.block_split(slide.labels, slide.xy, fold, buffer=buffer, val=val)
-        assert disjoint(split) and not (split.train | split.val | split.test)[slide.labels < 0].any()
+        assert (
+            disjoint(split) and not (split.train | split.val | split.test)[slide.labels < 0].any()
+        )
         assert split.leaks_position == (buffer <= 0) and split.val.any() == val
         gap = data.cKDTree(slide.xy[split.test]).query(slide.xy)[0] / pitch
         assert gap[split.train | split.val].min() > buffer
         dropped = (slide.labels >= 0) & ~(split.train | split.val | split.test)
         assert dropped.any() == (buffer > 0)
-        assert not dropped.any() or gap[dropped].max() <= buffer + 1e-3  # no more is dropped than must be
+        # no more is dropped than must be
+        assert not dropped.any() or gap[dropped].max() <= buffer + 1e-3
         tested += split.test
     np.testing.assert_array_equal(tested, slide.labels >= 0)
 
@@ -473,8 +577,18 @@ def test_block_split(twelve, buffer, val):
 def test_block_split_leaks_where_the_buffer_is_below_the_reach():
     _, xy = hexagons(40, 40)
     labels = np.arange(1600) % 3
-    leaks = {(buffer, reach): data.block_split(labels, xy, buffer=buffer, reach=reach).leaks_position for buffer in (0.0, 2.0, 3.0) for reach in (0, 2, 3, 4)}
-    assert [pair for pair, leak in leaks.items() if not leak] == [(2.0, 0), (2.0, 2), (3.0, 0), (3.0, 2), (3.0, 3)]
+    leaks = {
+        (buffer, reach): data.block_split(labels, xy, buffer=buffer, reach=reach).leaks_position
+        for buffer in (0.0, 2.0, 3.0)
+        for reach in (0, 2, 3, 4)
+    }
+    assert [pair for pair, leak in leaks.items() if not leak] == [
+        (2.0, 0),
+        (2.0, 2),
+        (3.0, 0),
+        (3.0, 2),
+        (3.0, 3),
+    ]
 
 
 def test_block_split_without_validation_is_refused():
@@ -528,9 +642,11 @@ def test_split_errors(twelve):
 def coordinate_vote(slide, train, test, k=9):
     """Inverse-distance vote of the k nearest training labels."""
     rows, query = np.flatnonzero(train), np.flatnonzero(test)
-    near = rows[data.knn_table(slide.xy[rows], k, slide.xy[query])]      # (M, k)
+    near = rows[data.knn_table(slide.xy[rows], k, slide.xy[query])]  # (M, k)
     weight = 1 / np.linalg.norm(slide.xy[near] - slide.xy[query][:, None], axis=2)
-    return np.stack([(weight * (slide.labels[near] == c)).sum(1) for c in range(len(slide.classes))], 1).argmax(1)
+    return np.stack(
+        [(weight * (slide.labels[near] == c)).sum(1) for c in range(len(slide.classes))], 1
+    ).argmax(1)
 
 
 def pooled_ari(slide, buffer, seed):
@@ -546,17 +662,23 @@ def pooled_ari(slide, buffer, seed):
 def test_coordinates_only_floor_of_the_splits(twelve):
     """Known truth for the whole split: what position alone reaches, over 12 slices.
 
-    The published floor of 5 x 5 blocks with buffer 3 is .417, from one dealing of the tiles. Over ten dealings ours is .448, standard deviation
-    .021 (.414 to .486): the mean of three has .012, the difference to one published dealing .024, so +-.07 is three of those. Without buffer it
-    is .60 and in the random split .92, so a lost buffer, or spots drawn at random, fails.
+    The published floor of 5 x 5 blocks with buffer 3 is .417, from one dealing of the tiles. Over
+    ten dealings ours is .448, standard deviation .021 (.414 to .486): the mean of three has .012,
+    the difference to one published dealing .024, so +-.07 is three of those. Without buffer it is
+    .60 and in the random split .92, so a lost buffer, or spots drawn at random, fails.
     """
     blocks = [np.mean([pooled_ari(s, 3.0, seed) for s in twelve.values()]) for seed in range(3)]
     assert abs(np.mean(blocks) - 0.417) < 0.07, blocks
     random = []
     for slide in twelve.values():
         split = data.random_split(slide.labels)
-        random.append(adjusted_rand_score(slide.labels[split.test], coordinate_vote(slide, split.train, split.test)))
-    assert abs(np.mean(random) - 0.921) < 0.01, np.mean(random)          # same sklearn split, k fixed at 9
+        random.append(
+            adjusted_rand_score(
+                slide.labels[split.test], coordinate_vote(slide, split.train, split.test)
+            )
+        )
+    # same sklearn split, k fixed at 9
+    assert abs(np.mean(random) - 0.921) < 0.01, np.mean(random)
 
 
 def test_holdout_split(twelve):
@@ -575,17 +697,35 @@ def test_holdout_split(twelve):
     np.testing.assert_array_equal(split.train[n:] | split.val[n:], labels[n:] >= 0)
     assert 0.1 < split.val[n:].sum() / (labels[n:] >= 0).sum() < 0.35
     start = np.cumsum([0] + [s.n_spots for s in slides])
-    assert all(split.val[a:b].any() and split.train[a:b].any() for a, b in zip(start[1:-1], start[2:]))
+    assert all(
+        split.val[a:b].any() and split.train[a:b].any() for a, b in zip(start[1:-1], start[2:])
+    )
     tables = [(a, data.knn_table(s.xy, 6)) for a, s in zip(start[1:], slides[1:])]
-    mixed = np.mean([split.val[a + t].sum(1).astype(bool)[split.train[a:a + len(t)]].mean() for a, t in tables])
-    assert mixed < 0.15                                                  # validation is whole tiles, not spots among training spots
+    mixed = np.mean(
+        [
+            split.val[a + t].sum(1).astype(bool)[split.train[a : a + len(t)]].mean()
+            for a, t in tables
+        ]
+    )
+    # validation is whole tiles, not spots among training spots
+    assert mixed < 0.15
     assert len({s.patient for s in slides}) == 3 and not split.leaks_position
     assert hold(["151673", "151507", "151674"])[2].leaks_position
 
 
 def test_common_genes_and_global_labels():
-    one = toy_slide(genes=np.array(["C", "A", "B", "D"]), sample="one", classes=["L1", "WM"], labels=np.array([0, 1, -1] * 10))
-    two = toy_slide(genes=np.array(["B", "X", "C"]), sample="two", classes=["L2", "L1"], labels=np.array([0, -1, 1] * 10))
+    one = toy_slide(
+        genes=np.array(["C", "A", "B", "D"]),
+        sample="one",
+        classes=["L1", "WM"],
+        labels=np.array([0, 1, -1] * 10),
+    )
+    two = toy_slide(
+        genes=np.array(["B", "X", "C"]),
+        sample="two",
+        classes=["L2", "L1"],
+        labels=np.array([0, -1, 1] * 10),
+    )
     assert data.common_genes([one, two]).tolist() == ["C", "B"]
     assert data.common_genes([one]).tolist() == ["C", "A", "B", "D"]
     with pytest.raises(DataError, match="one, odd share no gene"):
@@ -596,27 +736,48 @@ def test_common_genes_and_global_labels():
     assert (data.global_labels([one, toy_slide()])[1][1] == -1).all()
 
 
-# -------------------------------------------------------------------------------------------------------- frozen vectors
+# ----------------------------------------------------------------------------------- frozen vectors
 def test_read_embedding(tmp_path, rng):
     slide, x = toy_slide(), rng.random((30, 5))
     np.save(tmp_path / "x.npy", x)
-    np.testing.assert_array_equal(data.read_embedding(tmp_path / "x.npy", slide), x.astype(np.float32))
+    np.testing.assert_array_equal(
+        data.read_embedding(tmp_path / "x.npy", slide), x.astype(np.float32)
+    )
     order = np.append(rng.permutation(30), 3)[:30]
     names = np.append(slide.barcodes[order], ["other"])
-    np.savez(tmp_path / "x.npz", embedding=np.concatenate([x[order], np.full((1, 5), 9.0)]), barcodes=names)
-    np.testing.assert_array_equal(data.read_embedding(tmp_path / "x.npz", slide), x.astype(np.float32))
+    np.savez(
+        tmp_path / "x.npz",
+        embedding=np.concatenate([x[order], np.full((1, 5), 9.0)]),
+        barcodes=names,
+    )
+    np.testing.assert_array_equal(
+        data.read_embedding(tmp_path / "x.npz", slide), x.astype(np.float32)
+    )
     np.savez(tmp_path / "bytes.npz", embedding=x[order], barcodes=slide.barcodes[order].astype("S"))
-    np.testing.assert_array_equal(data.read_embedding(tmp_path / "bytes.npz", slide), x.astype(np.float32))
-    (tmp_path / "misnamed.npy").write_bytes((tmp_path / "x.npz").read_bytes())   # the content decides, not the name
+    np.testing.assert_array_equal(
+        data.read_embedding(tmp_path / "bytes.npz", slide), x.astype(np.float32)
+    )
+    # the content decides, not the name
+    (tmp_path / "misnamed.npy").write_bytes((tmp_path / "x.npz").read_bytes())
     (tmp_path / "misnamed.npz").write_bytes((tmp_path / "x.npy").read_bytes())
     for name in ("misnamed.npy", "misnamed.npz"):
-        np.testing.assert_array_equal(data.read_embedding(tmp_path / name, slide), x.astype(np.float32))
+        np.testing.assert_array_equal(
+            data.read_embedding(tmp_path / name, slide), x.astype(np.float32)
+        )
 
 
 def test_read_embedding_refuses_a_broken_header(tmp_path):
     """The header of .npy is Python text: half of it is no number, no end, or no sentence."""
-    for i, header in enumerate((b"{'descr': '<f4', 'fortran_order': False, 'shape': (3", b"{'descr': '<f4',\n 'a' b: (", b"  x = = 1")):
-        (tmp_path / f"{i}.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    for i, header in enumerate(
+        (
+            b"{'descr': '<f4', 'fortran_order': False, 'shape': (3",
+            b"{'descr': '<f4',\n 'a' b: (",
+            b"  x = = 1",
+        )
+    ):
+        (tmp_path / f"{i}.npy").write_bytes(
+            b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        )
         with pytest.raises(DataError, match="holds no embedding"):
             data.read_embedding(tmp_path / f"{i}.npy", toy_slide())
 
@@ -625,28 +786,47 @@ def test_read_embedding_by_slice_name(tmp_path, rng):
     for name in ("one", "two"):
         slide, x = toy_slide(sample=name), rng.random((30, 2))
         np.savez(tmp_path / f"{name}.npz", embedding=x, barcodes=slide.barcodes)
-        np.testing.assert_array_equal(data.read_embedding(tmp_path / "{slice}.npz", slide), x.astype(np.float32))
-        np.testing.assert_array_equal(data.image_features(slide, str(tmp_path / "{slice}.npz")), x.astype(np.float32))
+        np.testing.assert_array_equal(
+            data.read_embedding(tmp_path / "{slice}.npz", slide), x.astype(np.float32)
+        )
+        np.testing.assert_array_equal(
+            data.image_features(slide, str(tmp_path / "{slice}.npz")), x.astype(np.float32)
+        )
     with pytest.raises(DataError, match=r"three\.npz"):
         data.read_embedding(tmp_path / "{slice}.npz", toy_slide(sample="three"))
 
 
 def test_read_embedding_refuses_duplicate_barcodes(tmp_path, rng):
     slide = toy_slide()
-    np.savez(tmp_path / "twice.npz", embedding=rng.random((32, 2)), barcodes=np.append(slide.barcodes, slide.barcodes[[4, 5]]))
-    with pytest.raises(DataError, match=rf"twice\.npz has 2 duplicate barcodes \({slide.barcodes[4]} "):
+    np.savez(
+        tmp_path / "twice.npz",
+        embedding=rng.random((32, 2)),
+        barcodes=np.append(slide.barcodes, slide.barcodes[[4, 5]]),
+    )
+    with pytest.raises(
+        DataError, match=rf"twice\.npz has 2 duplicate barcodes \({slide.barcodes[4]} "
+    ):
         data.read_embedding(tmp_path / "twice.npz", slide)
 
 
 def bad_embeddings(folder, slide, x):
     """name -> a writer of a damaged or unfitting file, and what the message says."""
     names = slide.barcodes
-    whole = {"short.npy": lambda p: np.save(p, x[:-1]), "nan.npy": lambda p: np.save(p, np.where(x > x.max() - 1e-9, np.nan, x)),
-             "flat.npy": lambda p: np.save(p, x[:, 0]), "text.npy": lambda p: np.save(p, x.astype(str)),
-             "objects.npy": lambda p: np.save(p, x.astype(object)), "lacking.npz": lambda p: np.savez(p, embedding=x[1:], barcodes=names[1:]),
-             "unnamed.npz": lambda p: np.savez(p, embedding=x), "uneven.npz": lambda p: np.savez(p, embedding=x[:-2], barcodes=names),
-             "nan.npz": lambda p: np.savez(p, embedding=x * np.nan, barcodes=names), "empty.npy": lambda p: p.write_bytes(b""),
-             "notes.npy": lambda p: p.write_text("no array"), "notes.npz": lambda p: p.write_text("no array"), "absent.npy": lambda p: None}
+    whole = {
+        "short.npy": lambda p: np.save(p, x[:-1]),
+        "nan.npy": lambda p: np.save(p, np.where(x > x.max() - 1e-9, np.nan, x)),
+        "flat.npy": lambda p: np.save(p, x[:, 0]),
+        "text.npy": lambda p: np.save(p, x.astype(str)),
+        "objects.npy": lambda p: np.save(p, x.astype(object)),
+        "lacking.npz": lambda p: np.savez(p, embedding=x[1:], barcodes=names[1:]),
+        "unnamed.npz": lambda p: np.savez(p, embedding=x),
+        "uneven.npz": lambda p: np.savez(p, embedding=x[:-2], barcodes=names),
+        "nan.npz": lambda p: np.savez(p, embedding=x * np.nan, barcodes=names),
+        "empty.npy": lambda p: p.write_bytes(b""),
+        "notes.npy": lambda p: p.write_text("no array"),
+        "notes.npz": lambda p: p.write_text("no array"),
+        "absent.npy": lambda p: None,
+    }
     for name, write in whole.items():
         write(folder / name)
         yield folder / name
@@ -656,7 +836,7 @@ def bad_embeddings(folder, slide, x):
         raw = (folder / name).read_bytes()
         for share in (0.3, 0.9):
             cut = folder / f"cut{share}{name[-4:]}"
-            cut.write_bytes(raw[:int(len(raw) * share)])
+            cut.write_bytes(raw[: int(len(raw) * share)])
             yield cut
     np.savez_compressed(folder / "damaged.npz", embedding=x, barcodes=names)
     raw = bytearray((folder / "damaged.npz").read_bytes())
@@ -673,14 +853,18 @@ def test_read_embedding_errors_name_the_file(tmp_path, rng):
 
 
 def position_image(height=300, width=400):
-    """(H, W, 3) uint8 whose colours are a pixel's own position: column = R + 256 (B // 16), row = G + 256 (B % 16)."""
+    """(H, W, 3) uint8 whose colours are a pixel's own position: column = R + 256 (B // 16), row = G
+    + 256 (B % 16)."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x % 256, y % 256, (x // 256) * 16 + y // 256], 2).astype(np.uint8)
 
 
 def position_of(pixel):
     pixel = pixel.astype(int)
-    return np.stack([pixel[..., 0] + 256 * (pixel[..., 2] // 16), pixel[..., 1] + 256 * (pixel[..., 2] % 16)], -1)
+    return np.stack(
+        [pixel[..., 0] + 256 * (pixel[..., 2] // 16), pixel[..., 1] + 256 * (pixel[..., 2] % 16)],
+        -1,
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -693,10 +877,14 @@ def test_crops_are_centred_on_the_spot(scale, rng):
     assert out.shape == (5, 21, 21, 3) and out.dtype == np.uint8
     centre = np.rint(xy[rows] * scale).astype(int)
     np.testing.assert_array_equal(position_of(out[:, 10, 10]), centre)
-    for i, (x, y) in enumerate(centre):                                  # every pixel; the border's repeat
+    # every pixel; the border's repeat
+    for i, (x, y) in enumerate(centre):
         for dy in range(-10, 11):
             for dx in range(-10, 11):
-                assert (out[i, 10 + dy, 10 + dx] == slide.image[min(max(y + dy, 0), 299), min(max(x + dx, 0), 399)]).all()
+                assert (
+                    out[i, 10 + dy, 10 + dx]
+                    == slide.image[min(max(y + dy, 0), 299), min(max(x + dx, 0), 399)]
+                ).all()
 
 
 def test_crops_have_constant_physical_size():
@@ -704,9 +892,14 @@ def test_crops_have_constant_physical_size():
         for um_per_px in (0.5, 1.0, 2.0):
             slide = toy_slide(image=position_image(), image_scale=scale, um_per_px=um_per_px)
             side = data.crops(slide, np.arange(2), 100.0).shape[1]
-            pixel_um = um_per_px / scale                                 # micrometres per image pixel
+            # micrometres per image pixel
+            pixel_um = um_per_px / scale
             assert abs(side * pixel_um - 100.0) <= 2 * pixel_um
-    for without, message in ((dict(image=None), "no image"), (dict(image_scale=None), "no image"), (dict(um_per_px=None), "no physical scale")):
+    for without, message in (
+        (dict(image=None), "no image"),
+        (dict(image_scale=None), "no image"),
+        (dict(um_per_px=None), "no physical scale"),
+    ):
         given = dict(image=position_image(), image_scale=1.0) | without
         with pytest.raises(DataError, match=message):
             data.crops(toy_slide(**given), np.arange(2), 100.0)
@@ -720,11 +913,12 @@ def test_handmade_descriptor(rng):
     assert x.shape == (6, 42) and x.dtype == np.float32
     np.testing.assert_array_equal(x, data.handmade_descriptor(patches))
     np.testing.assert_allclose(x[:, :3], patches.reshape(6, -1, 3).mean(1) / 255, rtol=1e-4)
-    np.testing.assert_allclose(data.handmade_descriptor(patches[2:3]), x[2:3], rtol=1e-5, atol=1e-6)     # one by one as in a batch
+    # one by one as in a batch
+    np.testing.assert_allclose(data.handmade_descriptor(patches[2:3]), x[2:3], rtol=1e-5, atol=1e-6)
     for value in (0, 128, 255):
         flat = data.handmade_descriptor(np.full((2, 32, 32, 3), value, np.uint8))
         assert np.isfinite(flat).all()
-        np.testing.assert_allclose(flat[:, 5:10], 0, atol=1e-4)          # no spread
+        np.testing.assert_allclose(flat[:, 5:10], 0, atol=1e-4)  # no spread
     assert data.handmade_descriptor(patches[:, :3, :3]).shape == (6, 42)  # the smallest crop
 
 
@@ -735,8 +929,12 @@ def test_handmade_descriptor_tells_nuclei_from_stroma(rng):
         colour = 255 * np.exp(-density) + rng.normal(0, 3, (4, 24, 24, 3))
         return np.clip(np.rint(colour), 0, 255).astype(np.uint8)
 
-    nuclei, stroma = data.handmade_descriptor(stained([1.0, 0.2])), data.handmade_descriptor(stained([0.05, 0.5]))
-    np.testing.assert_allclose(nuclei[:, 3:5], [[1.0, 0.2]] * 4, atol=0.05)      # haematoxylin, eosin amounts come back
+    nuclei, stroma = (
+        data.handmade_descriptor(stained([1.0, 0.2])),
+        data.handmade_descriptor(stained([0.05, 0.5])),
+    )
+    # haematoxylin, eosin amounts come back
+    np.testing.assert_allclose(nuclei[:, 3:5], [[1.0, 0.2]] * 4, atol=0.05)
     np.testing.assert_allclose(stroma[:, 3:5], [[0.05, 0.5]] * 4, atol=0.05)
     gap = np.linalg.norm(nuclei.mean(0) - stroma.mean(0))
     assert gap > 10 * max(np.linalg.norm(g - g.mean(0), axis=1).max() for g in (nuclei, stroma))
@@ -748,24 +946,42 @@ def test_image_features_cache(tmp_path, rng):
     fresh = data.image_features(slide, crop_um=40.0)
     first = data.image_features(slide, crop_um=40.0, cache=tmp_path / "deep" / "cache", batch=7)
     np.testing.assert_allclose(first, fresh, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(fresh, data.handmade_descriptor(data.crops(slide, np.arange(30), 40.0)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        fresh,
+        data.handmade_descriptor(data.crops(slide, np.arange(30), 40.0)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     folder = tmp_path / "deep" / "cache"
-    (path,) = folder.iterdir()                                           # one file, no temporary left
-    np.savez(path, embedding=first[::-1] + 5, barcodes=slide.barcodes[::-1])     # poison, in another order
-    np.testing.assert_allclose(data.image_features(slide, crop_um=40.0, cache=folder), first + 5, rtol=1e-6)
+    # one file, no temporary left
+    (path,) = folder.iterdir()
+    # poison, in another order
+    np.savez(path, embedding=first[::-1] + 5, barcodes=slide.barcodes[::-1])
+    np.testing.assert_allclose(
+        data.image_features(slide, crop_um=40.0, cache=folder), first + 5, rtol=1e-6
+    )
     changed = image.copy()
     changed[-1, -1] ^= 1
-    for other, crop in ((toy_slide(image=changed, image_scale=1.0), 40.0), (slide, 44.0), (toy_slide(image=image, image_scale=0.5), 40.0),
-                        (toy_slide(image=image, image_scale=1.0, um_per_px=0.5), 40.0), (toy_slide(image=image, image_scale=1.0, xy=slide.xy + 1), 40.0)):
+    for other, crop in (
+        (toy_slide(image=changed, image_scale=1.0), 40.0),
+        (slide, 44.0),
+        (toy_slide(image=image, image_scale=0.5), 40.0),
+        (toy_slide(image=image, image_scale=1.0, um_per_px=0.5), 40.0),
+        (toy_slide(image=image, image_scale=1.0, xy=slide.xy + 1), 40.0),
+    ):
         before = len(list(folder.iterdir()))
         got = data.image_features(other, crop_um=crop, cache=folder)
-        np.testing.assert_allclose(got, data.image_features(other, crop_um=crop), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            got, data.image_features(other, crop_um=crop), rtol=1e-5, atol=1e-6
+        )
         assert len(list(folder.iterdir())) == before + 1
 
 
 def test_image_features_cache_sees_every_patch_and_the_encoder_files(tmp_path, rng):
-    """The key changes with a patch other than the first, with the rows in use, and with the files of a local encoder of the same name."""
+    """The key changes with a patch other than the first, with the rows in use, and with the files
+    of a local encoder of the same name."""
     import h5py
+
     with h5py.File(tmp_path / "p.h5", "w") as file:
         file["img"] = rng.integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
     encoder = tmp_path / "encoder"
@@ -773,7 +989,10 @@ def test_image_features_cache_sees_every_patch_and_the_encoder_files(tmp_path, r
     (encoder / "w").write_bytes(b"one")
 
     def key(rows=None):
-        return data._features_key(toy_slide(patches=data.Patches(tmp_path / "p.h5", rows)), str(encoder), 40.0)
+        return data._features_key(
+            toy_slide(patches=data.Patches(tmp_path / "p.h5", rows)), str(encoder), 40.0
+        )
+
     first = key()
     assert key() == first and key(np.arange(30)[::-1]) != first
     (encoder / "w").write_bytes(b"other")
@@ -796,7 +1015,9 @@ def test_image_features_without_a_writable_cache(tmp_path, rng):
 def test_image_features_from_file_and_patches(tmp_path, real_data, rng):
     slide = data.load_hest(real_data / "her2st", "A2").subset(np.arange(20))
     got = data.image_features(slide, batch=6, cache=tmp_path)
-    np.testing.assert_allclose(got, data.handmade_descriptor(slide.patches[np.arange(20)]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        got, data.handmade_descriptor(slide.patches[np.arange(20)]), rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_array_equal(data.image_features(slide, batch=6, cache=tmp_path), got)
     x = rng.random((20, 3)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
@@ -806,22 +1027,41 @@ def test_image_features_from_file_and_patches(tmp_path, real_data, rng):
 def tiny_models():
     t = pytest.importorskip("transformers")
     small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
-    vision, text = dict(small, image_size=32, patch_size=8), dict(small, vocab_size=99, max_position_embeddings=8)
-    return {"vit": lambda: t.ViTModel(t.ViTConfig(**vision)),
-            "resnet": lambda: t.ResNetModel(t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")),
-            "clip": lambda: t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=10))}
+    vision, text = (
+        dict(small, image_size=32, patch_size=8),
+        dict(small, vocab_size=99, max_position_embeddings=8),
+    )
+    return {
+        "vit": lambda: t.ViTModel(t.ViTConfig(**vision)),
+        "resnet": lambda: t.ResNetModel(
+            t.ResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"
+            )
+        ),
+        "clip": lambda: t.CLIPModel(
+            t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)
+        ),
+    }
 
 
-@pytest.mark.parametrize("kind, width, side", [("vit", 16, 32), ("resnet", 12, 224), ("clip", 10, 32)])
+@pytest.mark.parametrize(
+    "kind, width, side", [("vit", 16, 32), ("resnet", 12, 224), ("clip", 10, 32)]
+)
 def test_pretrained_encoder_equals_the_model(kind, width, side, tmp_path, rng):
     make = tiny_models()[kind]
     torch.manual_seed(0)
     model = make().eval()
     model.save_pretrained(tmp_path)
-    patches = rng.integers(0, 256, (3, side, side, 3), dtype=np.uint8)   # already the model's size: no resampling between
-    for mean, std in (((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))):
+    # already the model's size: no resampling between
+    patches = rng.integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    for mean, std in (
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
+    ):
         if mean[0] == 0.5:
-            (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
+            (tmp_path / "preprocessor_config.json").write_text(
+                json.dumps({"image_mean": mean, "image_std": std})
+            )
         out = data.pretrained_encoder(str(tmp_path))(patches)
         assert out.shape == (3, width) and out.dtype == np.float32
         x = torch.tensor((patches / 255 - mean) / std, dtype=torch.float32).permute(0, 3, 1, 2)
@@ -831,7 +1071,8 @@ def test_pretrained_encoder_equals_the_model(kind, width, side, tmp_path, rng):
             else:
                 truth = model(pixel_values=x).pooler_output.flatten(1)
         np.testing.assert_allclose(out, truth.numpy(), atol=1e-4)
-    assert data.pretrained_encoder(str(tmp_path))(patches[:, :20, :20]).shape == (3, width)     # resized
+    # resized
+    assert data.pretrained_encoder(str(tmp_path))(patches[:, :20, :20]).shape == (3, width)
 
 
 def test_pretrained_encoder_with_two_image_sizes(tmp_path, rng):

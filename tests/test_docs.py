@@ -1,4 +1,6 @@
-"""README and docs: every command parses and runs on simulated files, every function and file that a page names is there."""
+"""README and docs: every command parses and runs on simulated files, every function and file that a
+page names is there."""
+
 import dataclasses
 import importlib
 import itertools
@@ -19,17 +21,33 @@ from conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = {"gat_fusion", "multist", "stformer", "cmrcnet", "spatia"}
-SHORT = {"multist": "--epochs 4 --dec_epochs 2 --fusion_epochs 1 --n_init 1 --permutations 5 --n_pcs 20", "gat_fusion": "--epochs 3",
-         "stformer": "--epochs 2 --folds 0 --members 1", "cmrcnet": "--epochs 2 --val none --k 5", "spatia": "--draws 2 --ode_steps 2",
-         "cortex": "--n_spots 260 --n_genes 120", "hest": "--n_spots 40 --patch_size 16 --n_genes 60", "cells": "--n_cells 200 --n_genes 48"}
+SHORT = {
+    "multist": "--epochs 4 --dec_epochs 2 --fusion_epochs 1 --n_init 1 --permutations 5 --n_pcs 20",
+    "gat_fusion": "--epochs 3",
+    "stformer": "--epochs 2 --folds 0 --members 1",
+    "cmrcnet": "--epochs 2 --val none --k 5",
+    "spatia": "--draws 2 --ode_steps 2",
+    "cortex": "--n_spots 260 --n_genes 120",
+    "hest": "--n_spots 40 --patch_size 16 --n_genes 60",
+    "cells": "--n_cells 200 --n_genes 48",
+}
 
 
 def commands(page):
     """Commands of a page, fenced or inline, without prompts and comments."""
     text = page.read_text(encoding="utf-8")
-    fenced = [line for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) for line in block.splitlines()]
-    inline = [" ".join(c.split()) for c in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))]
-    return [c.split(" #")[0].strip() for c in fenced + inline if re.match(r"(python|make|torchrun) ", c)]
+    fenced = [
+        line
+        for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+        for line in block.splitlines()
+    ]
+    inline = [
+        " ".join(c.split())
+        for c in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    ]
+    return [
+        c.split(" #")[0].strip() for c in fenced + inline if re.match(r"(python|make|torchrun) ", c)
+    ]
 
 
 def words(command):
@@ -45,15 +63,22 @@ def test_every_command_parses(page):
             targets = [w for w in given[1:] if "=" not in w and not w.startswith("-")]
             makefile = (ROOT / "Makefile").read_text()
             for target in targets:
-                assert re.search(rf"^{re.escape(target)}:", makefile, re.M), f"{page.name}: {command}"
+                assert re.search(rf"^{re.escape(target)}:", makefile, re.M), (
+                    f"{page.name}: {command}"
+                )
             for name in (w.split("=")[0] for w in given[1:] if "=" in w):
-                assert f"$({name})" in makefile or re.search(rf"\b{name}\b", makefile), f"{page.name}: {command}"
+                assert f"$({name})" in makefile or re.search(rf"\b{name}\b", makefile), (
+                    f"{page.name}: {command}"
+                )
             continue
         script = next(w for w in given if w.endswith(".py"))
         assert (ROOT / script).is_file(), f"{page.name}: {command}"
         if script.removesuffix(".py") in METHODS:
             try:
-                run.parse(importlib.import_module(script.removesuffix(".py")).Config, given[given.index(script) + 1:])
+                run.parse(
+                    importlib.import_module(script.removesuffix(".py")).Config,
+                    given[given.index(script) + 1 :],
+                )
             except SystemExit as stop:
                 assert stop.code == 0, f"{page.name}: {command}"
 
@@ -66,11 +91,12 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_equations_name_functions_that_exist(method):
-    """The third column of a method's first table names what stands in its file: functions, classes, names in the record."""
+    """The third column of a method's first table names what stands in its file: functions, classes,
+    names in the record."""
     module = importlib.import_module(method)
     lines = (ROOT / "docs" / f"{method}.md").read_text(encoding="utf-8").splitlines()
     head = next(i for i, line in enumerate(lines) if "| in the file |" in line)
-    table = itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2:])
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :])
     names = re.findall(r"`([A-Za-z_][\w.]*)`", " ".join(row.split("|")[3] for row in table))
     assert len(names) > 8
     source = (ROOT / f"{method}.py").read_text()
@@ -78,53 +104,101 @@ def test_equations_name_functions_that_exist(method):
         thing = module
         for part in name.split("."):
             thing = getattr(thing, part, None)
-        assert thing is not None or re.search(rf"\b(def|self\.|class )\s*{re.escape(name.split('.')[-1])}\b", source), f"docs/{method}.md names {name}"
+        assert thing is not None or re.search(
+            rf"\b(def|self\.|class )\s*{re.escape(name.split('.')[-1])}\b", source
+        ), f"docs/{method}.md names {name}"
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
-    """The folder in which a reader of the pages works: every file that their commands name, simulated and small."""
+    """The folder in which a reader of the pages works: every file that their commands name,
+    simulated and small."""
     root = tmp_path_factory.mktemp("reader")
-    for seed, name in enumerate(("my_visium", "my_folder", "datasets/dlpfc/151673", "datasets/dlpfc/151674")):
-        simulate.write_visium(simulate.simulate_cortex(260, 120, seed=seed, sample=name[-6:], donor="Br1"), root / name)
+    for seed, name in enumerate(
+        ("my_visium", "my_folder", "datasets/dlpfc/151673", "datasets/dlpfc/151674")
+    ):
+        simulate.write_visium(
+            simulate.simulate_cortex(260, 120, seed=seed, sample=name[-6:], donor="Br1"),
+            root / name,
+        )
     for file, folder in (("my_labels.csv", "my_folder"), ("shuffled.csv", "datasets/dlpfc/151673")):
         slide = data.load_visium(root / folder)
         lines = [f"{b},{slide.classes[k]}" for b, k in zip(slide.barcodes, slide.labels) if k >= 0]
         (root / file).write_text("\n".join(["barcode,label", *lines]) + "\n")
     simulate.simulate_hest(root / "my_task", n_slides=4, n_spots=40, patch_size=16, n_genes=60)
-    slides = [dataclasses.replace(data.load_hest(root / "my_task", f"S{i + 1}"), sample=name, patient=name[0])
-              for i, name in enumerate(("C2", "C3", "B2", "D1"))]
+    slides = [
+        dataclasses.replace(
+            data.load_hest(root / "my_task", f"S{i + 1}"), sample=name, patient=name[0]
+        )
+        for i, name in enumerate(("C2", "C3", "B2", "D1"))
+    ]
     simulate.write_hest(slides, root / "datasets" / "her2st", 16)
     (root / "datasets" / "hallmark").mkdir()
     names = slides[0].genes
-    (root / "datasets/hallmark/h.all.symbols.gmt").write_text("".join(f"SET{k}\thttp://none\t" + "\t".join(names[k::6]) + "\n" for k in range(6)))
+    (root / "datasets/hallmark/h.all.symbols.gmt").write_text(
+        "".join(f"SET{k}\thttp://none\t" + "\t".join(names[k::6]) + "\n" for k in range(6))
+    )
     for cells in (root / "cells.h5", root / "datasets" / "ca1" / "cells.h5"):
         simulate.simulate_cells(cells, n_cells=300, n_genes=48, n_sections=3, size=16)
     return root
 
 
 def runnable():
-    """Commands of all pages that a reader can type as they stand, those that read another's run last. The others are named here with the reason."""
-    left = ("download.py",                                              # the network: tests/test_download.py runs it against a loopback server
-            "bench.py", "figure_honest.py",                             # their own tests run them
-            "data.py",                                                  # tests/test_cells.py converts a label image and a Xenium bundle
-            "kill_runs.py",                                             # half an hour: tests/test_restart.py runs a part
-            "choose_linear_weight.py", "mutate.py")                     # hours
-    found = [(page.name, c) for page in PAGES for c in commands(page) if c.startswith("python ") and "<" not in c and "..." not in c]
+    """Commands of all pages that a reader can type as they stand, those that read another's run
+    last. The others are named here with the reason."""
+    # the network: tests/test_download.py runs it against a loopback server
+    left = (
+        "download.py",
+        "bench.py",
+        "figure_honest.py",  # their own tests run them
+        # tests/test_cells.py converts a label image and a Xenium bundle
+        "data.py",
+        # half an hour: tests/test_restart.py runs a part
+        "kill_runs.py",
+        "choose_linear_weight.py",
+        "mutate.py",
+    )  # hours
+    found = [
+        (page.name, c)
+        for page in PAGES
+        for c in commands(page)
+        if c.startswith("python ") and "<" not in c and "..." not in c
+    ]
     found = [(page, c) for page, c in found if words(c)[1].rsplit("/")[-1] not in left]
-    return sorted(dict.fromkeys(c for _, c in found), key=lambda c: (not c.startswith("python simulate.py"), "--predict" in c))
+    return sorted(
+        dict.fromkeys(c for _, c in found),
+        key=lambda c: (not c.startswith("python simulate.py"), "--predict" in c),
+    )
 
 
 def test_every_command_of_the_pages_runs(reader, monkeypatch, capsys):
-    """From files to records with the commands of README and docs, on simulated files and with short settings appended."""
+    """From files to records with the commands of README and docs, on simulated files and with short
+    settings appended."""
     monkeypatch.chdir(reader)
-    monkeypatch.setitem(spatia.PRESETS, "tiny", dataclasses.replace(
-        spatia.PRESETS["tiny"], dim=16, niche=5, tissue=4, decoder_dim=16, decoder_layers=1, decoder_patch=4, steps=(3, 3, 3), batch=(16, 16, 8)))
+    monkeypatch.setitem(
+        spatia.PRESETS,
+        "tiny",
+        dataclasses.replace(
+            spatia.PRESETS["tiny"],
+            dim=16,
+            niche=5,
+            tissue=4,
+            decoder_dim=16,
+            decoder_layers=1,
+            decoder_patch=4,
+            steps=(3, 3, 3),
+            batch=(16, 16, 8),
+        ),
+    )
     ran = []
     for command in runnable():
         _, script, *given = words(command)
         name = script.removesuffix(".py")
-        short = [] if {"--predict", "--help"} & set(given) else SHORT[given[0] if name == "simulate" else name].split()
+        short = (
+            []
+            if {"--predict", "--help"} & set(given)
+            else SHORT[given[0] if name == "simulate" else name].split()
+        )
         try:
             status = importlib.import_module(name).main([*given, *short])
         except SystemExit as stop:
@@ -136,7 +210,8 @@ def test_every_command_of_the_pages_runs(reader, monkeypatch, capsys):
             continue
         made = reader / out.split()[-1]
         assert json.loads(made.read_text())["method"] == name, command
-        if command.endswith("--split random --mode full --seed 0"):     # the short settings are part of the folder's name
+        # the short settings are part of the folder's name
+        if command.endswith("--split random --mode full --seed 0"):
             wanted = reader / "runs/gat_fusion/dlpfc/151673/random-full-cross/seed0"
             wanted.parent.mkdir(parents=True, exist_ok=True)
             made.parent.rename(wanted)
@@ -144,10 +219,16 @@ def test_every_command_of_the_pages_runs(reader, monkeypatch, capsys):
 
 
 def streaming_pcc(chunks):
-    """Pearson r (G,) from six sums over chunks of (pred, true), each (S, G): exercise 6 of docs/stformer.md."""
+    """Pearson r (G,) from six sums over chunks of (pred, true), each (S, G): exercise 6 of
+    docs/stformer.md."""
     n, sums = 0, 0
     for x, y in chunks:
-        n, sums = n + len(x), sums + torch.stack([x.sum(0), y.sum(0), (x * x).sum(0), (y * y).sum(0), (x * y).sum(0)])     # (5, G)
+        # (5, G)
+        n, sums = (
+            n + len(x),
+            sums
+            + torch.stack([x.sum(0), y.sum(0), (x * x).sum(0), (y * y).sum(0), (x * y).sum(0)]),
+        )
     x, y, xx, yy, xy = sums
     return (xy - x * y / n) / ((xx - x * x / n) * (yy - y * y / n)).sqrt()
 
@@ -159,28 +240,57 @@ def test_streaming_sums_agree_with_masked_pcc():
 
     def difference(x, y):
         return (streaming_pcc(zip(x.split(77), y.split(77))) - whole).abs().max()
-    whole = stformer.masked_pcc(pred[None], true[None], torch.ones(1, 1000, 20, dtype=torch.bool))[0][0]
+
+    whole = stformer.masked_pcc(pred[None], true[None], torch.ones(1, 1000, 20, dtype=torch.bool))[
+        0
+    ][0]
     assert difference(pred, true) < 1e-9 and difference(pred.float(), true.float()) < 1e-5
-    assert difference(pred + 1000, true + 1000) < 1e-6                  # sums of squares of numbers far from 0 cancel:
-    assert difference((pred + 1000).float(), (true + 1000).float()) > 0.01      # in single precision nothing is left of r
+    # sums of squares of numbers far from 0 cancel:
+    assert difference(pred + 1000, true + 1000) < 1e-6
+    # in single precision nothing is left of r
+    assert difference((pred + 1000).float(), (true + 1000).float()) > 0.01
 
 
 def test_chart_of_the_honest_page(tmp_path, capsys):
-    """Medians of the slices asked for; a block split that leaks does not count, and what has no run is named as missing."""
+    """Medians of the slices asked for; a block split that leaks does not count, and what has no run
+    is named as missing."""
+
     def record(folder, part, variant, split, leaks, ari, seed=0):
         path = tmp_path / folder / "gat_fusion" / "d" / part / variant / f"seed{seed}" / "run.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"method": "gat_fusion", "metrics": {"ari": ari}, "baselines": {"coords_knn": {"ari": 0.5}},
-                                    "split": {"name": split, "leaks_position": leaks, "detail": ""}, "config": {"seed": seed}}))
+        path.write_text(
+            json.dumps(
+                {
+                    "method": "gat_fusion",
+                    "metrics": {"ari": ari},
+                    "baselines": {"coords_knn": {"ari": 0.5}},
+                    "split": {"name": split, "leaks_position": leaks, "detail": ""},
+                    "config": {"seed": seed},
+                }
+            )
+        )
+
     for seed, ari in enumerate((0.1, 0.2, 0.6)):
         record("runs", "a", "random-full-cross", "random", True, ari, seed)
     record("runs", "b", "random-full-cross", "random", True, 0.9)
     record("runs", "a", "blocks0-full-cross", "blocks", True, 0.9)
     record("honest", "sim1", "random-gcn_only", "random", True, 0.3)
-    folders = ["--runs", str(tmp_path / "runs"), "--noise", str(tmp_path / "honest"), "--out", str(tmp_path / "chart.png")]
-    assert figure_honest.main([*folders, "--slices", "random:a"]) == 0 and (tmp_path / "chart.png").stat().st_size > 5000
+    folders = [
+        "--runs",
+        str(tmp_path / "runs"),
+        "--noise",
+        str(tmp_path / "honest"),
+        "--out",
+        str(tmp_path / "chart.png"),
+    ]
+    assert (
+        figure_honest.main([*folders, "--slices", "random:a"]) == 0
+        and (tmp_path / "chart.png").stat().st_size > 5000
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert "0.200 (0.100-0.600), 3 values" in next(line for line in lines if line.startswith("random") and "gat_fusion" in line)
+    assert "0.200 (0.100-0.600), 3 values" in next(
+        line for line in lines if line.startswith("random") and "gat_fusion" in line
+    )
     assert sum(line.endswith("missing") for line in lines) == 2 + 6 + 6
     with pytest.raises(data.DataError, match="--slices blocks"):
         figure_honest.main([*folders, "--slices", "blocks"])

@@ -1,4 +1,6 @@
-"""multist: every equation against a naive form, gradients, leaks, bad input, and the program end to end."""
+"""multist: every equation against a naive form, gradients, leaks, bad input, and the program end to
+end."""
+
 import copy
 import json
 import shutil
@@ -16,8 +18,25 @@ import run
 import simulate
 from data import DataError
 
-QUICK = ["--epochs", "12", "--dec_epochs", "4", "--dec_update", "2", "--fusion_epochs", "1", "--n_init", "1", "--permutations", "20", "--device", "cpu",
-         "--gan", "fisher", "--no-figures"]
+QUICK = [
+    "--epochs",
+    "12",
+    "--dec_epochs",
+    "4",
+    "--dec_update",
+    "2",
+    "--fusion_epochs",
+    "1",
+    "--n_init",
+    "1",
+    "--permutations",
+    "20",
+    "--device",
+    "cpu",
+    "--gan",
+    "fisher",
+    "--no-figures",
+]
 
 
 def hexagons(rows=12, columns=14):
@@ -30,7 +49,8 @@ def hexagons(rows=12, columns=14):
 def toy():
     """Positions, input x (168, 20), graph, flags and a Stage I model."""
     torch.manual_seed(0)
-    xy = hexagons() + np.random.default_rng(0).normal(0, 0.1, (168, 2))     # no ties between distances: they would be broken by row order
+    # no ties between distances: they would be broken by row order
+    xy = hexagons() + np.random.default_rng(0).normal(0, 0.1, (168, 2))
     config = M.Config(gan="fisher", epochs=3, fused_dim=16, heads=4, m=7, fusion_epochs=1, batch=64)
     x = torch.randn(len(xy), 20)
     return xy, x, M.Graph(xy, 6), config, M.AutoEncoder(20, config)
@@ -40,7 +60,9 @@ def toy():
 def cortex(tmp_path_factory):
     """Folder of one simulated slide of 300 spots, sim1."""
     folder = tmp_path_factory.mktemp("multist") / "sim"
-    simulate.main(["cortex", str(folder), "--n_spots", "300", "--n_genes", "120", "--n_slices", "1"])
+    simulate.main(
+        ["cortex", str(folder), "--n_spots", "300", "--n_genes", "120", "--n_slices", "1"]
+    )
     return folder
 
 
@@ -51,7 +73,8 @@ def record_of(folder, runs, *flags):
     return json.loads(path.read_text()), dict(np.load(path.parent / "arrays.npz"))
 
 
-# ------------------------------------------------------------------------------------------------------------ graph and Stage I
+# -------------------------------------------------------------------------------- graph and Stage I
+
 
 def dense(graph):
     """A_hat as (N, N)."""
@@ -65,7 +88,10 @@ def dense(graph):
 def test_graph_product_is_the_dense_product_in_both_directions(toy):
     _, x, graph, _, _ = toy
     a_hat = dense(graph)
-    assert torch.equal(a_hat, a_hat.T) and a_hat.count_nonzero() == 2 * graph.edges.shape[1] + graph.own
+    assert (
+        torch.equal(a_hat, a_hat.T)
+        and a_hat.count_nonzero() == 2 * graph.edges.shape[1] + graph.own
+    )
     values = torch.linalg.eigvalsh(a_hat)
     assert values.max() <= 1 + 1e-5 and values.min() >= -1 - 1e-5
     h = x.clone().requires_grad_()
@@ -78,7 +104,11 @@ def test_graph_product_is_the_dense_product_in_both_directions(toy):
 def test_mask_changes_exactly_the_masked_rows(toy):
     _, x, _, _, _ = toy
     before, m = x.clone(), torch.arange(20.0) + 1
-    for mode, want in (("additive", x + m), ("replace", m.expand_as(x)), ("zero", torch.zeros_like(x))):
+    for mode, want in (
+        ("additive", x + m),
+        ("replace", m.expand_as(x)),
+        ("zero", torch.zeros_like(x)),
+    ):
         masked, rows = M.mask_rows(x, m, 0.8, mode)
         chosen = torch.zeros(len(x), dtype=torch.bool).index_fill(0, rows, True)
         assert len(rows) == int(0.8 * len(x)) == chosen.sum()
@@ -98,12 +128,15 @@ def test_encoder_follows_the_equations_and_the_order_of_spots(toy, branches):
     u = a_hat @ F.relu(a_hat @ h @ encoder.w1.weight.T) @ encoder.w2.weight.T
     torch.testing.assert_close(z, torch.cat([f, u], 1), atol=1e-5, rtol=1e-4)
     order = np.random.default_rng(0).permutation(len(x))
-    torch.testing.assert_close(encoder(x[order], M.Graph(xy[order], 6)), z[order], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        encoder(x[order], M.Graph(xy[order], 6)), z[order], atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("branches", ["serial", "parallel"])
 def test_no_parameter_of_the_encoder_has_a_gradient_of_mere_rounding(toy, branches):
-    """As a bias before BatchNorm has: Adam would scale its rounding up, and a rerun with other threads would end elsewhere."""
+    """As a bias before BatchNorm has: Adam would scale its rounding up, and a rerun with other
+    threads would end elsewhere."""
     _, x, graph, _, _ = toy
     torch.manual_seed(1)
     encoder = M.Encoder(20, branches, 0.0).train()
@@ -117,31 +150,46 @@ def test_negatives_are_never_edges_and_change(toy):
     _, _, graph, _, _ = toy
     edges = {tuple(e) for e in graph.edges.T.tolist()}
     first, second = M.negative_pairs(graph), M.negative_pairs(graph)
-    assert not edges & {tuple(e) for e in first.T.tolist()} and (first[0] < first[1]).all() and first.max() > 0.9 * graph.own
+    assert (
+        not edges & {tuple(e) for e in first.T.tolist()}
+        and (first[0] < first[1]).all()
+        and first.max() > 0.9 * graph.own
+    )
     assert 0.8 * len(edges) < first.shape[1] <= len(edges)
     assert first.shape != second.shape or not torch.equal(first, second)
 
 
 def test_tiles_with_a_halo_see_what_the_whole_slide_sees():
-    """Own spots of every tile: the latent and the decoded expression, to 1e-5; edges only among them. Without a halo it fails."""
+    """Own spots of every tile: the latent and the decoded expression, to 1e-5; edges only among
+    them. Without a halo it fails."""
     rng = np.random.default_rng(0)
     xy, x, config = rng.random((500, 2)), torch.randn(500, 20), M.Config()
     graph, model = M.Graph(xy, 6), M.AutoEncoder(20, config).eval()
     z = model.encode(x, graph)
     x_hat, parts = model.decode(z, graph), graph.parts(70)
-    assert len(parts) == 8 and sorted(torch.cat([rows[:near.own] for rows, near in parts]).tolist()) == list(range(500))
+    assert len(parts) == 8 and sorted(
+        torch.cat([rows[: near.own] for rows, near in parts]).tolist()
+    ) == list(range(500))
     for rows, near in parts:
-        own, got = rows[:near.own], model.encode(x[rows], near)
-        assert (got[:near.own] - z[own]).abs().max() < 1e-5 and (model.decode(got, near)[:near.own] - x_hat[own]).abs().max() < 1e-5
-        assert near.edges.max() < near.own and torch.isin(rows[near.edges][0] * 500 + rows[near.edges][1],
-                                                          torch.cat([graph.key, graph.edges[1] * 500 + graph.edges[0]])).all()
+        own, got = rows[: near.own], model.encode(x[rows], near)
+        assert (got[: near.own] - z[own]).abs().max() < 1e-5 and (
+            model.decode(got, near)[: near.own] - x_hat[own]
+        ).abs().max() < 1e-5
+        assert (
+            near.edges.max() < near.own
+            and torch.isin(
+                rows[near.edges][0] * 500 + rows[near.edges][1],
+                torch.cat([graph.key, graph.edges[1] * 500 + graph.edges[0]]),
+            ).all()
+        )
         assert (model.encode(x[own], M.Graph(xy[own.numpy()], 6)) - z[own]).abs().max() > 1e-3
     assert graph.parts(0)[0][1] is graph
 
 
 @pytest.mark.parametrize("branches", ["serial", "parallel"])
 def test_prediction_takes_a_few_spots_at_a_time_through_what_sees_one_spot(branches, monkeypatch):
-    """Evaluation in blocks of 70 rows equals that in one, to rounding; training never splits, since BatchNorm needs all rows."""
+    """Evaluation in blocks of 70 rows equals that in one, to rounding; training never splits, since
+    BatchNorm needs all rows."""
     rng = np.random.default_rng(0)
     xy, x = rng.random((500, 2)), torch.randn(500, 20)
     graph, model = M.Graph(xy, 6), M.AutoEncoder(20, M.Config(branches=branches, dropout=0.0))
@@ -151,37 +199,63 @@ def test_prediction_takes_a_few_spots_at_a_time_through_what_sees_one_spot(branc
     alone = [model.encoder.mlp] + [model.encoder.w1] * (branches == "parallel")
     for part in alone:
         part.register_forward_hook(lambda module, given, out: seen.append(len(out)))
-    assert (model.embed(x, graph) - whole).abs().max() < 1e-5 and seen == ([70] * 7 + [10]) * len(alone)
+    assert (model.embed(x, graph) - whole).abs().max() < 1e-5 and seen == ([70] * 7 + [10]) * len(
+        alone
+    )
     seen.clear()
-    assert (model.train().encode(x, graph) - trained).abs().max() < 1e-5 and seen == [500] * len(alone)
+    assert (model.train().encode(x, graph) - trained).abs().max() < 1e-5 and seen == [500] * len(
+        alone
+    )
 
 
 @pytest.mark.parametrize("gan", ["off", "fisher"])
 def test_training_on_tiles_lowers_the_losses(gan):
-    xy, config = np.random.default_rng(0).random((400, 2)), M.Config(epochs=12, dec_epochs=4, tile=110, gan=gan)
-    x, graph, log = torch.as_tensor(np.sin(9 * xy @ np.random.default_rng(1).normal(size=(2, 20)))).float(), M.Graph(xy, 6), []
+    xy, config = (
+        np.random.default_rng(0).random((400, 2)),
+        M.Config(epochs=12, dec_epochs=4, tile=110, gan=gan),
+    )
+    x, graph, log = (
+        torch.as_tensor(np.sin(9 * xy @ np.random.default_rng(1).normal(size=(2, 20)))).float(),
+        M.Graph(xy, 6),
+        [],
+    )
     torch.manual_seed(0)
     model, step, adversary = M.train_stage1(x, graph, config, log)
     _, target, _ = M.train_stage2(model, step, adversary, x, graph, 3, config, log)
     value = {(r["stage"], r["epoch"], r["term"]): r["value"] for r in log}
-    assert value["Stage I", 11, "expression"] < 0.9 * 10 * x.square().mean() and target.shape == (400, 3)
-    whole = M.train_stage1(x, graph, M.Config(epochs=3, tile=400), [])[0].m          # one tile of all spots is the whole slide
+    assert value["Stage I", 11, "expression"] < 0.9 * 10 * x.square().mean() and target.shape == (
+        400,
+        3,
+    )
+    # one tile of all spots is the whole slide
+    whole = M.train_stage1(x, graph, M.Config(epochs=3, tile=400), [])[0].m
     assert whole.shape == (20,)
 
 
 def test_bfloat16_stays_near_float32(toy):
-    """Loss terms of Stages I and III with --bf16 within 2 % of those without; every parameter keeps a float32 gradient."""
+    """Loss terms of Stages I and III with --bf16 within 2 % of those without; every parameter keeps
+    a float32 gradient."""
     xy, x, graph, _, _ = toy
     found = []
     for bf16 in (False, True):
         config = M.Config(bf16=bf16, dropout=0.0, fusion_mask=0.0)
         torch.manual_seed(0)
-        model, fusion, v = M.AutoEncoder(20, config), M.Fusion(32, 9, config).eval(), torch.randn(len(x), 9)
+        model, fusion, v = (
+            M.AutoEncoder(20, config),
+            M.Fusion(32, 9, config).eval(),
+            torch.randn(len(x), 9),
+        )
         terms = M.stage1_terms(model, None, x, graph, config)
         tiles = M.Tiles(xy, config.m, "cpu")
-        more = M.stage3_terms(fusion, torch.randn(len(x), 32), v, tiles, torch.arange(len(x)), None, None, 1.0, config)
+        more = M.stage3_terms(
+            fusion, torch.randn(len(x), 32), v, tiles, torch.arange(len(x)), None, None, 1.0, config
+        )
         sum([*terms.values(), *more.values()]).backward()
-        assert all(p.grad.dtype == torch.float32 for p in [*model.parameters(), *fusion.parameters()] if p.grad is not None)
+        assert all(
+            p.grad.dtype == torch.float32
+            for p in [*model.parameters(), *fusion.parameters()]
+            if p.grad is not None
+        )
         found.append(torch.stack([*terms.values(), *more.values()]))
     assert torch.allclose(*found, rtol=0.02, atol=1e-3) and not torch.equal(*found)
 
@@ -199,7 +273,8 @@ def test_edge_loss_and_masked_consistency_are_the_formulas(toy):
     y, rows = torch.randn_like(x), torch.arange(40)
     naive = sum((1 - F.cosine_similarity(y[i], x[i], dim=0)) ** 3 for i in range(40)) / 40
     torch.testing.assert_close(M.masked_consistency(y, x, rows), naive)
-    y[40:] = 1e6                                                        # spots outside S_mask do not matter
+    # spots outside S_mask do not matter
+    y[40:] = 1e6
     torch.testing.assert_close(M.masked_consistency(y, x, rows), naive)
 
 
@@ -213,17 +288,24 @@ def test_complete_graphs_and_empty_masks_are_no_nan(toy):
 def test_the_mask_loss_compares_with_the_original_input(toy):
     _, x, graph, config, model = toy
     model.m.data += 1e3
-    model.decode = lambda z, graph: x                                   # a perfect reconstruction of the ORIGINAL
+    # a perfect reconstruction of the ORIGINAL
+    model.decode = lambda z, graph: x
     assert M.stage1_terms(model, None, x, graph, config)["mask"] < 1e-6
 
 
-# ------------------------------------------------------------------------------------------------------------ adversarial branch
+# ------------------------------------------------------------------------------- adversarial branch
+
 
 def test_fisher_mmd_is_the_three_term_formula_and_zero_for_equal_sets():
     torch.manual_seed(0)
-    a, b = torch.randn(40, 5, dtype=torch.float64), torch.randn(40, 5, dtype=torch.float64) * 1.5 + 0.3
+    a, b = (
+        torch.randn(40, 5, dtype=torch.float64),
+        torch.randn(40, 5, dtype=torch.float64) * 1.5 + 0.3,
+    )
     information = (torch.cov(a.T) + torch.cov(b.T)) / 2
-    information = information + 1e-3 * information.diagonal().mean() * torch.eye(5, dtype=torch.float64)
+    information = information + 1e-3 * information.diagonal().mean() * torch.eye(
+        5, dtype=torch.float64
+    )
     inverse = torch.linalg.inv(information)
     kernel = lambda s, t: (s @ inverse @ t.T).mean()  # noqa: E731
     torch.testing.assert_close(M.fisher_mmd(a, b), kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
@@ -237,14 +319,22 @@ def test_adversary_moves_everyone_and_leaves_batchnorm_alone(toy, kind):
     adversary = M.Adversary(kind, 20, x.device)
     statistics = [b.clone() for b in model.buffers()]
     weights = [p.clone() for p in model.parameters()]
-    generator, critic = ([p.clone() for p in net.parameters()] for net in (adversary.generator, adversary.critic))
+    generator, critic = (
+        [p.clone() for p in net.parameters()] for net in (adversary.generator, adversary.critic)
+    )
     adversary.step(model, x, graph)
     fake = adversary.encode(model, x, graph)
-    assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers())), "fakes touched the BatchNorm statistics"
+    assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers())), (
+        "fakes touched the BatchNorm statistics"
+    )
     assert model.encoder.mlp[0][1].training, "the layers are back in training mode"
-    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters())), "the encoder stands still in the adversary's step"
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters())), (
+        "the encoder stands still in the adversary's step"
+    )
     assert any(not torch.equal(a, b) for a, b in zip(generator, adversary.generator.parameters()))
-    assert any(not torch.equal(a, b) for a, b in zip(critic, adversary.critic.parameters())) == (kind == "fisher")
+    assert any(not torch.equal(a, b) for a, b in zip(critic, adversary.critic.parameters())) == (
+        kind == "fisher"
+    )
     adversary.distance(model.encoder(x, graph), fake).backward()
     assert model.encoder.w2.weight.grad.norm() > 1e-8, "the gradient reaches the encoder"
 
@@ -258,7 +348,8 @@ def test_critic_separates_what_the_generator_has_not_learned(toy):
     assert before > 0 and torch.isfinite(before)
 
 
-# ------------------------------------------------------------------------------------------------------------ Stage II
+# ----------------------------------------------------------------------------------------- Stage II
+
 
 def test_dec_formulas():
     torch.manual_seed(0)
@@ -278,14 +369,16 @@ def test_dec_formulas():
 def test_stage2_stops_when_labels_stand_still(toy):
     _, x, graph, config, _ = toy
     config.dec_epochs, config.dec_update = 12, 5
-    for config.dec_tol, want in ((1.1, 5), (0.0, 12)):                  # every refresh changes less than 110 %, none less than 0 %
+    # every refresh changes less than 110 %, none less than 0 %
+    for config.dec_tol, want in ((1.1, 5), (0.0, 12)):
         model, step, adversary = M.train_stage1(x, graph, config, [])
         centres, target, epochs = M.train_stage2(model, step, adversary, x, graph, 3, config, [])
         assert epochs == want and centres.shape == (3, 32)
         torch.testing.assert_close(target.sum(1), torch.ones(168))
 
 
-# ------------------------------------------------------------------------------------------------------------ image branch
+# ------------------------------------------------------------------------------------- image branch
+
 
 def test_colour_reaches_the_reference_and_is_the_identity_on_itself():
     rng = np.random.default_rng(0)
@@ -299,22 +392,38 @@ def test_colour_reaches_the_reference_and_is_the_identity_on_itself():
 
 
 def picture(xy, scale=0.1):
-    """A slide with an image in which the pixels around spot i carry the number i in red and green."""
+    """A slide with an image in which the pixels around spot i carry the number i in red and
+    green."""
     n, size = len(xy), (np.ptp(xy, axis=0) * scale + 40).astype(int)
     image = np.full((size[1], size[0], 3), 200, np.uint8)
     for i, (x, y) in enumerate(np.rint(xy * scale).astype(int)):
-        image[max(y - 1, 0):y + 2, max(x - 1, 0):x + 2] = [i % 256, i // 256, 7]
-    return data.Slide(None, np.array(["a"]), np.array([f"b{i}" for i in range(n)]), xy, image=image, image_scale=scale, um_per_px=1.0, sample="coded")
+        image[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2] = [i % 256, i // 256, 7]
+    return data.Slide(
+        None,
+        np.array(["a"]),
+        np.array([f"b{i}" for i in range(n)]),
+        xy,
+        image=image,
+        image_scale=scale,
+        um_per_px=1.0,
+        sample="coded",
+    )
 
 
 def test_patch_belongs_to_its_spot(monkeypatch):
     xy = hexagons() + 100
-    monkeypatch.setattr(data, "handmade_descriptor", lambda p: p[:, p.shape[1] // 2, p.shape[2] // 2].astype(np.float32))
+    monkeypatch.setattr(
+        data,
+        "handmade_descriptor",
+        lambda p: p[:, p.shape[1] // 2, p.shape[2] // 2].astype(np.float32),
+    )
     found = data.image_features(picture(xy), "handmade", 60.0)
     assert (found[:, 0] + 256 * found[:, 1]).tolist() == list(range(len(xy)))
     order = np.random.default_rng(0).permutation(len(xy))
     tokens = M.image_tokens(picture(xy), M.Config(colour="none", smooth=0.0, crop_um=60.0), "cpu")
-    shuffled = M.image_tokens(picture(xy).subset(order), M.Config(colour="none", smooth=0.0, crop_um=60.0), "cpu")
+    shuffled = M.image_tokens(
+        picture(xy).subset(order), M.Config(colour="none", smooth=0.0, crop_um=60.0), "cpu"
+    )
     np.testing.assert_allclose(shuffled, tokens[order], atol=1e-5)
 
 
@@ -325,15 +434,20 @@ def test_smoothing_weights():
     near = data.knn_table(xy, 7)
     d = np.linalg.norm(xy[near[50]] - xy[50], axis=1)
     sigma = 2 * np.median(np.linalg.norm(xy[near] - xy[:, None], axis=2))
-    want = np.exp(-d**2 / (2 * sigma**2))
-    np.testing.assert_allclose(np.asarray(w[50, near[50]].todense()).ravel(), want / want.sum(), rtol=1e-5)
+    want = np.exp(-(d**2) / (2 * sigma**2))
+    np.testing.assert_allclose(
+        np.asarray(w[50, near[50]].todense()).ravel(), want / want.sum(), rtol=1e-5
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ Stage III
+# ---------------------------------------------------------------------------------------- Stage III
+
 
 def attention_inputs(m, dim=16, n=30):
     torch.manual_seed(0)
-    near = torch.stack([torch.cat([torch.tensor([i]), torch.randperm(n)[:m - 1]]) for i in range(n)])
+    near = torch.stack(
+        [torch.cat([torch.tensor([i]), torch.randperm(n)[: m - 1]]) for i in range(n)]
+    )
     return torch.randn(n, dim), torch.randn(n, dim), near, torch.randn(n, m, 2)
 
 
@@ -341,7 +455,7 @@ def test_cross_attention_is_multi_head_attention_over_the_nearest():
     query, tokens, near, offset = attention_inputs(5)
     layer = M.CrossAttention(16, 4, layers=1)
     out, weights = layer(query, tokens, near, offset)
-    bias = layer.place(offset)                                          # (n, m, heads)
+    bias = layer.place(offset)  # (n, m, heads)
     for i in (0, 17):
         q, k, v = layer.q[0](query[i]), layer.k[0](tokens[near[i]]), layer.v[0](tokens[near[i]])
         mixed = []
@@ -358,7 +472,12 @@ def test_one_key_gives_query_and_key_weights_no_gradient_at_all():
         query, tokens, near, offset = attention_inputs(m)
         layer = M.CrossAttention(16, 4)
         layer(query, tokens, near, offset)[0].square().sum().backward()
-        size = sum(p.grad.abs().sum().item() for part in (layer.q, layer.k) for p in part.parameters() if p.grad is not None)
+        size = sum(
+            p.grad.abs().sum().item()
+            for part in (layer.q, layer.k)
+            for p in part.parameters()
+            if p.grad is not None
+        )
         assert size == 0 if m == 1 else size > 1e-3
         assert layer.v[0].weight.grad.abs().sum() > 1e-3
 
@@ -368,7 +487,8 @@ def test_global_attention_is_local_attention_over_everyone():
     everyone = torch.arange(30).expand(30, 30)
     layer = M.CrossAttention(16, 4)
     for p in layer.place.parameters():
-        p.data.zero_()                                                  # fused attention knows no positions
+        # fused attention knows no positions
+        p.data.zero_()
     local, _ = layer(query, tokens, everyone, torch.zeros(30, 30, 2))
     whole, weights = layer(query, tokens, None, None)
     torch.testing.assert_close(local, whole, atol=1e-5, rtol=1e-4)
@@ -381,24 +501,39 @@ def test_sdm_and_contrast():
     assert M.sdm(a, a.clone(), 0.1).abs() < 1e-6 < M.sdm(a, b, 0.1)
     cosine = [F.normalize(t, dim=1) @ F.normalize(t, dim=1).T / 0.1 for t in (a, b)]
     p, q = (c.softmax(1) for c in cosine)
-    torch.testing.assert_close(M.sdm(a, b, 0.1), ((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 40, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        M.sdm(a, b, 0.1),
+        ((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 40,
+        atol=1e-5,
+        rtol=1e-4,
+    )
     none = torch.zeros(20, 20, dtype=torch.bool)
-    same = torch.ones(20, 8)                                            # equal logits: the loss of guessing
-    torch.testing.assert_close(M.info_nce(same, same, none, 0.1), torch.tensor(np.log(20.0), dtype=torch.float32))
+    # equal logits: the loss of guessing
+    same = torch.ones(20, 8)
+    torch.testing.assert_close(
+        M.info_nce(same, same, none, 0.1), torch.tensor(np.log(20.0), dtype=torch.float32)
+    )
     near = none.clone()
     near[0, 1:11] = near[1:11, 0] = True
     c = F.normalize(b, dim=1) @ F.normalize(a, dim=1).T / 0.1
     kept = torch.tensor([0] + list(range(11, 20)))
     row = -(c[0, 0] - c[0, kept].logsumexp(0))
-    assert torch.isclose(F.cross_entropy(c.masked_fill(near, float("-inf"))[:1], torch.tensor([0])), row)
+    assert torch.isclose(
+        F.cross_entropy(c.masked_fill(near, float("-inf"))[:1], torch.tensor([0])), row
+    )
     assert M.info_nce(a, b, near, 0.1) < M.info_nce(a, b, none, 0.1)
 
 
 def test_neighbours_in_batch_and_tiles():
     xy = hexagons()
     tiles = M.Tiles(xy, 7, "cpu", size=20)
-    assert torch.cat(tiles.tiles).sort().values.tolist() == list(range(len(xy))) and max(len(t) for t in tiles.tiles) <= 20
-    assert torch.equal(tiles.near[:, 0], torch.arange(len(xy))) and torch.equal(tiles.offset[:, 0], torch.zeros(len(xy), 2))
+    assert (
+        torch.cat(tiles.tiles).sort().values.tolist() == list(range(len(xy)))
+        and max(len(t) for t in tiles.tiles) <= 20
+    )
+    assert torch.equal(tiles.near[:, 0], torch.arange(len(xy))) and torch.equal(
+        tiles.offset[:, 0], torch.zeros(len(xy), 2)
+    )
     rows = torch.cat(tiles.batches(60)[:1])
     found = M.neighbours_in_batch(rows, tiles.near)
     near = [set(r.tolist()) for r in tiles.near[:, 1:]]
@@ -416,21 +551,26 @@ def test_every_term_of_every_stage_has_a_gradient(toy):
     centres, target, _ = M.train_stage2(model, step, adversary, x, graph, 3, config, log)
     M.train_stage3(model.embed(x, graph), torch.randn(len(x), 9), xy, target, centres, config, log)
     got = {(row["stage"], row["term"]) for row in log if row["grad_norm"] > 1e-9}
-    assert got == {("Stage I", t) for t in ("expression", "graph", "mask", "gan")} | {("Stage II", t) for t in ("dec", "expression", "graph", "gan")} | {
-        ("Stage III", t) for t in ("sdm", "contrast", "norm", "keep", "dec")}
+    assert got == {("Stage I", t) for t in ("expression", "graph", "mask", "gan")} | {
+        ("Stage II", t) for t in ("dec", "expression", "graph", "gan")
+    } | {("Stage III", t) for t in ("sdm", "contrast", "norm", "keep", "dec")}
     assert all(np.isfinite(row["value"]) for row in log)
 
 
 def test_a_term_without_gradient_is_seen_in_the_log():
     weight, log = torch.nn.Parameter(torch.ones(2)), []
-    M.Terms("Stage I", log).total({"dead": torch.tensor(1.0), "live": weight.sum()}, 0, [weight], True)
+    M.Terms("Stage I", log).total(
+        {"dead": torch.tensor(1.0), "live": weight.sum()}, 0, [weight], True
+    )
     assert [row["grad_norm"] for row in log] == [0.0, pytest.approx(2**0.5)]
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_name(toy):
     _, x, graph, config, _ = toy
     config.lr = 1e30
-    with pytest.raises(DataError, match=r"Stage I, epoch \d+: the loss term '(expression|graph|mask|gan)' is"):
+    with pytest.raises(
+        DataError, match=r"Stage I, epoch \d+: the loss term '(expression|graph|mask|gan)' is"
+    ):
         M.train_stage1(x, graph, config, [])
 
 
@@ -438,7 +578,8 @@ def test_fused_in_pieces_equals_fused_at_once(toy):
     xy, x, _, config, _ = toy
     torch.manual_seed(0)
     model, z, v = M.Fusion(20, 9, config).eval(), x, torch.randn(len(x), 9)
-    tiles = M.Tiles(xy, config.m, "cpu", size=5)                        # 34 and more tiles: two pieces
+    # 34 and more tiles: two pieces
+    tiles = M.Tiles(xy, config.m, "cpu", size=5)
     h, entropy = M.fuse(model, z, v, tiles, config)
     whole, _, _, attention = model(z, v, torch.arange(len(x)), tiles.near, tiles.offset)
     torch.testing.assert_close(h, whole, atol=1e-5, rtol=1e-4)
@@ -446,12 +587,15 @@ def test_fused_in_pieces_equals_fused_at_once(toy):
     assert ((entropy > 0.5) & (entropy <= 1 + 1e-6)).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ clustering and diffusion
+# ------------------------------------------------------------------------- clustering and diffusion
+
 
 def blobs(k=4, per=80, d=6, apart=8.0):
     rng = np.random.default_rng(0)
     centres = rng.permutation(np.eye(d)[:k] * apart)
-    return np.concatenate([c + rng.standard_normal((per, d)) for c in centres]), np.repeat(np.arange(k), per)
+    return np.concatenate([c + rng.standard_normal((per, d)) for c in centres]), np.repeat(
+        np.arange(k), per
+    )
 
 
 def test_mixture_finds_blobs_and_their_number():
@@ -470,24 +614,33 @@ def test_mixture_finds_blobs_and_their_number():
 
 def test_components_leave_out_round_off():
     x, _ = blobs()
-    wide = (x @ np.random.default_rng(1).standard_normal((6, 40))).astype(np.float32)          # rank 6 in 40 columns
-    assert M.components(wide).shape == (320, 6) and M.components(np.random.default_rng(0).standard_normal((99, 50))).shape == (99, 30)
+    # rank 6 in 40 columns
+    wide = (x @ np.random.default_rng(1).standard_normal((6, 40))).astype(np.float32)
+    assert M.components(wide).shape == (320, 6) and M.components(
+        np.random.default_rng(0).standard_normal((99, 50))
+    ).shape == (99, 30)
 
 
 @pytest.mark.skipif(shutil.which("Rscript") is None, reason="R is not installed")
 def test_mixture_agrees_with_mclust(tmp_path):
     x, truth = blobs(apart=4.0)
     np.savetxt(tmp_path / "x.csv", M.components(x), delimiter=",")
-    script = f'library(mclust); x <- as.matrix(read.csv("{tmp_path}/x.csv", header=FALSE)); cat(Mclust(x, G=4, modelNames="EEE")$classification)'
+    script = (
+        f'library(mclust); x <- as.matrix(read.csv("{tmp_path}/x.csv", header=FALSE)); '
+        'cat(Mclust(x, G=4, modelNames="EEE")$classification)'
+    )
     done = subprocess.run(["Rscript", "-e", script], capture_output=True, text=True, check=False)
     if "there is no package" in done.stderr:
         pytest.skip("R has no mclust")
-    assert adjusted_rand_score(M.gmm_tied(x, 4)[0], [int(v) for v in done.stdout.split()[-len(x):]]) > 0.95
+    assert (
+        adjusted_rand_score(M.gmm_tied(x, 4)[0], [int(v) for v in done.stdout.split()[-len(x) :]])
+        > 0.95
+    )
 
 
 def test_diffusion_removes_noise_and_keeps_anchors():
     xy = hexagons(30, 30)
-    truth = (xy[:, 1] > xy[:, 1].mean()).astype(int) * 5                # names need not be 0..K-1
+    truth = (xy[:, 1] > xy[:, 1].mean()).astype(int) * 5  # names need not be 0..K-1
     noisy = truth.copy()
     flip = np.random.default_rng(0).choice(len(xy), len(xy) // 10, replace=False)
     noisy[flip] = 5 - noisy[flip]
@@ -496,7 +649,8 @@ def test_diffusion_removes_noise_and_keeps_anchors():
     assert (smooth == truth).mean() > 0.985 > (noisy == truth).mean() and set(smooth) == {0, 5}
     assert (M.diffuse_labels(truth, xy) == truth).mean() > 0.995
     lone = np.zeros(len(xy), int)
-    lone[400] = 1                                                       # a domain of one spot is its own anchor
+    # a domain of one spot is its own anchor
+    lone[400] = 1
     assert M.diffuse_labels(lone, xy, steps=10)[400] == 1
 
 
@@ -504,7 +658,9 @@ def test_diffusing_the_annotation_hardly_changes_it(real_data):
     slide = data.load_slide(real_data / "dlpfc", "151673", counts=False).subset(np.arange(3639))
     slide = slide.subset(slide.labels >= 0)
     with_self = adjusted_rand_score(slide.labels, M.diffuse_labels(slide.labels, slide.xy))
-    released = adjusted_rand_score(slide.labels, M.diffuse_labels(slide.labels, slide.xy, steps=10, self_weight=0.0))
+    released = adjusted_rand_score(
+        slide.labels, M.diffuse_labels(slide.labels, slide.xy, steps=10, self_weight=0.0)
+    )
     assert with_self > 0.99 and released < 0.93
 
 
@@ -513,15 +669,18 @@ def test_majority_vote():
     assert M.majority_vote(np.array([7, 7, 3, 3]), near).tolist() == [7, 7, 7, 7]
 
 
-# ------------------------------------------------------------------------------------------------------------ downstream
+# --------------------------------------------------------------------------------------- downstream
+
 
 def test_pseudotime_follows_a_curve_also_on_a_subset():
     t = np.sort(np.random.default_rng(0).uniform(0, 1, 600))
-    h = np.stack([np.cos(3 * t), np.sin(3 * t), t], 1) + 0.01 * np.random.default_rng(1).standard_normal((600, 3))
+    h = np.stack([np.cos(3 * t), np.sin(3 * t), t], 1) + 0.01 * np.random.default_rng(
+        1
+    ).standard_normal((600, 3))
     for most in (5000, 300):
         found = M.pseudotime(h, t < 0.05, most=most)
         assert M.metrics.spearman(found, t) > 0.99 and found.min() >= 0 and found.max() <= 1
-    assert M.metrics.spearman(M.pseudotime(h, t > 0.95), t) < -0.99     # from the other end
+    assert M.metrics.spearman(M.pseudotime(h, t > 0.95), t) < -0.99  # from the other end
 
 
 def test_pseudotime_of_spots_out_of_reach_is_nan():
@@ -529,7 +688,8 @@ def test_pseudotime_of_spots_out_of_reach_is_nan():
     h = np.concatenate([rng.standard_normal((100, 3)), 1e3 + rng.standard_normal((60, 3))])
     found = M.pseudotime(h, np.arange(160) < 10)
     assert np.isfinite(found[:100]).all() and np.isnan(found[100:]).all()
-    found = M.pseudotime(h, np.arange(160) < 10, most=80)               # also where it is carried over from a subset
+    # also where it is carried over from a subset
+    found = M.pseudotime(h, np.arange(160) < 10, most=80)
     assert np.isfinite(found[:100]).all() and np.isnan(found[100:]).all()
 
 
@@ -538,24 +698,60 @@ def test_ligand_receptor_finds_the_planted_pair():
     xy = hexagons(16, 16)
     labels = (xy[:, 0] > xy[:, 0].mean()).astype(int)
     x = rng.random((256, 4)).astype(np.float32)
-    x[labels == 0, 0] += 4                                              # ligand L in domain 0, receptor R in domain 1
+    # ligand L in domain 0, receptor R in domain 1
+    x[labels == 0, 0] += 4
     x[labels == 1, 1] += 4
     near = data.knn_table(xy, 6)
-    pairs, score, p, q = M.ligand_receptor(M.sp.csr_matrix(x), np.array(["L", "R", "c", "d"]), [("L", "R"), ("c", "d"), ("L", "absent")], labels, near, 499)
+    pairs, score, p, q = M.ligand_receptor(
+        M.sp.csr_matrix(x),
+        np.array(["L", "R", "c", "d"]),
+        [("L", "R"), ("c", "d"), ("L", "absent")],
+        labels,
+        near,
+        499,
+    )
     assert pairs == [("L", "R"), ("c", "d")]
-    naive = np.mean([x[i, 0] * x[j, 1] for i in range(256) for j in near[i] if labels[i] == 0 and labels[j] == 1])
+    naive = np.mean(
+        [
+            x[i, 0] * x[j, 1]
+            for i in range(256)
+            for j in near[i]
+            if labels[i] == 0 and labels[j] == 1
+        ]
+    )
     assert score[0, 0, 1] == pytest.approx(naive, rel=1e-5)
-    assert p[0, 0, 1] == pytest.approx(1 / 500) and q[0, 0, 1] < 0.05 and q[0, 1, 0] > 0.9 and (q >= p - 1e-12).all() and q[1].min() > 0.05
-    apart = M.ligand_receptor(M.sp.csr_matrix(x), np.array(["L", "R", "c", "d"]), [("L", "R")], np.where(xy[:, 1] < 1, 9, labels), near, 9)
+    assert (
+        p[0, 0, 1] == pytest.approx(1 / 500)
+        and q[0, 0, 1] < 0.05
+        and q[0, 1, 0] > 0.9
+        and (q >= p - 1e-12).all()
+        and q[1].min() > 0.05
+    )
+    apart = M.ligand_receptor(
+        M.sp.csr_matrix(x),
+        np.array(["L", "R", "c", "d"]),
+        [("L", "R")],
+        np.where(xy[:, 1] < 1, 9, labels),
+        near,
+        9,
+    )
     assert np.isfinite(apart[1]).any()
-    assert M.ligand_receptor(M.sp.csr_matrix(x), np.array(["a", "b", "c", "d"]), [("L", "R")], labels, near, 9)[0] == []
+    assert (
+        M.ligand_receptor(
+            M.sp.csr_matrix(x), np.array(["a", "b", "c", "d"]), [("L", "R")], labels, near, 9
+        )[0]
+        == []
+    )
 
 
 def test_pairs_file(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("ligand,receptor\nA, B\nC,D\nA,B\n")
     assert M.read_pairs(path) == [("A", "B"), ("C", "D")]
-    for text, why in (("A\n", "fewer than two columns"), ("ligand,receptor\n", "no ligand-receptor pair")):
+    for text, why in (
+        ("A\n", "fewer than two columns"),
+        ("ligand,receptor\n", "no ligand-receptor pair"),
+    ):
         path.write_text(text)
         with pytest.raises(DataError, match=why):
             M.read_pairs(path)
@@ -563,20 +759,43 @@ def test_pairs_file(tmp_path):
         M.read_pairs(tmp_path / "none.csv")
 
 
-# ------------------------------------------------------------------------------------------------------------ program
+# ------------------------------------------------------------------------------------------ program
+
 
 def test_program_writes_the_record(cortex, tmp_path, capsys):
     record, arrays = record_of(cortex, tmp_path, "--figures")
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.endswith("multist/sim/sim1/" + last.split("sim1/")[1]) and "seed0/run.json" in last
-    assert {"ari", "ami", "completeness", "homogeneity", "ari_gene", "ari_gene_raw", "ari_fused", "ari_image", "pseudotime_spearman"} <= set(record["metrics"])
-    assert record["metrics"]["ari"] == record["metrics"]["ari_fused"] and record["output"] == "fused + diffusion" and record["k_chosen_by"] == "oracle"
+    assert {
+        "ari",
+        "ami",
+        "completeness",
+        "homogeneity",
+        "ari_gene",
+        "ari_gene_raw",
+        "ari_fused",
+        "ari_image",
+        "pseudotime_spearman",
+    } <= set(record["metrics"])
+    assert (
+        record["metrics"]["ari"] == record["metrics"]["ari_fused"]
+        and record["output"] == "fused + diffusion"
+        and record["k_chosen_by"] == "oracle"
+    )
     assert set(record["baselines"]) == {"pca_gmm", "neighbour_mean_gmm"} and record["split"] is None
-    assert arrays["fused"].shape == (300, 32) and arrays["h_fusion"].shape == (300, 128) and arrays["domains"].shape == (300,)
+    assert (
+        arrays["fused"].shape == (300, 32)
+        and arrays["h_fusion"].shape == (300, 128)
+        and arrays["domains"].shape == (300,)
+    )
     folder = next(tmp_path.rglob("run.json")).parent
-    assert {"domains.png", "pseudotime.png", "attention_entropy.png", "losses.png"} <= {p.name for p in folder.iterdir()}
+    assert {"domains.png", "pseudotime.png", "attention_entropy.png", "losses.png"} <= {
+        p.name for p in folder.iterdir()
+    }
     again, same = record_of(cortex, tmp_path / "b")
-    assert again["metrics"] == record["metrics"] and all(np.array_equal(arrays[k], same[k], equal_nan=arrays[k].dtype.kind == "f") for k in arrays)
+    assert again["metrics"] == record["metrics"] and all(
+        np.array_equal(arrays[k], same[k], equal_nan=arrays[k].dtype.kind == "f") for k in arrays
+    )
 
 
 def relabelled(monkeypatch, change):
@@ -587,6 +806,7 @@ def relabelled(monkeypatch, change):
         slide = load(*args, **kwargs)
         slide.labels = change(slide.labels)
         return slide
+
     monkeypatch.setattr(data, "load_slide", changed)
 
 
@@ -599,20 +819,52 @@ def test_labels_reach_nothing_but_scores(cortex, tmp_path, monkeypatch):
         np.testing.assert_array_equal(arrays[name], shuffled[name])
 
 
-@pytest.mark.parametrize("flags", [["--image", "off", "--gan", "off", "--no-dec"],
-                                   ["--image", "permuted", "--gan", "mean", "--branches", "parallel"],
-                                   ["--image", "zero", "--m", "1", "--mask_mode", "replace", "--readout", "fused"],
-                                   ["--attention", "global", "--n_domains", "bic", "--norm", "cpm", "--hvg", "seurat_v3", "--n_top_genes", "60"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--image", "off", "--gan", "off", "--no-dec"],
+        ["--image", "permuted", "--gan", "mean", "--branches", "parallel"],
+        ["--image", "zero", "--m", "1", "--mask_mode", "replace", "--readout", "fused"],
+        [
+            "--attention",
+            "global",
+            "--n_domains",
+            "bic",
+            "--norm",
+            "cpm",
+            "--hvg",
+            "seurat_v3",
+            "--n_top_genes",
+            "60",
+        ],
+    ],
+)
 def test_every_switch_runs(cortex, tmp_path, flags):
     record, arrays = record_of(cortex, tmp_path, *flags)
-    assert np.isfinite(record["metrics"]["ari"]) and ("h_fusion" in arrays) == ("off" not in flags[:2])
+    assert np.isfinite(record["metrics"]["ari"]) and ("h_fusion" in arrays) == (
+        "off" not in flags[:2]
+    )
     if "bic" in flags:
         assert record["k_chosen_by"] == "bic" and 2 <= record["metrics"]["k"] <= 20
 
 
 def test_two_variants_never_share_a_folder():
-    names = {M.variant(M.Config(**kw)) for kw in ({}, {"k": 12}, {"mask_rate": 0.3}, {"encoder": "a/f.npz"}, {"encoder": "b/f.npz"}, {"image": "zero"})}
-    assert len(names) == 6 and "default" in names and M.variant(M.Config(seed=3, dec=False, k=12)) == "default-k-12-dec-False"
+    names = {
+        M.variant(M.Config(**kw))
+        for kw in (
+            {},
+            {"k": 12},
+            {"mask_rate": 0.3},
+            {"encoder": "a/f.npz"},
+            {"encoder": "b/f.npz"},
+            {"image": "zero"},
+        )
+    }
+    assert (
+        len(names) == 6
+        and "default" in names
+        and M.variant(M.Config(seed=3, dec=False, k=12)) == "default-k-12-dec-False"
+    )
     assert not any("/" in n or "=" in n for n in names)
 
 
@@ -626,11 +878,18 @@ def failing(capsys, *flags):
 
 def test_bad_flags_and_slides_are_one_sentence(cortex, tmp_path, capsys, monkeypatch):
     base = ["--data", str(cortex), "--slice", "sim1", "--runs", str(tmp_path / "runs"), *QUICK]
-    for flags, why in ((["--n_domains", "301"], "301 domains cannot be found among the 300 spots"), (["--n_domains", "few"], "--n_domains"),
-                       (["--k", "300"], "k = 300 needs at least 301 spots"), (["--mask_rate", "1.5"], "--mask_rate"), (["--fused_dim", "30"], "--fused_dim"),
-                       (["--m", "301"], "--m 301 exceeds"),
-                       (["--encoder", "none.npy"], "none.npy"), (["--fusion_epochs", "0"], "--fusion_epochs"),
-                       (["--order", "Moon"], "none of --order Moon"), (["--lr_pairs", "none.csv"], "none.csv")):
+    for flags, why in (
+        (["--n_domains", "301"], "301 domains cannot be found among the 300 spots"),
+        (["--n_domains", "few"], "--n_domains"),
+        (["--k", "300"], "k = 300 needs at least 301 spots"),
+        (["--mask_rate", "1.5"], "--mask_rate"),
+        (["--fused_dim", "30"], "--fused_dim"),
+        (["--m", "301"], "--m 301 exceeds"),
+        (["--encoder", "none.npy"], "none.npy"),
+        (["--fusion_epochs", "0"], "--fusion_epochs"),
+        (["--order", "Moon"], "none of --order Moon"),
+        (["--lr_pairs", "none.csv"], "none.csv"),
+    ):
         assert why in failing(capsys, *base, *flags), flags
     copy = tmp_path / "sim"
     shutil.copytree(cortex, copy)
@@ -645,8 +904,13 @@ def test_bad_flags_and_slides_are_one_sentence(cortex, tmp_path, capsys, monkeyp
     assert "has no image for --image real" in failing(capsys, *bare, "--image", "real")
     assert M.main([*bare, "--n_domains", "3"]) == 0
     assert "has no image: gene-only" in capsys.readouterr().out
-    assert [p.name for p in (tmp_path / "runs" / "multist" / "sim" / "sim1").iterdir() if p.name.startswith("default-n_domains-3")] == [
-        "default-n_domains-3-epochs-12-gan-fisher-dec_epochs-4-dec_update-2-fusion_epochs-1-n_init-1-permutations-20"]
+    assert [
+        p.name
+        for p in (tmp_path / "runs" / "multist" / "sim" / "sim1").iterdir()
+        if p.name.startswith("default-n_domains-3")
+    ] == [
+        "default-n_domains-3-epochs-12-gan-fisher-dec_epochs-4-dec_update-2-fusion_epochs-1-n_init-1-permutations-20"
+    ]
 
 
 def test_a_slide_in_two_pieces_and_genes_that_do_not_vary(capsys):
@@ -655,7 +919,13 @@ def test_a_slide_in_two_pieces_and_genes_that_do_not_vary(capsys):
     assert M.Graph(xy, 6).pieces == 2
     counts = rng.poisson(3, (128, 30))
     counts[:, 5:] = 0
-    slide = data.Slide(M.sp.csr_matrix(counts), np.array([f"g{i}" for i in range(30)]), np.array([f"b{i}" for i in range(128)]), xy, sample="two")
+    slide = data.Slide(
+        M.sp.csr_matrix(counts),
+        np.array([f"g{i}" for i in range(30)]),
+        np.array([f"b{i}" for i in range(128)]),
+        xy,
+        sample="two",
+    )
     x = M.preprocess(slide, M.Config())
     assert x.shape[1] <= 5 and (x.std(0) > 0).all()
     slide.counts = M.sp.csr_matrix(np.zeros((128, 30), int))
@@ -665,17 +935,64 @@ def test_a_slide_in_two_pieces_and_genes_that_do_not_vary(capsys):
 
 def test_simulated_domains_are_recovered(tmp_path):
     folder = tmp_path / "sim"
-    simulate.main(["cortex", str(folder), "--n_spots", "1200", "--n_genes", "400", "--n_slices", "1"])
-    M.main(["--data", str(folder), "--slice", "sim1", "--runs", str(tmp_path / "runs"), "--epochs", "150", "--dec_epochs", "20", "--fusion_epochs", "3",
-            "--n_init", "3", "--permutations", "0", "--device", "cpu", "--no-figures"])
+    simulate.main(
+        ["cortex", str(folder), "--n_spots", "1200", "--n_genes", "400", "--n_slices", "1"]
+    )
+    M.main(
+        [
+            "--data",
+            str(folder),
+            "--slice",
+            "sim1",
+            "--runs",
+            str(tmp_path / "runs"),
+            "--epochs",
+            "150",
+            "--dec_epochs",
+            "20",
+            "--fusion_epochs",
+            "3",
+            "--n_init",
+            "3",
+            "--permutations",
+            "0",
+            "--device",
+            "cpu",
+            "--no-figures",
+        ]
+    )
     record = json.loads(next((tmp_path / "runs").rglob("run.json")).read_text())
-    assert record["metrics"]["ari_gene"] > 0.6                          # .64-.74 over six seeds
-    assert record["metrics"]["ari"] > record["baselines"]["pca_gmm"]["ari"] + 0.3    # .65-.74 over six seeds, 20 components .12
-    assert abs(record["metrics"]["pseudotime_spearman"]) > 0.95     # no marker in this panel: either end is the root; .974-.979 over six seeds
+    assert record["metrics"]["ari_gene"] > 0.6  # .64-.74 over six seeds
+    # .65-.74 over six seeds, 20 components .12
+    assert record["metrics"]["ari"] > record["baselines"]["pca_gmm"]["ari"] + 0.3
+    # no marker in this panel: either end is the root; .974-.979 over six seeds
+    assert abs(record["metrics"]["pseudotime_spearman"]) > 0.95
 
 
 def test_real_slice_gene_only(real_data, tmp_path):
-    M.main(["--data", str(real_data / "dlpfc"), "--slice", "151673", "--runs", str(tmp_path), "--image", "off", "--epochs", "60", "--no-dec", "--n_init", "2",
-            "--permutations", "0", "--device", "cpu", "--no-figures", "--n_pcs", "50"])
+    M.main(
+        [
+            "--data",
+            str(real_data / "dlpfc"),
+            "--slice",
+            "151673",
+            "--runs",
+            str(tmp_path),
+            "--image",
+            "off",
+            "--epochs",
+            "60",
+            "--no-dec",
+            "--n_init",
+            "2",
+            "--permutations",
+            "0",
+            "--device",
+            "cpu",
+            "--no-figures",
+            "--n_pcs",
+            "50",
+        ]
+    )
     record = json.loads(next(tmp_path.rglob("run.json")).read_text())
     assert record["metrics"]["ari"] > 0.45 and record["metrics"]["pseudotime_spearman"] > 0.75

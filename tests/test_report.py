@@ -1,4 +1,5 @@
 """report: tables from run records."""
+
 import json
 
 import numpy as np
@@ -11,22 +12,59 @@ from data import DataError
 def write(root, part, variant, seed, ari, split="random", leaks=True, floor=0.9, **config):
     folder = root / "gat_fusion" / "dlpfc" / part / variant / f"seed{seed}"
     folder.mkdir(parents=True)
-    scores = {"accuracy": 0.5, "macro_f1": 0.5, "kappa_quadratic": None, "log_loss": 1.0, "boundary_accuracy": 0.2}
-    (folder / "run.json").write_text(json.dumps({
-        "method": "gat_fusion", "config": {"seed": seed} | config, "metrics": {"ari": ari, "gain_over_coords_knn": ari - floor, **scores},
-        "baselines": {"coords_knn": {"ari": floor, **scores}},
-        "split": {"name": split, "leaks_position": leaks, "detail": f"{variant.split('-')[0]}"}, "git_commit": "0123456789", "versions": {"torch": "2"},
-        "device": "cpu", "seconds": 3.0, "peak_rss_mb": 100}))
+    scores = {
+        "accuracy": 0.5,
+        "macro_f1": 0.5,
+        "kappa_quadratic": None,
+        "log_loss": 1.0,
+        "boundary_accuracy": 0.2,
+    }
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "method": "gat_fusion",
+                "config": {"seed": seed} | config,
+                "metrics": {"ari": ari, "gain_over_coords_knn": ari - floor, **scores},
+                "baselines": {"coords_knn": {"ari": floor, **scores}},
+                "split": {
+                    "name": split,
+                    "leaks_position": leaks,
+                    "detail": f"{variant.split('-')[0]}",
+                },
+                "git_commit": "0123456789",
+                "versions": {"torch": "2"},
+                "device": "cpu",
+                "seconds": 3.0,
+                "peak_rss_mb": 100,
+            }
+        )
+    )
 
 
 def write_domains(root, part, variant, seed, ari, floor, method="multist", **more):
     folder = root / method / "dlpfc" / part / variant / f"seed{seed}"
     folder.mkdir(parents=True)
     rest = {"nmi": 0.5, "completeness": 0.25, "homogeneity": None}
-    (folder / "run.json").write_text(json.dumps({
-        "method": method, "config": {"seed": seed}, "metrics": {"ari": ari, "ami": 0.375, "ari_gene": 0.1, **rest}, "split": None, "git_commit": "0123456789",
-        "baselines": {"pca_gmm": {"ari": floor, "ami": 0.5, **rest}, "neighbour_mean_gmm": {"ari": floor + 0.25, "ami": 0.5, **rest}},
-        "versions": {"torch": "2"}, "device": "cpu", "seconds": 3.0, "peak_rss_mb": 100} | more))
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "method": method,
+                "config": {"seed": seed},
+                "metrics": {"ari": ari, "ami": 0.375, "ari_gene": 0.1, **rest},
+                "split": None,
+                "git_commit": "0123456789",
+                "baselines": {
+                    "pca_gmm": {"ari": floor, "ami": 0.5, **rest},
+                    "neighbour_mean_gmm": {"ari": floor + 0.25, "ami": 0.5, **rest},
+                },
+                "versions": {"torch": "2"},
+                "device": "cpu",
+                "seconds": 3.0,
+                "peak_rss_mb": 100,
+            }
+            | more
+        )
+    )
 
 
 def row(text, name):
@@ -39,94 +77,184 @@ def test_median_and_spread_over_seeds(tmp_path):
     write(tmp_path, "151674", "random-full-cross", 0, 0.7)
     write(tmp_path, "151674", "slice-151673-full-cross", 0, 0.6, "slice", train="151673")
     text = report.markdown(report.read_runs(tmp_path))
-    assert "| full-cross | 0.910 (0.800-0.950) | 0.700 |" in text and ".928 +- .022" in row(text, "full-cross")
+    assert "| full-cross | 0.910 (0.800-0.950) | 0.700 |" in text and ".928 +- .022" in row(
+        text, "full-cross"
+    )
     knn = row(text, "coords_knn").split(" | ")
-    assert knn[1] == "0.900" and knn[-2] == "2"                     # once per split and slice, not once per run
+    # once per split and slice, not once per run
+    assert knn[1] == "0.900" and knn[-2] == "2"
     assert text.index("coords_knn") < text.index("full-cross") and "Split `slice`" in text
 
 
 def test_program_writes_table_and_figure(tmp_path, capsys):
     write(tmp_path, "s", "blocks0-full-cross", 0, 0.5, "blocks", False, fold=0)
     assert report.main(["--runs", str(tmp_path)]) == 0
-    assert (tmp_path / "report.md").read_text().startswith("### Split `blocks` - does not leak position")
+    assert (
+        (tmp_path / "report.md")
+        .read_text()
+        .startswith("### Split `blocks` - does not leak position")
+    )
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(DataError, match="--data"):
         report.main(["--runs", str(tmp_path), "--data", "other"])
 
 
 def test_row_names_come_from_the_config(tmp_path):
-    """Names of slices may hold hyphens; flags that are not at their default stay in the row's name."""
+    """Names of slices may hold hyphens; flags that are not at their default stay in the row's
+    name."""
     write(tmp_path, "a-1", "slice-a-2+b-1-full-cross", 0, 0.5, "slice", train="a-2,b-1")
     write(tmp_path, "a-1", "slice-all-gcn_only", 0, 0.5, "slice", train="")
     write(tmp_path, "a-1", "donor-b-1-expr_only-hvg=none", 0, 0.5, "donor", train="b-1")
     write(tmp_path, "a-1", "blocks3-full-gated-k=18", 0, 0.5, "blocks", fold=3)
     tables = report.rows_of(report.read_runs(tmp_path))
     assert {split: set(rows) - {"coords_knn"} for (split, _), rows in tables.items()} == {
-        "slice": {"full-cross", "gcn_only"}, "donor": {"expr_only-hvg=none"}, "blocks": {"full-gated-k=18"}}
+        "slice": {"full-cross", "gcn_only"},
+        "donor": {"expr_only-hvg=none"},
+        "blocks": {"full-gated-k=18"},
+    }
 
 
 def test_any_folder_above_the_records_gives_the_same_tables(tmp_path, monkeypatch):
     write(tmp_path, "151673", "random-full-cross", 0, 0.8)
-    texts = {report.markdown(report.read_runs(f)) for f in (tmp_path, tmp_path / "gat_fusion", tmp_path / "gat_fusion" / "dlpfc" / "151673")}
+    texts = {
+        report.markdown(report.read_runs(f))
+        for f in (tmp_path, tmp_path / "gat_fusion", tmp_path / "gat_fusion" / "dlpfc" / "151673")
+    }
     monkeypatch.chdir(tmp_path / "gat_fusion")
-    assert texts == {report.markdown(report.read_runs("."))} and report.main(["--runs", str(tmp_path / "gat_fusion"), "--data", "dlpfc"]) == 0
+    assert (
+        texts == {report.markdown(report.read_runs("."))}
+        and report.main(["--runs", str(tmp_path / "gat_fusion"), "--data", "dlpfc"]) == 0
+    )
 
 
 def test_baselines_once_per_inputs(tmp_path):
-    """The same split on other inputs (library size, scale, genes) has other baselines; another seed or model on the same inputs has not."""
+    """The same split on other inputs (library size, scale, genes) has other baselines; another seed
+    or model on the same inputs has not."""
     write(tmp_path, "s", "random-full-cross", 0, 0.8, library="given", scale="auto", hvg="seurat")
     write(tmp_path, "s", "random-full-cross", 1, 0.8, library="given", scale="auto", hvg="seurat")
     for n, other in enumerate(({"library": "own"}, {"scale": "slice"}, {"hvg": "none"})):
-        write(tmp_path, "s", f"random-full-cross-{n}", 0, 0.8, floor=0.5, **{"library": "given", "scale": "auto", "hvg": "seurat"} | other)
+        write(
+            tmp_path,
+            "s",
+            f"random-full-cross-{n}",
+            0,
+            0.8,
+            floor=0.5,
+            **{"library": "given", "scale": "auto", "hvg": "seurat"} | other,
+        )
     text = report.markdown(report.read_runs(tmp_path))
-    assert row(text, "coords_knn").split(" | ")[1] == "0.500 (0.500-0.900)" and row(text, "coords_knn").split(" | ")[-2] == "4"
+    assert (
+        row(text, "coords_knn").split(" | ")[1] == "0.500 (0.500-0.900)"
+        and row(text, "coords_knn").split(" | ")[-2] == "4"
+    )
 
 
 def test_unsupervised_domains(tmp_path):
     for seed, ari in enumerate((0.5, 0.625, 0.75)):
         write_domains(tmp_path, "151673", "full", seed, ari, 0.25)
-    write_domains(tmp_path, "151673", "gene", 0, 0.5, 0.25)             # the same baselines again: counted once
+    # the same baselines again: counted once
+    write_domains(tmp_path, "151673", "gene", 0, 0.5, 0.25)
     write_domains(tmp_path, "151674", "full", 0, None, 0.5)
-    write_domains(tmp_path, "151674", "predict-random-full-cross-0a", 0, 0.9, 0, "gat_fusion", baselines={}, checkpoint="model.pt")
+    write_domains(
+        tmp_path,
+        "151674",
+        "predict-random-full-cross-0a",
+        0,
+        0.9,
+        0,
+        "gat_fusion",
+        baselines={},
+        checkpoint="model.pt",
+    )
     write(tmp_path, "151673", "random-full-cross", 0, 0.8)
     records = report.read_runs(tmp_path)
     text = report.markdown(records)
-    assert "### domains (unsupervised)\n\n| method | ARI 151673 | ARI 151674 | ami | completeness | homogeneity | runs | published ARI |" in text
-    assert row(text, "multist full") == "| multist full | 0.625 (0.500-0.750) | - | 0.375 (0.375-0.375) | 0.250 (0.250-0.250) | - | 4 | 151673: .620 |"
-    assert row(text, "pca_gmm") == "| pca_gmm | 0.250 (0.250-0.250) | 0.500 | 0.500 (0.500-0.500) | 0.250 (0.250-0.250) | - | 4 |  |"
-    assert row(text, "neighbour_mean_gmm").startswith("| neighbour_mean_gmm | 0.500 (0.500-0.500) | 0.750 |") and "predict" not in text
+    assert (
+        "### domains (unsupervised)\n\n| method | ARI 151673 | ARI 151674 | ami | "
+        "completeness | homogeneity | runs | published ARI |" in text
+    )
+    assert (
+        row(text, "multist full")
+        == "| multist full | 0.625 (0.500-0.750) | - | 0.375 (0.375-0.375) | "
+        "0.250 (0.250-0.250) | - | 4 | 151673: .620 |"
+    )
+    assert (
+        row(text, "pca_gmm") == "| pca_gmm | 0.250 (0.250-0.250) | 0.500 | 0.500 (0.500-0.500) | "
+        "0.250 (0.250-0.250) | - | 4 |  |"
+    )
+    assert (
+        row(text, "neighbour_mean_gmm").startswith(
+            "| neighbour_mean_gmm | 0.500 (0.500-0.500) | 0.750 |"
+        )
+        and "predict" not in text
+    )
     assert "### Split `random`" in text and text.index("pca_gmm") < text.index("multist full")
     assert len(report.draw(records).axes) == 2
 
 
 def test_genes_from_histology(tmp_path):
-    for split, part, leaks, values in (("folds", "fold0", False, (0.1, 0.3, 0.2)), ("section", "C2", True, (0.4,))):
+    for split, part, leaks, values in (
+        ("folds", "fold0", False, (0.1, 0.3, 0.2)),
+        ("section", "C2", True, (0.4,)),
+    ):
         for seed, value in enumerate(values):
-            folder = tmp_path / "stformer" / "her2st" / part / ("mini" if split == "folds" else "section-mini") / f"seed{seed}"
+            folder = (
+                tmp_path
+                / "stformer"
+                / "her2st"
+                / part
+                / ("mini" if split == "folds" else "section-mini")
+                / f"seed{seed}"
+            )
             folder.mkdir(parents=True)
-            record = {"method": "stformer", "config": {"seed": seed}, "metrics": {"pcc_mean": value, "pcc_pooled": 0.5},
-                      "baselines": {"ridge_raw": {"pcc_mean": 0.15}, "abmil": {"pcc_mean": 0.0 + seed / 1000}}, "leaks_patient": leaks,
-                      "split": {"name": split, "leaks_position": False, "detail": ""}, "seconds": 1.0, "peak_rss_mb": 9, "device": "cpu",
-                      "versions": {"torch": "2"}, "git_commit": "abc"}
+            record = {
+                "method": "stformer",
+                "config": {"seed": seed},
+                "metrics": {"pcc_mean": value, "pcc_pooled": 0.5},
+                "baselines": {
+                    "ridge_raw": {"pcc_mean": 0.15},
+                    "abmil": {"pcc_mean": 0.0 + seed / 1000},
+                },
+                "leaks_patient": leaks,
+                "split": {"name": split, "leaks_position": False, "detail": ""},
+                "seconds": 1.0,
+                "peak_rss_mb": 9,
+                "device": "cpu",
+                "versions": {"torch": "2"},
+                "git_commit": "abc",
+            }
             (folder / "run.json").write_text(json.dumps(record))
     text = report.markdown(report.read_runs(tmp_path))
-    assert "split `folds` - patients held out" in text and "split `section` - leaks the patient" in text
+    assert (
+        "split `folds` - patients held out" in text
+        and "split `section` - leaks the patient" in text
+    )
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
-    assert "| stformer mini | 0.400 | 0.400 | 0.500 |" in text and "| stformer mini | 0.200 (0.100-0.300) | 0.200 | 0.500 (0.500-0.500) |" in text
+    assert (
+        "| stformer mini | 0.400 | 0.400 | 0.500 |" in text
+        and "| stformer mini | 0.200 (0.100-0.300) | 0.200 | 0.500 (0.500-0.500) |" in text
+    )
     assert rows["| ridge_raw"].endswith("| 1 |  |"), "the same baseline in every run counts once"
     folder = folder.parent.with_name("section-mini-permute_pairs-True") / "seed0"
     folder.mkdir(parents=True)
-    record |= {"config": {"seed": 0, "permute_pairs": True}, "baselines": {"ridge_raw": {"pcc_mean": -0.15}}}
+    record |= {
+        "config": {"seed": 0, "permute_pairs": True},
+        "baselines": {"ridge_raw": {"pcc_mean": -0.15}},
+    }
     (folder / "run.json").write_text(json.dumps(record))
     text = report.markdown(report.read_runs(tmp_path))
-    assert "-0.15" not in text and "mini-permute_pairs-True" in text, "baselines of a control stay out of the table"
+    assert "-0.15" not in text and "mini-permute_pairs-True" in text, (
+        "baselines of a control stay out of the table"
+    )
     report.draw(report.read_runs(tmp_path))
 
 
 def test_report_of_domains_only(tmp_path):
     write_domains(tmp_path, "151673", "full", 0, 0.5, 0.25)
     assert report.main(["--runs", str(tmp_path)]) == 0
-    assert (tmp_path / "report.md").read_text().startswith("### domains (unsupervised)") and (tmp_path / "report.png").is_file()
+    assert (tmp_path / "report.md").read_text().startswith("### domains (unsupervised)") and (
+        tmp_path / "report.png"
+    ).is_file()
 
 
 def test_bad_records(tmp_path):
@@ -140,15 +268,28 @@ def test_bad_records(tmp_path):
 def test_page_is_self_contained_and_says_what_is_missing(tmp_path, capsys):
     write(tmp_path, "a", "random-full-cross", 0, 0.8)
     write_domains(tmp_path, "a", "full", 0, 0.5, 0.25)
-    write_domains(tmp_path / "demo", "a", "full", 0, 0.9, 0.25)          # what make demo leaves in runs/demo is no result
+    # what make demo leaves in runs/demo is no result
+    write_domains(tmp_path / "demo", "a", "full", 0, 0.9, 0.25)
     xy, labels = np.random.default_rng(0).random((40, 2)), np.repeat([0, 1, -1, 2], 10)
-    for path, arrays in (("gat_fusion/dlpfc/a/random-full-cross", {"pred": np.abs(labels)}), ("multist/dlpfc/a/full", {"domains": (labels + 1) % 3})):
+    for path, arrays in (
+        ("gat_fusion/dlpfc/a/random-full-cross", {"pred": np.abs(labels)}),
+        ("multist/dlpfc/a/full", {"domains": (labels + 1) % 3}),
+    ):
         np.savez(tmp_path / path / "seed0" / "arrays.npz", xy=xy, labels=labels, **arrays)
     assert report.main(["--runs", str(tmp_path)]) == 0
     assert capsys.readouterr().out.split()[-1] == str(tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
-    assert text.count("data:image/png;base64,") == 2 and "http" not in text and "src=\"data:" in text and "0.900" in text
-    assert "cmrcnet has no run here (make reproduce-her2st)" in text and "multist has no run" not in text and text.count("<td>multist full</td>") == 1
+    assert (
+        text.count("data:image/png;base64,") == 2
+        and "http" not in text
+        and 'src="data:' in text
+        and "0.900" in text
+    )
+    assert (
+        "cmrcnet has no run here (make reproduce-her2st)" in text
+        and "multist has no run" not in text
+        and text.count("<td>multist full</td>") == 1
+    )
     assert (tmp_path / "report_maps.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -160,10 +301,15 @@ def test_maps_show_every_method_and_split_first(tmp_path):
     write_domains(tmp_path, "a", "default", 0, 0.5, 0.25)
     for path in tmp_path.rglob("run.json"):
         found = {"domains" if "multist" in path.parts else "pred": np.repeat([0, 1], 10)}
-        np.savez(path.parent / "arrays.npz", xy=np.zeros((20, 2)), labels=np.repeat([0, 1], 10), **found)
+        np.savez(
+            path.parent / "arrays.npz", xy=np.zeros((20, 2)), labels=np.repeat([0, 1], 10), **found
+        )
     (row,) = report.layer_maps(report.read_runs(tmp_path)).values()
     first = [title.split("\n")[-1] for title, *_ in row[:4]]
-    assert first == ["annotation", "blocks0-full-cross", "random-full-cross", "default"] and len(row) == 19
+    assert (
+        first == ["annotation", "blocks0-full-cross", "random-full-cross", "default"]
+        and len(row) == 19
+    )
     figure = report.draw_maps({"a": row})
     assert "7 more not drawn" in figure.axes[0].get_title() and len(figure.axes) == 12
 
@@ -173,15 +319,23 @@ def test_missing_runs_are_named(tmp_path):
         write(tmp_path, "a", "random-full-cross", seed, 0.8)
     write(tmp_path, "a", "random-gcn_only", 0, 0.8)
     text = report.markdown(report.read_runs(tmp_path))
-    assert "Missing: gat_fusion on dlpfc, split random: of 2 slices, folds and seeds these rows lack gcn_only 1." in text
+    assert (
+        "Missing: gat_fusion on dlpfc, split random: of 2 slices, folds and seeds these rows "
+        "lack gcn_only 1." in text
+    )
     assert "Missing: spatia has no run here (make reproduce-ca1)." in text
 
 
 def test_domains_take_the_colour_of_the_layer_they_cover(tmp_path):
     write_domains(tmp_path, "a", "full", 0, 0.5, 0.25)
     labels = np.repeat([0, 1, 2, -1], 10)
-    np.savez(tmp_path / "multist/dlpfc/a/full/seed0/arrays.npz", xy=np.zeros((40, 2)), labels=labels, domains=np.array([3, 0, 2, 1])[labels])
-    (name, row), = report.layer_maps(report.read_runs(tmp_path)).items()
+    np.savez(
+        tmp_path / "multist/dlpfc/a/full/seed0/arrays.npz",
+        xy=np.zeros((40, 2)),
+        labels=labels,
+        domains=np.array([3, 0, 2, 1])[labels],
+    )
+    ((name, row),) = report.layer_maps(report.read_runs(tmp_path)).items()
     assert name == "dlpfc a" and [t for t, *_ in row] == ["annotation", "multist\nfull"]
     assert (row[1][2][:30] == labels[:30]).all() and set(row[1][2][30:]) == {3}
 
@@ -190,21 +344,52 @@ def test_data_sets_stand_apart_and_cells_have_their_table(tmp_path):
     write(tmp_path, "a", "random-full-cross", 0, 0.8)
     folder = tmp_path / "spatia" / "ca1" / "blocks" / "tiny" / "seed0"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({
-        "method": "spatia", "config": {"seed": 0}, "metrics": {"cond_pcc_own_area": 0.4, "impute_pcc_mean": 0.3, "fd_floor": 1.25}, "seconds": 1.0,
-        "split": {"name": "blocks", "leaks_position": False, "detail": ""},
-        "baselines": {"ridge": {"cond_pcc_own_area": 0.3}, "knn": {"impute_pcc_mean": 0.2}, "retrieval": {"fd_retrieval": 1.5}},
-        "peak_rss_mb": 9, "device": "cpu",
-        "versions": {"torch": "2"}, "git_commit": "abc"}))
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "method": "spatia",
+                "config": {"seed": 0},
+                "metrics": {"cond_pcc_own_area": 0.4, "impute_pcc_mean": 0.3, "fd_floor": 1.25},
+                "seconds": 1.0,
+                "split": {"name": "blocks", "leaks_position": False, "detail": ""},
+                "baselines": {
+                    "ridge": {"cond_pcc_own_area": 0.3},
+                    "knn": {"impute_pcc_mean": 0.2},
+                    "retrieval": {"fd_retrieval": 1.5},
+                },
+                "peak_rss_mb": 9,
+                "device": "cpu",
+                "versions": {"torch": "2"},
+                "git_commit": "abc",
+            }
+        )
+    )
     text = report.markdown(report.read_runs(tmp_path))
-    assert ".922" not in text and ".928" not in text.split("README")[0]    # published scores stand beside DLPFC slices only
-    assert row(text, "retrieval").split(" | ")[4] == "1.500" and row(text, "real_against_real").split(" | ")[4] == "1.250"
-    assert "### single cells, split `blocks` - ca1" in text and "### Split `random` - leaks position - dlpfc" in text
-    assert row(text, "ridge").split(" | ")[1:3] == ["0.300", "-"] and row(text, "spatia tiny").split(" | ")[1] == "0.400"
+    # published scores stand beside DLPFC slices only
+    assert ".922" not in text and ".928" not in text.split("README")[0]
+    assert (
+        row(text, "retrieval").split(" | ")[4] == "1.500"
+        and row(text, "real_against_real").split(" | ")[4] == "1.250"
+    )
+    assert (
+        "### single cells, split `blocks` - ca1" in text
+        and "### Split `random` - leaks position - dlpfc" in text
+    )
+    assert (
+        row(text, "ridge").split(" | ")[1:3] == ["0.300", "-"]
+        and row(text, "spatia tiny").split(" | ")[1] == "0.400"
+    )
     report.draw(report.read_runs(tmp_path))
 
 
-@pytest.mark.parametrize("name, damage", [("run.json", b"\xff\xfe{"), ("run.json", b"[" * 100_000), ("arrays.npz", b"PK\x03\x04 broken")])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("run.json", b"\xff\xfe{"),
+        ("run.json", b"[" * 100_000),
+        ("arrays.npz", b"PK\x03\x04 broken"),
+    ],
+)
 def test_damaged_records_are_named(tmp_path, name, damage):
     write_domains(tmp_path, "a", "full", 0, 0.5, 0.25)
     path = tmp_path / "multist/dlpfc/a/full/seed0" / name

@@ -1,4 +1,5 @@
 """run: flags, records, atomic writes, errors."""
+
 import json
 import os
 import shutil
@@ -30,31 +31,69 @@ class Flags(run.Config):
 
 
 def test_flags_come_from_the_dataclass(capsys):
-    flags = run.parse(Flags, ["--rate", "0.25", "--kind", "b", "--fast", "--slice", "x", "--no-deterministic"])
-    assert (flags.rate, flags.kind, flags.fast, flags.slice, flags.deterministic, flags.seed) == (0.25, "b", True, "x", False, 0)
+    flags = run.parse(
+        Flags, ["--rate", "0.25", "--kind", "b", "--fast", "--slice", "x", "--no-deterministic"]
+    )
+    assert (flags.rate, flags.kind, flags.fast, flags.slice, flags.deterministic, flags.seed) == (
+        0.25,
+        "b",
+        True,
+        "x",
+        False,
+        0,
+    )
     with pytest.raises(SystemExit) as stop:
         run.parse(Flags, ["--kind", "c"])
     assert stop.value.code == 2
     with pytest.raises(SystemExit):
         run.parse(Flags, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "share of spots, in % of all (default: 0.5)" in text and "seed of initialisation and training" in text
+    assert (
+        "share of spots, in % of all (default: 0.5)" in text
+        and "seed of initialisation and training" in text
+    )
 
 
 def finished(tmp_path, **more):
-    record = run.Run("toy", Flags(data=str(tmp_path / "sim.h5ad"), seed=3, runs=str(tmp_path / "runs"), device="cpu"), "s1", "plain")
-    return record, record.finish({"ari": np.float32(0.5), "nan": float("nan")}, {"majority": {"ari": 0}}, {"x": np.arange(3)}, 7,
-                                 data.Split("random", *np.zeros((3, 2), bool), True, "why"), "abc", **more)
+    record = run.Run(
+        "toy",
+        Flags(data=str(tmp_path / "sim.h5ad"), seed=3, runs=str(tmp_path / "runs"), device="cpu"),
+        "s1",
+        "plain",
+    )
+    return record, record.finish(
+        {"ari": np.float32(0.5), "nan": float("nan")},
+        {"majority": {"ari": 0}},
+        {"x": np.arange(3)},
+        7,
+        data.Split("random", *np.zeros((3, 2), bool), True, "why"),
+        "abc",
+        **more,
+    )
 
 
 def test_record(tmp_path, capsys):
-    _, path = finished(tmp_path, files={"model.pt": lambda f: torch.save({"w": torch.ones(2)}, f)}, epochs=4)
+    _, path = finished(
+        tmp_path, files={"model.pt": lambda f: torch.save({"w": torch.ones(2)}, f)}, epochs=4
+    )
     assert path == tmp_path / "runs" / "toy" / "sim" / "s1" / "plain" / "seed3" / "run.json"
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(path)
     record = json.loads(path.read_text())
-    assert record["metrics"] == {"ari": 0.5, "nan": None} and record["baselines"] == {"majority": {"ari": 0}} and record["epochs"] == 4
-    assert record["split"] == {"name": "random", "leaks_position": True, "detail": "why"} and record["config"]["rate"] == 0.5
-    assert record["n_params"] == 7 and record["data_checksum"] == "abc" and record["versions"]["torch"] == torch.__version__ and record["processor"]
+    assert (
+        record["metrics"] == {"ari": 0.5, "nan": None}
+        and record["baselines"] == {"majority": {"ari": 0}}
+        and record["epochs"] == 4
+    )
+    assert (
+        record["split"] == {"name": "random", "leaks_position": True, "detail": "why"}
+        and record["config"]["rate"] == 0.5
+    )
+    assert (
+        record["n_params"] == 7
+        and record["data_checksum"] == "abc"
+        and record["versions"]["torch"] == torch.__version__
+        and record["processor"]
+    )
     assert sorted(p.name for p in path.parent.iterdir()) == ["arrays.npz", "model.pt", "run.json"]
 
 
@@ -62,6 +101,7 @@ def test_nothing_is_written_before_the_end_and_json_comes_last(tmp_path):
     def broken(file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
+
     with pytest.raises(data.DataError, match="No space left"):
         finished(tmp_path, files={"model.pt": broken})
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -74,6 +114,7 @@ def test_write_atomically_keeps_the_old_file(tmp_path):
     def broken(file):
         file.write(b"ne")
         raise ValueError("stop")
+
     with pytest.raises(ValueError, match="stop"):
         run.write_atomically(path, broken)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
@@ -82,8 +123,13 @@ def test_write_atomically_keeps_the_old_file(tmp_path):
 def test_flags_that_no_run_can_use():
     rules = {"rate": run.POSITIVE}
     run.check_flags(Flags(), rules)
-    for flags, name in ((Flags(rate=0.0), "rate is 0.0"), (Flags(rate=float("nan")), "rate is nan"), (Flags(seed=-1), "seed is -1"),
-                        (Flags(seed=2**32), "seed is 4294967296"), (Flags(threads=-2), "threads is -2")):
+    for flags, name in (
+        (Flags(rate=0.0), "rate is 0.0"),
+        (Flags(rate=float("nan")), "rate is nan"),
+        (Flags(seed=-1), "seed is -1"),
+        (Flags(seed=2**32), "seed is 4294967296"),
+        (Flags(threads=-2), "threads is -2"),
+    ):
         with pytest.raises(data.DataError, match=f"--{name}"):
             run.check_flags(flags, rules)
 
@@ -104,14 +150,29 @@ def test_bf16_and_compile_act_only_where_asked_for(monkeypatch):
         exact = net(x)
     with run.autocast(Flags(bf16=True), torch.device("cpu")):
         near = net(x)
-    assert exact.dtype == torch.float32 and near.dtype == torch.bfloat16 and (near - exact).abs().max() < 0.02
+    assert (
+        exact.dtype == torch.float32
+        and near.dtype == torch.bfloat16
+        and (near - exact).abs().max() < 0.02
+    )
     near.float().sum().backward()
     assert net[0].weight.grad.dtype == torch.float32
     used = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, compile=torch.nn.Module.compile: (used.append(self), compile(self, backend="eager")))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, compile=torch.nn.Module.compile: (
+            used.append(self),
+            compile(self, backend="eager"),
+        ),
+    )
     assert run.compiled(net, Flags()) is net and not used
     names = list(net.state_dict())
-    assert run.compiled(net, Flags(compile=True)) is net and used == [net] and list(net.state_dict()) == names
+    assert (
+        run.compiled(net, Flags(compile=True)) is net
+        and used == [net]
+        and list(net.state_dict()) == names
+    )
     assert torch.allclose(net(x), exact)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(data.DataError, match="C\\+\\+ compiler"):
@@ -121,6 +182,7 @@ def test_bf16_and_compile_act_only_where_asked_for(monkeypatch):
 def test_errors_are_one_sentence_and_status_2(capsys):
     def main(argv):
         raise data.DataError("a.h5 is bad: get another")
+
     with pytest.raises(SystemExit) as stop:
         run.cli(main)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: a.h5 is bad: get another\n"
@@ -133,13 +195,32 @@ def test_unwritable_runs_folder(tmp_path):
 
 
 def test_scripts_import_nothing_of_each_other():
-    """The method files import only data, metrics and run; data imports the readers and cells only. Any other script counts as a method."""
+    """The method files import only data, metrics and run; data imports the readers and cells only.
+    Any other script counts as a method."""
     import ast
+
     ours = {p.stem for p in ROOT.glob("*.py")}
-    allowed = {"data": {"readers", "cells"}, "readers": set(), "cells": {"readers"}, "metrics": set(), "run": {"data"},
-               "report": {"data", "run"}, "simulate": {"data"}, "download": {"data", "run"},
-               "bench": {"bench_peers", "cmrcnet", "data", "gat_fusion", "metrics", "multist", "run", "simulate"},
-               "bench_peers": {"cmrcnet", "data", "gat_fusion", "multist"}}
+    allowed = {
+        "data": {"readers", "cells"},
+        "readers": set(),
+        "cells": {"readers"},
+        "metrics": set(),
+        "run": {"data"},
+        "report": {"data", "run"},
+        "simulate": {"data"},
+        "download": {"data", "run"},
+        "bench": {
+            "bench_peers",
+            "cmrcnet",
+            "data",
+            "gat_fusion",
+            "metrics",
+            "multist",
+            "run",
+            "simulate",
+        },
+        "bench_peers": {"cmrcnet", "data", "gat_fusion", "multist"},
+    }
     for name in ours:
         floor = allowed.get(name, {"data", "metrics", "run"})
         tree = ast.parse((ROOT / f"{name}.py").read_text())
@@ -151,7 +232,13 @@ def test_scripts_import_nothing_of_each_other():
 
 def make(folder, *words):
     """Exit status and output of `make -n` with this Makefile in another folder."""
-    done = subprocess.run(["make", "-n", "-f", str(ROOT / "Makefile"), "PY=python3", "SEEDS=0", *words], cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["make", "-n", "-f", str(ROOT / "Makefile"), "PY=python3", "SEEDS=0", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -159,11 +246,25 @@ def make(folder, *words):
 def test_makefile(tmp_path):
     slices = tmp_path / "datasets" / "dlpfc"
     slices.mkdir(parents=True)
-    (slices / "151673.h5ad").touch()                                    # an interrupted download: the others are still to come
-    status, out = make(tmp_path, "sweep", "SLICES=151673 151674", "MODELS=full", "HELD_OUT_MODELS=gcn_full", "SPLITS=random slice")
+    # an interrupted download: the others are still to come
+    (slices / "151673.h5ad").touch()
+    status, out = make(
+        tmp_path,
+        "sweep",
+        "SLICES=151673 151674",
+        "MODELS=full",
+        "HELD_OUT_MODELS=gcn_full",
+        "SPLITS=random slice",
+    )
     assert status == 0 and "download.py dlpfc --slices 151674 --out datasets/dlpfc" in out
-    assert "--slice 151673 --split random --mode full --fusion cross" in out and out.count("--split random") == 2
-    assert "--slice 151673 --split slice --train 151674 --mode gcn_full --fusion cross" in out and out.count("--split slice") == 2
+    assert (
+        "--slice 151673 --split random --mode full --fusion cross" in out
+        and out.count("--split random") == 2
+    )
+    assert (
+        "--slice 151673 --split slice --train 151674 --mode gcn_full --fusion cross" in out
+        and out.count("--split slice") == 2
+    )
     assert make(tmp_path, "sweep", "SPLITS=random", "MODELS=full")[1].count("gat_fusion.py") == 12
     record = tmp_path / "runs" / "gat_fusion" / "dlpfc" / "151673" / "random-full-cross" / "seed0"
     record.mkdir(parents=True)
@@ -172,11 +273,26 @@ def test_makefile(tmp_path):
     assert "download.py" not in out and "gat_fusion.py" not in out and "report.py" in out
     mine = tmp_path / "mine"
     mine.mkdir()
-    done = subprocess.run(["make", "-f", str(ROOT / "Makefile"), "PY=false", "sweep", "DATA=mine"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "DATA=mine holds no slice" in done.stderr and "download" not in done.stdout
+    done = subprocess.run(
+        ["make", "-f", str(ROOT / "Makefile"), "PY=false", "sweep", "DATA=mine"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (
+        done.returncode == 2
+        and "DATA=mine holds no slice" in done.stderr
+        and "download" not in done.stdout
+    )
     (mine / "a.h5ad").touch()
     status, out = make(tmp_path, "sweep", "DATA=mine", "SPLITS=random", "MODELS=gat_only")
-    assert status == 0 and out.count("gat_fusion.py") == 1 and "--data mine --slice a" in out and "download.py" not in out
+    assert (
+        status == 0
+        and out.count("gat_fusion.py") == 1
+        and "--data mine --slice a" in out
+        and "download.py" not in out
+    )
     for name in ("DATA", "RUNS"):
         status, out = make(tmp_path, "sweep", f"{name}=my folder")
         assert status == 2 and f'{name} is "my folder"' in out
@@ -184,13 +300,26 @@ def test_makefile(tmp_path):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_launch_stands_before_every_run(tmp_path):
-    """LAUNCH="srun ..." or "torchrun ..." as the README gives it: every training run goes through it, reports and downloads do not."""
-    for path in ("datasets/dlpfc/151673.h5ad", "datasets/ca1/cells.h5", "datasets/her2st/splits/test_0.csv", "datasets/her2st/splits/train_0.csv"):
+    """LAUNCH="srun ..." or "torchrun ..." as the README gives it: every training run goes through
+    it, reports and downloads do not."""
+    for path in (
+        "datasets/dlpfc/151673.h5ad",
+        "datasets/ca1/cells.h5",
+        "datasets/her2st/splits/test_0.csv",
+        "datasets/her2st/splits/train_0.csv",
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     ran = set()
     for target in ("reproduce-dlpfc", "reproduce-hest", "reproduce-ca1"):
-        status, out = make(tmp_path, target, "LAUNCH=srun --gres=gpu:1", "SLICES=151673", "HEST=datasets/her2st", "SECTIONS=C2")
+        status, out = make(
+            tmp_path,
+            target,
+            "LAUNCH=srun --gres=gpu:1",
+            "SLICES=151673",
+            "HEST=datasets/her2st",
+            "SECTIONS=C2",
+        )
         assert status == 0, out
         for line in out.splitlines():
             script = next((w for w in line.split() if w.endswith(".py")), None)
@@ -203,20 +332,45 @@ def test_launch_stands_before_every_run(tmp_path):
 
 
 def test_runs_from_another_folder(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "gat_fusion.py"), "--data", "none"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "gat_fusion.py"), "--data", "none"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_two_processes_write_one_record(tmp_path):
     """Under torchrun the processes share one group, and only the first writes."""
     script = tmp_path / "toy.py"
-    script.write_text("import sys, torch, run\n"
-                      "record = run.Run('toy', run.Config(data='d', runs=sys.argv[1], device='cpu'), 'a', 'b')\n"
-                      "total = torch.tensor(float(record.rank + 1))\n"
-                      "torch.distributed.all_reduce(total)\n"
-                      "record.finish({'total': total.item()}, {}, {})\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                           str(script), str(tmp_path / "runs")], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    script.write_text(
+        "import sys, torch, run\n"
+        "record = run.Run('toy', run.Config(data='d', runs=sys.argv[1], device='cpu'), 'a', 'b')\n"
+        "total = torch.tensor(float(record.rank + 1))\n"
+        "torch.distributed.all_reduce(total)\n"
+        "record.finish({'total': total.item()}, {}, {})\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--standalone",
+            str(script),
+            str(tmp_path / "runs"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     path = tmp_path / "runs" / "toy" / "d" / "a" / "b" / "seed0" / "run.json"
     assert done.stdout.split() == [str(path)]
@@ -227,6 +381,9 @@ def test_two_processes_write_one_record(tmp_path):
 def test_an_interrupt_is_one_sentence(capsys):
     def main(argv):
         raise KeyboardInterrupt
+
     with pytest.raises(SystemExit) as stop:
         run.cli(main)
-    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted: no record was written\n"
+    assert (
+        stop.value.code == 130 and capsys.readouterr().err == "interrupted: no record was written\n"
+    )

@@ -1,4 +1,6 @@
-"""spatia: token merging, paths, leak rules, hidden genes, processes, resume, simulated truth, records, bad input."""
+"""spatia: token merging, paths, leak rules, hidden genes, processes, resume, simulated truth,
+records, bad input."""
+
 import dataclasses
 import json
 import runpy
@@ -19,13 +21,31 @@ import simulate  # noqa: E402
 import spatia as sp  # noqa: E402
 from data import DataError  # noqa: E402
 
-SMALL = dataclasses.replace(sp.PRESETS["tiny"], dim=16, image_layers=1, gene_layers=0, latents=3, niche=5, tissue=4, decoder_dim=16, decoder_layers=1,
-                            decoder_patch=4, steps=(4, 4, 4), batch=(16, 16, 8))
+SMALL = dataclasses.replace(
+    sp.PRESETS["tiny"],
+    dim=16,
+    image_layers=1,
+    gene_layers=0,
+    latents=3,
+    niche=5,
+    tissue=4,
+    decoder_dim=16,
+    decoder_layers=1,
+    decoder_patch=4,
+    steps=(4, 4, 4),
+    batch=(16, 16, 8),
+)
 
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
-    return simulate.simulate_cells(tmp_path_factory.mktemp("cells") / "field" / "cells.h5", n_cells=240, n_genes=48, n_sections=3, size=16)
+    return simulate.simulate_cells(
+        tmp_path_factory.mktemp("cells") / "field" / "cells.h5",
+        n_cells=240,
+        n_genes=48,
+        n_sections=3,
+        size=16,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +57,19 @@ def small(request, monkeypatch):
 
 
 def flags(path, tmp_path, *more):
-    return ["--data", str(path), "--runs", str(tmp_path / "runs"), "--device", "cpu", "--draws", "2", "--ode_steps", "2", *more]
+    return [
+        "--data",
+        str(path),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--device",
+        "cpu",
+        "--draws",
+        "2",
+        "--ode_steps",
+        "2",
+        *more,
+    ]
 
 
 def config_of(path, *more):
@@ -48,12 +80,18 @@ class Record:
     """What a Session reads of a run.Run."""
 
     def __init__(self, folder, rank=0, world=1):
-        self.folder, self.rank, self.world, self.device = Path(folder), rank, world, torch.device("cpu")
+        self.folder, self.rank, self.world, self.device = (
+            Path(folder),
+            rank,
+            world,
+            torch.device("cpu"),
+        )
 
 
 @pytest.fixture(scope="module")
 def trained(cells, tmp_path_factory):
-    """A field, a cell model, conditions, a generator with random (not zero) output layers: enough for the leak rules."""
+    """A field, a cell model, conditions, a generator with random (not zero) output layers: enough
+    for the leak rules."""
     config = config_of(cells)
     field = sp.load(config, SMALL, torch.device("cpu"))
     torch.manual_seed(0)
@@ -65,7 +103,8 @@ def trained(cells, tmp_path_factory):
     return config, field, cell, generator, context
 
 
-# ---------------------------------------------------------------------------------------------------- token merging
+# ------------------------------------------------------------------------------------ token merging
+
 
 def test_rho_zero_is_the_plain_block_bit_for_bit():
     torch.manual_seed(0)
@@ -84,19 +123,26 @@ def test_rho_zero_is_the_plain_block_bit_for_bit():
 def naive_groups(f, rho, choice):
     """The same matching for one picture, one token after the other."""
     n = len(f)
-    side = round(n ** 0.5)
-    cells = [[(2 * i + a) * side + 2 * j + b for a in (0, 1) for b in (0, 1)] for i in range(side // 2) for j in range(side // 2)]
+    side = round(n**0.5)
+    cells = [
+        [(2 * i + a) * side + 2 * j + b for a in (0, 1) for b in (0, 1)]
+        for i in range(side // 2)
+        for j in range(side // 2)
+    ]
     dst = [cell[k] for cell, k in zip(cells, choice.tolist())]
     found = []
     for s in sorted(set(range(n)) - set(dst)):
-        best = [(float(torch.cosine_similarity(f[s], f[d], 0)), k) for k, d in enumerate(dst)
-                if max(abs(s // side - d // side), abs(s % side - d % side)) <= 2]
+        best = [
+            (float(torch.cosine_similarity(f[s], f[d], 0)), k)
+            for k, d in enumerate(dst)
+            if max(abs(s // side - d // side), abs(s % side - d % side)) <= 2
+        ]
         found.append((max(best), s))
     found.sort(key=lambda v: -v[0][0])
     group = {d: {d} for d in dst}
-    for (_, k), s in found[:round(rho * n)]:
+    for (_, k), s in found[: round(rho * n)]:
         group[dst[k]].add(s)
-    return sorted(map(sorted, [*group.values(), *({s} for _, s in found[round(rho * n):])]))
+    return sorted(map(sorted, [*group.values(), *({s} for _, s in found[round(rho * n) :])]))
 
 
 @pytest.mark.parametrize("rho", [0.25, 0.5, 0.75])
@@ -106,7 +152,9 @@ def test_merging_equals_the_naive_matching(rho):
     groups = sp.merge_groups(f, rho, choice)
     assert groups.shape == (2, 64 - round(rho * 64), 64) and (groups.sum(1) == 1).all()
     for b in range(2):
-        assert sorted(torch.nonzero(row).flatten().tolist() for row in groups[b]) == naive_groups(f[b], rho, choice[b])
+        assert sorted(torch.nonzero(row).flatten().tolist() for row in groups[b]) == naive_groups(
+            f[b], rho, choice[b]
+        )
 
 
 def test_merged_tokens_are_near_and_unmerging_inverts_equal_tokens():
@@ -115,15 +163,18 @@ def test_merged_tokens_are_near_and_unmerging_inverts_equal_tokens():
     for row in groups[0]:
         at = torch.nonzero(row).flatten()
         place = torch.stack([at // 16, at % 16], 1)
-        assert (place[:, None] - place).abs().amax() <= 4               # each within 2 of the destination they share
-    x = torch.randn(1, 64, 8)[:, torch.arange(64) // 16 * 16]           # two rows of the grid are equal: merging what is equal loses nothing
+        # each within 2 of the destination they share
+        assert (place[:, None] - place).abs().amax() <= 4
+    # two rows of the grid are equal: merging what is equal loses nothing
+    x = torch.randn(1, 64, 8)[:, torch.arange(64) // 16 * 16]
     groups = sp.merge_groups(x, 0.5)
     back = groups.transpose(1, 2) @ (groups @ x / groups.sum(-1, keepdim=True))
     assert torch.allclose(back, x, atol=1e-6)
 
 
 def test_proportional_attention_equals_attention_on_copies():
-    """Merged tokens that are equal weigh as much as their members: same output as plain attention."""
+    """Merged tokens that are equal weigh as much as their members: same output as plain
+    attention."""
     torch.manual_seed(3)
     attention = sp.Attention(8, 2)
     x = torch.randn(2, 64, 8)[:, torch.arange(64) // 16 * 16]
@@ -136,7 +187,8 @@ def test_gradients_through_merging_are_finite_and_reach_every_token():
     assert torch.isfinite(x.grad).all() and (x.grad.abs().sum(-1) > 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------------- paths
+# -------------------------------------------------------------------------------------------- paths
+
 
 @pytest.mark.parametrize("path, steps", [("flow", 1), ("ddpm", 200)])
 def test_sampler_inverts_the_path(path, steps):
@@ -148,14 +200,21 @@ def test_sampler_inverts_the_path(path, steps):
         if path == "flow":
             return x1 - x0
         return sp.on_path("ddpm", t, x0, x1)[1]
+
     assert torch.allclose(sp.sample(path, velocity, x0, steps), x1, atol=1e-5)
     for t in (0.0, 1.0):
-        assert torch.allclose(sp.on_path(path, torch.full((2,), t), x0, x1)[0], x1 if t else x0, atol=1e-6)
+        assert torch.allclose(
+            sp.on_path(path, torch.full((2,), t), x0, x1)[0], x1 if t else x0, atol=1e-6
+        )
 
 
 def test_path_targets_are_the_derivatives():
     """flow: d x_t / d t; ddpm: minus the derivative by the angle pi t / 2."""
-    (x0, x1), t, e = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64), torch.rand(3, dtype=torch.float64), 1e-6
+    (x0, x1), t, e = (
+        torch.randn(2, 3, 1, 2, 2, dtype=torch.float64),
+        torch.rand(3, dtype=torch.float64),
+        1e-6,
+    )
     for path, factor in (("flow", 1), ("ddpm", -2 / torch.pi)):
         slope = (sp.on_path(path, t + e, x0, x1)[0] - sp.on_path(path, t - e, x0, x1)[0]) / (2 * e)
         assert torch.allclose(sp.on_path(path, t, x0, x1)[1], factor * slope, atol=1e-6)
@@ -163,23 +222,34 @@ def test_path_targets_are_the_derivatives():
 
 @pytest.mark.parametrize("path", ["flow", "ddpm"])
 def test_two_gaussians_are_recovered(path):
-    """The best velocity for 1-D data at -1 and +1 (closed form posterior mean) gives back both, half and half."""
+    """The best velocity for 1-D data at -1 and +1 (closed form posterior mean) gives back both,
+    half and half."""
+
     def velocity(x, t):
-        s, a = (1 - t, t) if path == "flow" else (torch.cos(torch.pi * t / 2), torch.sin(torch.pi * t / 2))
+        s, a = (
+            (1 - t, t)
+            if path == "flow"
+            else (torch.cos(torch.pi * t / 2), torch.sin(torch.pi * t / 2))
+        )
         s, a = (v.view(-1, 1, 1, 1) for v in (s, a))
-        x1 = torch.tanh(a * x / s.clamp(min=1e-3) ** 2)                 # E[x1 | x_t]
+        x1 = torch.tanh(a * x / s.clamp(min=1e-3) ** 2)  # E[x1 | x_t]
         x0 = (x - a * x1) / s.clamp(min=1e-3)
         return x1 - x0 if path == "flow" else a * x0 - s * x1
+
     torch.manual_seed(0)
     found = sp.sample(path, velocity, torch.randn(4000, 1, 1, 1), 40).flatten()
-    assert ((found.abs() - 1).abs() < 0.15).float().mean() > 0.95 and abs((found > 0).float().mean() - 0.5) < 0.05
+    assert ((found.abs() - 1).abs() < 0.15).float().mean() > 0.95 and abs(
+        (found > 0).float().mean() - 0.5
+    ) < 0.05
 
 
-# --------------------------------------------------------------------------------------------------------- leak rules
+# --------------------------------------------------------------------------------------- leak rules
+
 
 def changed_field(field, images=(), counts=()):
     """The field with the pictures, or the counts, of some cells changed."""
     import copy
+
     out = copy.copy(field)
     out.stored, out.counts = field.stored.clone(), field.counts.copy().tolil()
     for i in images:
@@ -191,21 +261,29 @@ def changed_field(field, images=(), counts=()):
 
 
 def test_the_generator_reads_expression_only(trained):
-    """Own and neighbours' pictures change nothing in the condition; own, a niche member's and a far cell's expression do."""
+    """Own and neighbours' pictures change nothing in the condition; own, a niche member's and a far
+    cell's expression do."""
     config, field, cell, generator, _ = trained
     i = int(field.rows["test"][0])
     near = int(field.niche[i, 0])
-    far = int(np.flatnonzero(np.isin(field.square, field.tissue[i]) & ~np.isin(np.arange(240), [*field.niche[i].tolist(), i]))[0])
+    far = int(
+        np.flatnonzero(
+            np.isin(field.square, field.tissue[i])
+            & ~np.isin(np.arange(240), [*field.niche[i].tolist(), i])
+        )[0]
+    )
     outside = int(field.rows["train"][0])
 
     def condition(f):
         with torch.no_grad():
             return sp.Conditions(f, cell)(generator, [i])
+
     base = condition(field)
     assert torch.equal(base, condition(changed_field(field, images=[i, near, far])))
     for row in (i, near, far):
         assert (base - condition(changed_field(field, counts=[row]))).abs().max() > 1e-5, row
-    assert torch.equal(base, condition(changed_field(field, counts=[outside])))                   # another part of the split: no neighbour
+    # another part of the split: no neighbour
+    assert torch.equal(base, condition(changed_field(field, counts=[outside])))
 
 
 def test_images_to_genes_never_reads_expression(trained):
@@ -216,11 +294,17 @@ def test_images_to_genes_never_reads_expression(trained):
     def predicted(f, on=True):
         z = sp.embed_all(cell, f, modality="img")["img"]
         return torch.tensor(sp.context_genes(f, context, z[rows], z, rows, on)[0][0])
+
     base = predicted(field)
     assert torch.equal(base, predicted(changed_field(field, counts=[i, near])))
     assert not torch.allclose(base, predicted(changed_field(field, images=[near])), atol=1e-6)
-    assert torch.equal(predicted(field, False), predicted(changed_field(field, images=[near]), False))      # without context: own picture only
-    assert not torch.allclose(predicted(field, False), predicted(changed_field(field, images=[i]), False), atol=1e-6)
+    # without context: own picture only
+    assert torch.equal(
+        predicted(field, False), predicted(changed_field(field, images=[near]), False)
+    )
+    assert not torch.allclose(
+        predicted(field, False), predicted(changed_field(field, images=[i]), False), atol=1e-6
+    )
 
 
 def test_a_cell_is_no_member_of_its_surroundings(trained):
@@ -232,7 +316,10 @@ def test_a_cell_is_no_member_of_its_surroundings(trained):
     moved[rows[0]] += 5
     a, b = (sp.context_genes(field, context, None, v, rows[:1])[0] for v in (z, moved))
     assert np.array_equal(a, b)
-    assert not (field.niche.numpy()[np.concatenate(list(field.rows.values()))] == np.concatenate(list(field.rows.values()))[:, None]).any()
+    assert not (
+        field.niche.numpy()[np.concatenate(list(field.rows.values()))]
+        == np.concatenate(list(field.rows.values()))[:, None]
+    ).any()
     assert not (field.tissue == field.square[:, None])[field.square >= 0].any()
 
 
@@ -242,12 +329,22 @@ def test_neighbours_stay_within_section_and_part(trained):
         rows = field.rows[part]
         assert np.isin(field.niche[rows], rows).all()
         assert (field.cells.section[field.niche[rows]] == field.cells.section[rows][:, None]).all()
-        square = {int(s): field.cells.section[np.flatnonzero(field.square == s)[0]] for s in np.unique(field.tissue[rows]) if s >= 0}
-        assert all(square[int(s)] == field.cells.section[r] for r in rows for s in field.tissue[r] if s >= 0)
+        square = {
+            int(s): field.cells.section[np.flatnonzero(field.square == s)[0]]
+            for s in np.unique(field.tissue[rows])
+            if s >= 0
+        }
+        assert all(
+            square[int(s)] == field.cells.section[r]
+            for r in rows
+            for s in field.tissue[r]
+            if s >= 0
+        )
 
 
 def test_hidden_genes_leave_no_trace(trained):
-    """Whatever the hidden counts are, the visible values, the depth and the embedding are the same."""
+    """Whatever the hidden counts are, the visible values, the depth and the embedding are the
+    same."""
     _, field, cell, *_ = trained
     counts = torch.tensor(field.counts[:4].toarray())
     hidden = torch.rand(4, counts.shape[1], generator=torch.Generator().manual_seed(0)) < 0.3
@@ -257,7 +354,9 @@ def test_hidden_genes_leave_no_trace(trained):
     z, depth = field.normalise(counts, hidden)
     assert (z[hidden] == 0).all()
     with torch.no_grad():
-        assert torch.equal(cell.gene(z, depth, hidden), cell.gene(torch.where(hidden, 9.0, z), depth, hidden))
+        assert torch.equal(
+            cell.gene(z, depth, hidden), cell.gene(torch.where(hidden, 9.0, z), depth, hidden)
+        )
 
 
 def test_fitted_on_training_cells_only(trained, cells, tmp_path):
@@ -266,9 +365,19 @@ def test_fitted_on_training_cells_only(trained, cells, tmp_path):
     original = data.load_cells(cells)
     counts = original.counts.tolil()
     counts[field.rows["test"]] = counts[field.rows["test"]].toarray() * 9 + 1
-    data.write_cells(tmp_path / "cells.h5", counts=counts.tocsr(), genes=original.genes, ids=original.ids, xy=original.xy, section=original.section,
-                     sections=original.sections, crops=original.crops[:], channels=original.channels, labels=original.labels,
-                     classes=original.classes)
+    data.write_cells(
+        tmp_path / "cells.h5",
+        counts=counts.tocsr(),
+        genes=original.genes,
+        ids=original.ids,
+        xy=original.xy,
+        section=original.section,
+        sections=original.sections,
+        crops=original.crops[:],
+        channels=original.channels,
+        labels=original.labels,
+        classes=original.classes,
+    )
     state = []
     for path in (cells, tmp_path / "cells.h5"):
         session = sp.Session(config_of(path), Record(tmp_path), SMALL)
@@ -277,10 +386,14 @@ def test_fitted_on_training_cells_only(trained, cells, tmp_path):
         model, _ = sp.stage_a(session, f, sp.CellModel(f.shape, f.cells.n_genes, SMALL))
         state.append((f.normalise.state(), model.state_dict()))
     assert all(torch.equal(state[0][1][k], state[1][1][k]) for k in state[0][1])
-    assert torch.equal(state[0][0]["mean"], state[1][0]["mean"]) and state[0][0]["median"] == state[1][0]["median"]
+    assert (
+        torch.equal(state[0][0]["mean"], state[1][0]["mean"])
+        and state[0][0]["median"] == state[1][0]["median"]
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- modules
+# ------------------------------------------------------------------------------------------ modules
+
 
 def test_evaluation_sees_the_whole_image_and_is_deterministic(trained):
     _, field, cell, *_ = trained
@@ -290,23 +403,29 @@ def test_evaluation_sees_the_whole_image_and_is_deterministic(trained):
     with torch.no_grad():
         x = field.images(rows)
         assert cell.image(x).shape == (6, 1 + cell.tokens, SMALL.dim)
-        for patch in range(cell.tokens):                                # every patch counts
+        for patch in range(cell.tokens):  # every patch counts
             y = sp.patches(x, SMALL.patch).clone()
             y[:, patch] = -y[:, patch] + 0.3
-            assert not torch.equal(cell.image(sp.unpatches(y, SMALL.patch, 2))[:, 0], cell.image(x)[:, 0])
+            assert not torch.equal(
+                cell.image(sp.unpatches(y, SMALL.patch, 2))[:, 0], cell.image(x)[:, 0]
+            )
 
 
 def test_patches_and_their_inverse():
     x = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
     p = sp.patches(x, 4)
-    assert torch.equal(sp.unpatches(p, 4, 3), x) and torch.equal(p[0, 1].view(3, 4, 4), x[0, :, :4, 4:])
+    assert torch.equal(sp.unpatches(p, 4, 3), x) and torch.equal(
+        p[0, 1].view(3, 4, 4), x[0, :, :4, 4:]
+    )
 
 
 def test_gene_tokens_start_at_the_principal_components():
     """Before any step the mean gene token holds the components linearly."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((400, 8)) @ rng.standard_normal((8, 48)) + 2 * rng.standard_normal((400, 48))
+    x = rng.standard_normal((400, 8)) @ rng.standard_normal((8, 48)) + 2 * rng.standard_normal(
+        (400, 48)
+    )
     plain = sp.GeneTok(48, SMALL)
     gene, z = sp.copy.deepcopy(plain).start(x), torch.tensor(x, dtype=torch.float32)
     assert torch.equal(gene.latents, plain.latents)
@@ -315,22 +434,35 @@ def test_gene_tokens_start_at_the_principal_components():
     def explained(model):
         with torch.no_grad():
             token = model(z, torch.zeros(400, 1)).mean(1).numpy()
-        fit = sp.make_pipeline(sp.StandardScaler(), sp.RidgeCV(sp.ALPHAS)).fit(token[:300], scores[:300])
+        fit = sp.make_pipeline(sp.StandardScaler(), sp.RidgeCV(sp.ALPHAS)).fit(
+            token[:300], scores[:300]
+        )
         return fit.score(token[300:], scores[300:])
+
     assert explained(gene) > 0.9 > explained(plain) + 0.2
 
 
 def test_absent_modalities(trained):
-    """Leaving a modality out by a mask equals not giving it, and each of the three embeddings differs."""
+    """Leaving a modality out by a mask equals not giving it, and each of the three embeddings
+    differs."""
     _, field, cell, *_ = trained
     rows = field.rows["train"][:4]
     with torch.no_grad():
         x_img, x_gene = cell.image(field.images(rows)), cell.gene(*field.expression(rows))
         off = torch.zeros(4, dtype=torch.bool)
-        assert torch.allclose(cell.fuse(x_img, x_gene, ~off, off)[0], cell.fuse(x_img)[0], atol=1e-6)
-        assert torch.allclose(cell.fuse(x_img, x_gene, off, ~off)[0],
-                              cell.fuse(cell.absent_img.repeat(2, 1)[:x_img.shape[1]].expand(4, -1, -1), x_gene)[0], atol=1e-6)
-        fused, img, gene = cell.fuse(x_img, x_gene)[0], cell.fuse(x_img)[0], cell.fuse(None, x_gene)[0]
+        assert torch.allclose(
+            cell.fuse(x_img, x_gene, ~off, off)[0], cell.fuse(x_img)[0], atol=1e-6
+        )
+        assert torch.allclose(
+            cell.fuse(x_img, x_gene, off, ~off)[0],
+            cell.fuse(cell.absent_img.repeat(2, 1)[: x_img.shape[1]].expand(4, -1, -1), x_gene)[0],
+            atol=1e-6,
+        )
+        fused, img, gene = (
+            cell.fuse(x_img, x_gene)[0],
+            cell.fuse(x_img)[0],
+            cell.fuse(None, x_gene)[0],
+        )
     assert not torch.allclose(fused, img, atol=1e-3) and not torch.allclose(fused, gene, atol=1e-3)
 
 
@@ -340,10 +472,17 @@ def test_fusion_works_both_ways_and_can_be_left_out(trained):
     with torch.no_grad():
         x_img, x_gene = cell.image(field.images(rows)), cell.gene(*field.expression(rows))
         _, img, gene = cell.fuse(x_img, x_gene)
-        other_img, other_gene = cell.fuse(x_img, x_gene.flip(2))[1], cell.fuse(x_img.flip(2), x_gene)[2]
-        assert not torch.allclose(img, other_img, atol=1e-4) and not torch.allclose(gene, other_gene, atol=1e-4)
+        other_img, other_gene = (
+            cell.fuse(x_img, x_gene.flip(2))[1],
+            cell.fuse(x_img.flip(2), x_gene)[2],
+        )
+        assert not torch.allclose(img, other_img, atol=1e-4) and not torch.allclose(
+            gene, other_gene, atol=1e-4
+        )
         plain = sp.CellModel(field.shape, field.cells.n_genes, SMALL, fusion=False)
-        assert torch.equal(plain.fuse(x_img, x_gene)[1], x_img) and torch.equal(plain.fuse(x_img, x_gene)[2], x_gene)
+        assert torch.equal(plain.fuse(x_img, x_gene)[1], x_img) and torch.equal(
+            plain.fuse(x_img, x_gene)[2], x_gene
+        )
 
 
 def test_info_nce_is_the_symmetric_cross_entropy():
@@ -352,7 +491,11 @@ def test_info_nce_is_the_symmetric_cross_entropy():
     score = torch.tensor([[float(torch.cosine_similarity(x, y, 0)) / 0.5 for y in b] for x in a])
     want = -(score.log_softmax(1).diagonal().sum() + score.T.log_softmax(1).diagonal().sum()) / 2
     assert torch.allclose(sp.info_nce(a, b, log_tau, slice(0, 5)), want, atol=1e-5)
-    assert torch.allclose(sp.info_nce(a, b, log_tau, slice(0, 2)) + sp.info_nce(a, b, log_tau, slice(2, 5)), want, atol=1e-5)
+    assert torch.allclose(
+        sp.info_nce(a, b, log_tau, slice(0, 2)) + sp.info_nce(a, b, log_tau, slice(2, 5)),
+        want,
+        atol=1e-5,
+    )
 
 
 def test_eight_orientations():
@@ -365,17 +508,31 @@ def test_eight_orientations():
 def test_reader_ignores_absent_members_and_bears_none(trained):
     torch.manual_seed(0)
     reader = sp.Reader(16, 2, 2, 1)
-    tokens, where, there = torch.randn(2, 4, 16), torch.randn(2, 4, 2), torch.tensor([[True, True, False, False], [False] * 4])
+    tokens, where, there = (
+        torch.randn(2, 4, 16),
+        torch.randn(2, 4, 2),
+        torch.tensor([[True, True, False, False], [False] * 4]),
+    )
     with torch.no_grad():
         out = reader(tokens, where, there)
-        assert torch.allclose(out, reader(torch.where(there[..., None], tokens, 50.0), where, there), atol=1e-5) and torch.isfinite(out).all()
+        assert (
+            torch.allclose(
+                out, reader(torch.where(there[..., None], tokens, 50.0), where, there), atol=1e-5
+            )
+            and torch.isfinite(out).all()
+        )
         order = torch.tensor([1, 0, 2, 3])
-        assert torch.allclose(out, reader(tokens[:, order], where[:, order], there[:, order]), atol=1e-5)   # a set has no order
+        # a set has no order
+        assert torch.allclose(
+            out, reader(tokens[:, order], where[:, order], there[:, order]), atol=1e-5
+        )
 
 
 def test_a_small_field_is_learned(cells, tmp_path, monkeypatch):
     """The three losses fall well below their start."""
-    monkeypatch.setitem(sp.PRESETS, "tiny", dataclasses.replace(SMALL, steps=(60, 100, 40), lr=(3e-3, 1e-2, 2e-3)))
+    monkeypatch.setitem(
+        sp.PRESETS, "tiny", dataclasses.replace(SMALL, steps=(60, 100, 40), lr=(3e-3, 1e-2, 2e-3))
+    )
     size = sp.PRESETS["tiny"]
     session = sp.Session(config_of(cells), Record(tmp_path), size)
     field = sp.load(session.config, size, torch.device("cpu"))
@@ -383,12 +540,15 @@ def test_a_small_field_is_learned(cells, tmp_path, monkeypatch):
     cell, a = sp.stage_a(session, field, sp.CellModel(field.shape, field.cells.n_genes, size))
     context, b = sp.stage_b(session, field, cell, sp.ContextModel(field.cells.n_genes, size))
     conditions = sp.Conditions(field, cell)
-    generator, c = sp.stage_c(session, field, conditions, sp.Generator(field.shape, field.cells.n_genes, size, cell.gene))
+    generator, c = sp.stage_c(
+        session, field, conditions, sp.Generator(field.shape, field.cells.n_genes, size, cell.gene)
+    )
     for losses, factor in ((a, 0.85), (b, 0.98), (c, 0.85)):
         assert np.mean(losses[-20:]) < factor * np.mean(losses[:10]), (losses[:10], losses[-20:])
 
 
-# ------------------------------------------------------------------------------------------------------------ the run
+# ------------------------------------------------------------------------------------------ the run
+
 
 def last_record(capsys):
     path = Path(capsys.readouterr().out.strip().splitlines()[-1])
@@ -398,36 +558,93 @@ def last_record(capsys):
 def test_end_to_end_record_and_figures(cells, tmp_path, capsys):
     sp.main(flags(cells, tmp_path))
     path, record = last_record(capsys)
-    assert path == tmp_path / "runs" / "spatia" / "field" / "test-fold0" / path.parts[-3] / "seed0" / "run.json"
+    assert (
+        path
+        == tmp_path
+        / "runs"
+        / "spatia"
+        / "field"
+        / "test-fold0"
+        / path.parts[-3]
+        / "seed0"
+        / "run.json"
+    )
     m, b = record["metrics"], record["baselines"]
-    assert {f"cond_pcc_{p}" for p in sp.PROBES} | {"fd_generated", "fd_floor", "fd_retrieval", "impute_pcc_mean", "image_to_genes_pcc_mean",
-                                                  "annotation_macro_f1", "annotation_macro_f1_z_gene", "clustering_ari", "nearest_train",
-                                                  "round_trip_pcc", "round_trip_pcc_ceiling", "program_pcc"} <= set(m)
-    assert {"ridge", "ridge_context", "knn", "neighbours", "pca", "gene_mean", "retrieval", "shuffled", "mean_image", "ridge_morphology_density",
-            "ridge_image_pca", "pca_expression", "pca_image"} <= set(b)
-    assert b["gene_mean"]["impute_pcc_mean"] == 0 and b["retrieval"]["nearest_train"] == 0 and not record["split"]["leaks_position"]
-    assert {f.name for f in path.parent.iterdir()} == {"run.json", "arrays.npz", "model.pt", "generated.png", "embedding.png"}
+    assert {f"cond_pcc_{p}" for p in sp.PROBES} | {
+        "fd_generated",
+        "fd_floor",
+        "fd_retrieval",
+        "impute_pcc_mean",
+        "image_to_genes_pcc_mean",
+        "annotation_macro_f1",
+        "annotation_macro_f1_z_gene",
+        "clustering_ari",
+        "nearest_train",
+        "round_trip_pcc",
+        "round_trip_pcc_ceiling",
+        "program_pcc",
+    } <= set(m)
+    assert {
+        "ridge",
+        "ridge_context",
+        "knn",
+        "neighbours",
+        "pca",
+        "gene_mean",
+        "retrieval",
+        "shuffled",
+        "mean_image",
+        "ridge_morphology_density",
+        "ridge_image_pca",
+        "pca_expression",
+        "pca_image",
+    } <= set(b)
+    assert (
+        b["gene_mean"]["impute_pcc_mean"] == 0
+        and b["retrieval"]["nearest_train"] == 0
+        and not record["split"]["leaks_position"]
+    )
+    assert {f.name for f in path.parent.iterdir()} == {
+        "run.json",
+        "arrays.npz",
+        "model.pt",
+        "generated.png",
+        "embedding.png",
+    }
     arrays = np.load(path.with_name("arrays.npz"))
     n = record["n_scored"]
-    assert arrays["generated"].shape == (n, 2, 16, 16) and arrays["probes_generated"].shape == (2, n, 3) and arrays["z"].shape == (n, SMALL.dim)
+    assert (
+        arrays["generated"].shape == (n, 2, 16, 16)
+        and arrays["probes_generated"].shape == (2, n, 3)
+        and arrays["z"].shape == (n, SMALL.dim)
+    )
     want = metrics.pcc(arrays["probes_real"], arrays["probes_generated"].mean(0))
     assert np.allclose(np.nan_to_num(want), [m[f"cond_pcc_{p}"] for p in sp.PROBES], atol=1e-6)
     saved = torch.load(path.with_name("model.pt"), weights_only=True)
-    assert len(saved["genes"]) == 48 and {"cell", "context", "generator", "normaliser"} <= set(saved)
+    assert len(saved["genes"]) == 48 and {"cell", "context", "generator", "normaliser"} <= set(
+        saved
+    )
 
 
 def same_weights(a, b):
-    return all(torch.equal(x[part][k], y[part][k]) for x, y in [(a, b)] for part in ("cell", "context", "generator") for k in x[part])
+    return all(
+        torch.equal(x[part][k], y[part][k])
+        for x, y in [(a, b)]
+        for part in ("cell", "context", "generator")
+        for k in x[part]
+    )
 
 
 def test_same_seed_same_numbers_and_resume(cells, tmp_path, capsys, monkeypatch):
-    """Interrupted in each of the stages and resumed, a run has the weights of a run that was not."""
+    """Interrupted in each of the stages and resumed, a run has the weights of a run that was
+    not."""
     for name in ("task_generation", "task_imputation", "task_image_to_genes", "task_labels"):
         monkeypatch.setattr(sp, name, lambda *args: ({}, {}))
     sp.main(flags(cells, tmp_path, "--save_every", "3"))
     path, _ = last_record(capsys)
     full = torch.load(path.with_name("model.pt"), weights_only=True)
-    for stop in (1, 3, 5):                                              # writes of latest.pt: A at 3, A done, B at 3, B done, C at 3
+    # writes of latest.pt: A at 3, A done, B at 3, B done, C at 3
+    for stop in (1, 3, 5):
         count = [0]
 
         def stop_early(*a, save=run.write_atomically, count=count, stop=stop):
@@ -435,6 +652,7 @@ def test_same_seed_same_numbers_and_resume(cells, tmp_path, capsys, monkeypatch)
             count[0] += 1
             if count[0] == stop:
                 raise KeyboardInterrupt
+
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(sp.run, "write_atomically", stop_early)
             sp.main(flags(cells, tmp_path / str(stop), "--save_every", "3"))
@@ -455,15 +673,34 @@ def test_bfloat16_products_stay_near_float32(cells, tmp_path, capsys):
     for more in ([], ["--bf16"]):
         sp.main(flags(cells, tmp_path, "--rho", "0", *more))
         path, record = last_record(capsys)
-        found.append((np.load(path.with_name("arrays.npz")), record["metrics"], path.parents[1].name))
+        found.append(
+            (np.load(path.with_name("arrays.npz")), record["metrics"], path.parents[1].name)
+        )
     (exact, m, name), (near, m_near, name_near) = found
     assert "bf16" not in name and "bf16-True" in name_near
     assert all(0 < abs(m_near[f"loss_{s}"] - m[f"loss_{s}"]) < 0.02 * m[f"loss_{s}"] for s in "ABC")
-    assert 0 < np.abs(near["z"] - exact["z"]).mean() < 0.03 and np.abs(near["generated"].astype(int) - exact["generated"]).mean() < 3
+    assert (
+        0 < np.abs(near["z"] - exact["z"]).mean() < 0.03
+        and np.abs(near["generated"].astype(int) - exact["generated"]).mean() < 3
+    )
 
 
-@pytest.mark.parametrize("more", [["--path", "ddpm", "--rho", "0.5", "--guidance", "0"], ["--condition", "none", "--no-mae", "--no-fusion"],
-                                  ["--condition", "expression", "--no-niche", "--no-tissue", "--score", "val", "--no-generate"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--path", "ddpm", "--rho", "0.5", "--guidance", "0"],
+        ["--condition", "none", "--no-mae", "--no-fusion"],
+        [
+            "--condition",
+            "expression",
+            "--no-niche",
+            "--no-tissue",
+            "--score",
+            "val",
+            "--no-generate",
+        ],
+    ],
+)
 def test_variants_run(cells, tmp_path, capsys, more):
     sp.main(flags(cells, tmp_path, *more))
     _, record = last_record(capsys)
@@ -475,23 +712,44 @@ def test_variants_run(cells, tmp_path, capsys, more):
 
 def test_generated_pictures_do_not_depend_on_what_is_generated_beside_them(trained, tmp_path):
     config, field, cell, generator, _ = trained
-    session = sp.Session(dataclasses.replace(config, ode_steps=2, guidance=0.5), Record(tmp_path), SMALL)
+    session = sp.Session(
+        dataclasses.replace(config, ode_steps=2, guidance=0.5), Record(tmp_path), SMALL
+    )
     conditions = sp.Conditions(field, cell)
     rows = field.rows["test"]
     a = sp.generate(session, field, conditions, generator, rows, 2, chunk=16)
     b = sp.generate(session, field, conditions, generator, rows[:16], 1, chunk=16)
-    assert a.shape == (2, len(rows), 2, 16, 16) and np.abs(a[0, :16].astype(int) - b[0]).max() <= 1 and not np.array_equal(a[0], a[1])
+    assert (
+        a.shape == (2, len(rows), 2, 16, 16)
+        and np.abs(a[0, :16].astype(int) - b[0]).max() <= 1
+        and not np.array_equal(a[0], a[1])
+    )
 
 
 def test_guidance_acts_early_only(trained, tmp_path, monkeypatch):
     """Velocities are (1 + w) v(Y) - w v(nothing) up to t = GUIDED, v(Y) after it."""
     config, field, cell, generator, _ = trained
     conditions, rows, seen = sp.Conditions(field, cell), field.rows["test"][:8], []
-    monkeypatch.setattr(sp, "sample", lambda path, velocity, x, steps: seen.append([velocity(x, x.new_full((len(x),), t)) for t in (0.3, 0.9)]) or x)
+    monkeypatch.setattr(
+        sp,
+        "sample",
+        lambda path, velocity, x, steps: (
+            seen.append([velocity(x, x.new_full((len(x),), t)) for t in (0.3, 0.9)]) or x
+        ),
+    )
     for w in (0.0, 1.0, 3.0):
-        sp.generate(sp.Session(dataclasses.replace(config, guidance=w), Record(tmp_path), SMALL), field, conditions, generator, rows, 1)
+        sp.generate(
+            sp.Session(dataclasses.replace(config, guidance=w), Record(tmp_path), SMALL),
+            field,
+            conditions,
+            generator,
+            rows,
+            1,
+        )
     plain, one, three = seen
-    assert all(torch.equal(v[1], plain[1]) for v in (one, three)) and not torch.allclose(one[0], plain[0])
+    assert all(torch.equal(v[1], plain[1]) for v in (one, three)) and not torch.allclose(
+        one[0], plain[0]
+    )
     torch.testing.assert_close(three[0] - plain[0], 3 * (one[0] - plain[0]), rtol=1e-3, atol=1e-3)
 
 
@@ -499,36 +757,69 @@ def test_decoder_channels_count_by_inverse_variance(trained, tmp_path, monkeypat
     config, field, cell, generator, _ = trained
     x = field.images(field.rows["train"])
     var = x.var((0, 2, 3))
-    torch.testing.assert_close(field.weight.flatten() * var, (field.weight.flatten() * var).mean().expand(2))
+    torch.testing.assert_close(
+        field.weight.flatten() * var, (field.weight.flatten() * var).mean().expand(2)
+    )
     losses, conditions = [], sp.Conditions(field, cell)
-    monkeypatch.setattr(sp, "optimise", lambda session, number, model, groups, loss_of, ema=0: loss_of(torch.Generator().manual_seed(0), 16).item())
+    monkeypatch.setattr(
+        sp,
+        "optimise",
+        lambda session, number, model, groups, loss_of, ema=0: loss_of(
+            torch.Generator().manual_seed(0), 16
+        ).item(),
+    )
     for weight in ((2.0, 0.0), (0.0, 2.0), (1.0, 1.0)):
         monkeypatch.setattr(field, "weight", torch.tensor(weight)[:, None, None])
-        losses.append(sp.stage_c(sp.Session(config, Record(tmp_path), SMALL), field, conditions, generator))
-    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4) and losses[0] != pytest.approx(losses[1], rel=1e-3)
+        losses.append(
+            sp.stage_c(sp.Session(config, Record(tmp_path), SMALL), field, conditions, generator)
+        )
+    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4) and losses[
+        0
+    ] != pytest.approx(losses[1], rel=1e-3)
 
 
 def test_two_processes_sum_to_one(cells, tmp_path):
     """torchrun with two processes: the losses of A and C are those of one process."""
     script = tmp_path / "go.py"
     script.write_text(
-        f"import sys, json; sys.path.insert(0, {str(Path(sp.__file__).parent)!r}); import dataclasses, torch, spatia as sp, run\n"
-        f"size = dataclasses.replace(sp.PRESETS['tiny'], dim=16, image_layers=1, gene_layers=0, latents=3, niche=5, tissue=4, decoder_dim=16,"
+        f"import sys, json; sys.path.insert(0, {str(Path(sp.__file__).parent)!r}); import "
+        "dataclasses, torch, spatia as sp, run\n"
+        f"size = dataclasses.replace(sp.PRESETS['tiny'], dim=16, image_layers=1, "
+        "gene_layers=0, latents=3, niche=5, tissue=4, decoder_dim=16,"
         f" decoder_layers=1, steps=(4, 4, 4), batch=(16, 16, 8))\n"
-        f"config = run.parse(sp.Config, ['--data', {str(cells)!r}, '--device', 'cpu', '--runs', {str(tmp_path)!r}, '--rho', '0.5'])\n"
-        f"record = run.Run('spatia', config, 'x', 'y'); s = sp.Session(config, record, size); f = sp.load(config, size, record.device)\n"
-        f"torch.manual_seed(0); cell, a = sp.stage_a(s, f, sp.CellModel(f.shape, f.cells.n_genes, size))\n"
+        f"config = run.parse(sp.Config, ['--data', {str(cells)!r}, '--device', 'cpu', "
+        f"'--runs', {str(tmp_path)!r}, '--rho', '0.5'])\n"
+        f"record = run.Run('spatia', config, 'x', 'y'); s = sp.Session(config, record, size); "
+        "f = sp.load(config, size, record.device)\n"
+        f"torch.manual_seed(0); cell, a = sp.stage_a(s, f, sp.CellModel(f.shape, "
+        "f.cells.n_genes, size))\n"
         f"context, b = sp.stage_b(s, f, cell, sp.ContextModel(f.cells.n_genes, size))\n"
         f"conditions = sp.Conditions(f, cell); torch.manual_seed(1)\n"
-        f"g, c = sp.stage_c(s, f, conditions, sp.Generator(f.shape, f.cells.n_genes, size, cell.gene))\n"
+        f"g, c = sp.stage_c(s, f, conditions, sp.Generator(f.shape, f.cells.n_genes, size, "
+        "cell.gene))\n"
         f"made = sp.generate(s, f, conditions, g, f.rows['test'][:20], 1, chunk=8)\n"
-        f"if record.rank == 0: open(sys.argv[1], 'w').write(json.dumps([a, b, c, made.ravel().tolist()]))\n"
-        f"if record.world > 1: torch.distributed.barrier(); torch.distributed.destroy_process_group()\n")
+        f"if record.rank == 0: open(sys.argv[1], 'w').write(json.dumps([a, b, c, "
+        "made.ravel().tolist()]))\n"
+        f"if record.world > 1: torch.distributed.barrier(); "
+        "torch.distributed.destroy_process_group()\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), str(tmp_path / "one")])
         runpy.run_path(str(script))
-    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(tmp_path / "two")],
-                         capture_output=True, text=True, timeout=300)
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(script),
+            str(tmp_path / "two"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert out.returncode == 0, out.stderr[-2000:]
     found = [json.loads((tmp_path / name).read_text()) for name in ("one", "two")]
     for one, two in zip(found[0][:3], found[1][:3]):
@@ -537,7 +828,8 @@ def test_two_processes_sum_to_one(cells, tmp_path):
 
 
 def test_gradients_are_summed_not_averaged(cells, tmp_path):
-    """The losses of two half batches, as two processes compute them, add up to that of the whole batch."""
+    """The losses of two half batches, as two processes compute them, add up to that of the whole
+    batch."""
     config, losses = config_of(cells), []
     field = sp.load(config, SMALL, torch.device("cpu"))
     for rank, world in ((0, 1), (0, 2), (1, 2)):
@@ -546,6 +838,7 @@ def test_gradients_are_summed_not_averaged(cells, tmp_path):
         def once(session, number, model, groups, loss_of, ema=0.0, seen=seen):
             seen.append(loss_of(torch.Generator().manual_seed(5), 8).item())
             return model, seen
+
         conditions_cell = sp.CellModel(field.shape, field.cells.n_genes, SMALL)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sp, "optimise", once)
@@ -554,15 +847,25 @@ def test_gradients_are_summed_not_averaged(cells, tmp_path):
             torch.manual_seed(1)
             generator = sp.Generator(field.shape, field.cells.n_genes, SMALL, cell.gene)
             for p in generator.parameters():
-                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+                torch.nn.init.normal_(
+                    p, std=0.1, generator=torch.Generator().manual_seed(p.numel())
+                )
             for p in cell.parameters():
-                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
-            sp.stage_c(sp.Session(config, Record(tmp_path, rank, world), SMALL), field, sp.Conditions(field, cell), generator)
+                torch.nn.init.normal_(
+                    p, std=0.1, generator=torch.Generator().manual_seed(p.numel())
+                )
+            sp.stage_c(
+                sp.Session(config, Record(tmp_path, rank, world), SMALL),
+                field,
+                sp.Conditions(field, cell),
+                generator,
+            )
         losses.append(seen[0])
     assert abs(losses[0] - losses[1] - losses[2]) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------- baselines
+
 
 def test_low_rank_recovers_low_rank_data():
     rng = np.random.default_rng(0)
@@ -579,10 +882,13 @@ def test_every_value_is_hidden_once_and_neighbours_hide_others(trained):
     share = torch.stack([(when == r).float().mean(1) for r in range(sp.ROUNDS)])
     assert (share - 0.2).abs().max() < 0.02
     f = 2
-    assert (when.numpy()[np.arange(240), np.flatnonzero(gene == f)[0]] == (f + cell) % sp.ROUNDS).all()
+    assert (
+        when.numpy()[np.arange(240), np.flatnonzero(gene == f)[0]] == (f + cell) % sp.ROUNDS
+    ).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
+
 
 def fails(argv, *words):
     with pytest.raises(DataError) as error:
@@ -592,20 +898,37 @@ def fails(argv, *words):
 
 
 def test_status_is_2_without_a_traceback(tmp_path):
-    out = subprocess.run([sys.executable, sp.__file__, *flags(tmp_path / "none.h5", tmp_path)], capture_output=True, text=True)
-    assert out.returncode == 2 and out.stderr.startswith("error: ") and "Traceback" not in out.stderr and not (tmp_path / "runs").exists()
+    out = subprocess.run(
+        [sys.executable, sp.__file__, *flags(tmp_path / "none.h5", tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        out.returncode == 2
+        and out.stderr.startswith("error: ")
+        and "Traceback" not in out.stderr
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def test_bad_flags(cells, tmp_path):
-    for more, word in ((["--rho", "0.9"], "rho"), (["--draws", "0"], "draws"), (["--width", "nan"], "width"), (["--guidance", "-1"], "guidance"),
-                       (["--fold", "9"], "fold"), (["--test_every", "1"], "test_every")):
+    for more, word in (
+        (["--rho", "0.9"], "rho"),
+        (["--draws", "0"], "draws"),
+        (["--width", "nan"], "width"),
+        (["--guidance", "-1"], "guidance"),
+        (["--fold", "9"], "fold"),
+        (["--test_every", "1"], "test_every"),
+    ):
         fails(flags(cells, tmp_path, *more), word)
     fails(flags(cells, tmp_path, "--resume"), "latest.pt", "checkpoint")
     assert not (tmp_path / "runs").exists()
 
 
 def test_section_smaller_than_a_niche(tmp_path, monkeypatch):
-    path = simulate.simulate_cells(tmp_path / "cells.h5", n_cells=80, n_genes=48, n_sections=3, size=16)
+    path = simulate.simulate_cells(
+        tmp_path / "cells.h5", n_cells=80, n_genes=48, n_sections=3, size=16
+    )
     monkeypatch.setitem(sp.PRESETS, "tiny", dataclasses.replace(SMALL, niche=40))
     fails(flags(path, tmp_path), "cells.h5", "section", "niche")
 
@@ -617,11 +940,12 @@ def test_crops_that_patches_do_not_fit(cells, tmp_path, monkeypatch):
 
 def test_corrupted_file(cells, tmp_path):
     raw = Path(cells).read_bytes()
-    (tmp_path / "cells.h5").write_bytes(raw[:len(raw) // 2])
+    (tmp_path / "cells.h5").write_bytes(raw[: len(raw) // 2])
     fails(flags(tmp_path / "cells.h5", tmp_path), "cells.h5")
 
 
-# ------------------------------------------------------------------------------------------------------------ real data
+# ---------------------------------------------------------------------------------------- real data
+
 
 def test_ca1_split_and_ridge_are_the_published_anchor(real_data, tmp_path):
     """645 test cells, and ridge from expression to the three probes near .35 / .75 / .57."""
@@ -630,5 +954,7 @@ def test_ca1_split_and_ridge_are_the_published_anchor(real_data, tmp_path):
     fit, rows = field.rows["train"], field.rows["test"]
     assert (len(fit), len(rows)) == (1593, 645)
     p = [sp.probes(field.cells.crops[r], field.cells.channels) for r in (fit, rows)]
-    found = metrics.pcc(p[1], sp.ridge(sp.table(field, "train")[:, :-1], p[0], sp.table(field, "test")[:, :-1]))
+    found = metrics.pcc(
+        p[1], sp.ridge(sp.table(field, "train")[:, :-1], p[0], sp.table(field, "test")[:, :-1])
+    )
     assert np.allclose(found, [0.35, 0.75, 0.57], atol=0.03), found

@@ -1,4 +1,6 @@
-"""stformer: quadrants against the dense masked reference, padding, losses against their definitions, leaks, baselines, end-to-end runs, bad input."""
+"""stformer: quadrants against the dense masked reference, padding, losses against their
+definitions, leaks, baselines, end-to-end runs, bad input."""
+
 import dataclasses
 import itertools
 import json
@@ -26,8 +28,11 @@ COMBINATIONS = [c for r in range(1, 5) for c in itertools.combinations(st.QUADRA
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """Four simulated slides of four patients, genes a function of the patch; and the same with two of them made sections of one patient."""
-    root = simulate.simulate_hest(tmp_path_factory.mktemp("hest") / "sim", n_slides=4, n_spots=60, patch_size=16, n_genes=60)
+    """Four simulated slides of four patients, genes a function of the patch; and the same with two
+    of them made sections of one patient."""
+    root = simulate.simulate_hest(
+        tmp_path_factory.mktemp("hest") / "sim", n_slides=4, n_spots=60, patch_size=16, n_genes=60
+    )
     (root / "metadata.csv").write_text("id,patient\nS1,P1\nS2,P2\nS3,P3\nS4,P3\n")
     return root
 
@@ -40,20 +45,51 @@ def no_figures(request, monkeypatch):
 
 
 def flags(root, tmp_path, *more):
-    return ["--data", str(root), "--runs", str(tmp_path / "runs"), "--cache", str(Path(root).parent / "cache"), "--epochs", "3", "--folds", "0",
-            "--members", "1", "--preset", "mini", "--rings", "1", *more]
+    return [
+        "--data",
+        str(root),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--cache",
+        str(Path(root).parent / "cache"),
+        "--epochs",
+        "3",
+        "--folds",
+        "0",
+        "--members",
+        "1",
+        "--preset",
+        "mini",
+        "--rings",
+        "1",
+        *more,
+    ]
 
 
 def sample_of(n=150, dim=8, rings=2, seed=0, genes=5):
-    """A sample of scattered spots (so that the table is uneven), with random features and targets."""
+    """A sample of scattered spots (so that the table is uneven), with random features and
+    targets."""
     rng = np.random.default_rng(seed)
-    slide = data.Slide(None, np.array([]), np.arange(n).astype(str), rng.random((n, 2)) * n ** 0.5, sample=f"s{seed}")
+    slide = data.Slide(
+        None, np.array([]), np.arange(n).astype(str), rng.random((n, 2)) * n**0.5, sample=f"s{seed}"
+    )
     x, y = (torch.tensor(rng.normal(size=(n, d)), dtype=torch.float32) for d in (dim, genes))
-    return st.Sample(slide.sample, slide.sample, x, *st.neighbourhood(slide, rings), y, y.abs().round(), torch.full((n,), 1e4),
-                     torch.ones(n, dtype=torch.bool), torch.ones(genes, dtype=torch.bool), slide)
+    return st.Sample(
+        slide.sample,
+        slide.sample,
+        x,
+        *st.neighbourhood(slide, rings),
+        y,
+        y.abs().round(),
+        torch.full((n,), 1e4),
+        torch.ones(n, dtype=torch.bool),
+        torch.ones(genes, dtype=torch.bool),
+        slide,
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
+
 
 def dense_layer(layer, t, h, sample):
     """The same layer as one masked (P + S) x (P + S) attention."""
@@ -71,7 +107,11 @@ def dense_layer(layer, t, h, sample):
     x = torch.cat([t, h], 1)
     q, k, v = layer.qkv(layer.norm1(x)).unflatten(-1, (3, layer.heads, -1)).unbind(2)
     score = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5 + bias
-    x = x + layer.out(torch.einsum("bhij,bjhd->bihd", score.masked_fill(~allow, float("-inf")).softmax(-1), v).flatten(2))
+    x = x + layer.out(
+        torch.einsum(
+            "bhij,bjhd->bihd", score.masked_fill(~allow, float("-inf")).softmax(-1), v
+        ).flatten(2)
+    )
     x = x + layer.ffn(layer.norm2(x))
     return x[:, :p], x[:, p:]
 
@@ -86,31 +126,51 @@ def test_every_combination_of_quadrants_equals_the_dense_masked_reference(h2h):
         layer = st.Layer(16, 2, on, h2h, 2 if h2h == "local" and "h2h" in on else 0, dropout=0)
         if layer.bias is not None:
             torch.nn.init.normal_(layer.bias)
-        t, h = torch.randn(1, 5, 16, requires_grad=True), torch.randn(1, 150, 16, requires_grad=True)
+        t, h = (
+            torch.randn(1, 5, 16, requires_grad=True),
+            torch.randn(1, 150, 16, requires_grad=True),
+        )
         fast, slow = layer(t, h, batch["valid"], batch["blocks"]), dense_layer(layer, t, h, sample)
         inputs = [t, h, *layer.parameters()]
         for a, b in zip(fast, slow):
             assert torch.allclose(a, b, atol=1e-5), on
-        for a, b in zip(*(torch.autograd.grad(sum(o.square().sum() for o in out), inputs) for out in (fast, slow))):
+        for a, b in zip(
+            *(
+                torch.autograd.grad(sum(o.square().sum() for o in out), inputs)
+                for out in (fast, slow)
+            )
+        ):
             assert torch.allclose(a, b, atol=1e-3, rtol=1e-4), on
 
 
 def test_blocks_hold_the_table():
-    """Every (spot, neighbour, ring) of the table stands in the blocks once, and nothing else does."""
+    """Every (spot, neighbour, ring) of the table stands in the blocks once, and nothing else
+    does."""
     sample = sample_of(333)
     rows, keys, ring, slot = sample.blocks
     assert rows.shape[1] <= 64 and (rows.flatten()[slot] == torch.arange(333)).all()
     found = set()
     for i, at in enumerate(slot.tolist()):
         block, place = divmod(at, rows.shape[1])
-        found |= {(i, int(keys[block, u]), int(ring[block, place, u])) for u in torch.nonzero(ring[block, place] >= 0).flatten()}
+        found |= {
+            (i, int(keys[block, u]), int(ring[block, place, u]))
+            for u in torch.nonzero(ring[block, place] >= 0).flatten()
+        }
     used = sample.ring >= 0
-    assert found == set(zip(torch.arange(333)[:, None].expand_as(used)[used].tolist(), sample.table[used].tolist(), sample.ring[used].tolist()))
+    assert found == set(
+        zip(
+            torch.arange(333)[:, None].expand_as(used)[used].tolist(),
+            sample.table[used].tolist(),
+            sample.ring[used].tolist(),
+        )
+    )
 
 
 def test_lattice_neighbourhood_is_rings_of_the_lattice():
     grid = simulate.lattice(400)[:300]
-    slide = data.Slide(None, np.array([]), np.arange(300).astype(str), simulate.lattice_pixels(grid), grid)
+    slide = data.Slide(
+        None, np.array([]), np.arange(300).astype(str), simulate.lattice_pixels(grid), grid
+    )
     _, table, ring, _ = st.neighbourhood(slide, 2)
     middle = (ring >= 0).all(1)
     assert middle.any() and table.shape == (300, 19)
@@ -120,11 +180,22 @@ def test_lattice_neighbourhood_is_rings_of_the_lattice():
 
 def make(sample, **more):
     torch.manual_seed(0)
-    return st.PathwayTransformer(sample.x.shape[1], 5, 4, 2, 16, 2, rings=2, **{"distance_bias": True, **more}).eval()
+    return st.PathwayTransformer(
+        sample.x.shape[1], 5, 4, 2, 16, 2, rings=2, **{"distance_bias": True, **more}
+    ).eval()
 
 
-@pytest.mark.parametrize("more", [{}, {"position": "sincos"}, {"position": "mlp", "h2h": "whole"}, {"quadrants": ("p2h", "h2p")}, {"mode": "global"},
-                                  {"quadrants": ("p2p",)}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"position": "sincos"},
+        {"position": "mlp", "h2h": "whole"},
+        {"quadrants": ("p2h", "h2p")},
+        {"mode": "global"},
+        {"quadrants": ("p2p",)},
+    ],
+)
 def test_padding_and_batch_mates_change_nothing(more):
     a, b = sample_of(70, seed=1), sample_of(150, seed=2, rings=1)
     model = make(a, **more)
@@ -134,13 +205,17 @@ def test_padding_and_batch_mates_change_nothing(more):
         other = together[name][1] if more.get("mode") == "global" else together[name][1, :70]
         assert torch.allclose(value[0], other, atol=1e-6), name
     loud = st.collate([b, a])
-    loud["x"][1, 70:] = 1e3                                             # whatever stands in the padding
+    # whatever stands in the padding
+    loud["x"][1, 70:] = 1e3
     with torch.no_grad():
-        assert torch.allclose(model(**loud)["scores"][1][:70], together["scores"][1][:70], atol=1e-6)
+        assert torch.allclose(
+            model(**loud)["scores"][1][:70], together["scores"][1][:70], atol=1e-6
+        )
 
 
 def test_who_hears_of_whom():
-    """Perturb patch 0: with local h2h one layer reaches its neighbours, the bottleneck needs two layers, and without both nobody hears."""
+    """Perturb patch 0: with local h2h one layer reaches its neighbours, the bottleneck needs two
+    layers, and without both nobody hears."""
     sample = sample_of()
     batch = st.collate([sample])
     changed = batch | {"x": batch["x"].clone()}
@@ -156,7 +231,9 @@ def test_who_hears_of_whom():
         with torch.no_grad():
             model(**batch), model(**changed)
         hook.remove()
-        return (h[1] - h[3]).abs().amax(-1)[0] > 1e-7                   # patches (the tokens' norm comes first)
+        # patches (the tokens' norm comes first)
+        return (h[1] - h[3]).abs().amax(-1)[0] > 1e-7
+
     assert (moved(1, ("h2h",)) == near).all()
     only_me = torch.arange(150) == 0
     assert (moved(1, ("p2h", "h2p")) == only_me).all() and moved(2, ("p2h", "h2p")).all()
@@ -176,14 +253,21 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("preset, count", [("tiny", 1_840_696), ("small", 7_464_120), ("medium", 19_385_656), ("large", 85_735_992)])
+@pytest.mark.parametrize(
+    "preset, count",
+    [("tiny", 1_840_696), ("small", 7_464_120), ("medium", 19_385_656), ("large", 85_735_992)],
+)
 def test_parameter_counts(preset, count):
     with torch.device("meta"):
         layers, dim, heads = st.PRESETS[preset]
         model = st.PathwayTransformer(768, 1000, 50, layers, dim, heads)
-        learned = st.PathwayTransformer(768, 1000, 50, layers, dim, heads, position="mlp", zinb=True)
+        learned = st.PathwayTransformer(
+            768, 1000, 50, layers, dim, heads, position="mlp", zinb=True
+        )
     assert sum(p.numel() for p in model.parameters()) == count
-    assert sum(p.numel() for p in learned.parameters()) == count + dim * dim + 4 * dim + 2 * (50 * 1000 + 1000)
+    assert sum(p.numel() for p in learned.parameters()) == count + dim * dim + 4 * dim + 2 * (
+        50 * 1000 + 1000
+    )
 
 
 def test_sincos_position_is_shift_invariant_and_as_defined():
@@ -195,7 +279,8 @@ def test_sincos_position_is_shift_invariant_and_as_defined():
     assert torch.allclose(out[0, 3, 8 + 2 * 1], torch.sin(x * 10000 ** (-2 / 8)), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ losses
+# ------------------------------------------------------------------------------------------- losses
+
 
 def masked_batch(seed=0):
     rng = np.random.default_rng(seed)
@@ -206,36 +291,62 @@ def masked_batch(seed=0):
 
 def test_mse_and_pcc_equal_their_definitions_on_the_cropped_slides():
     pred, true, mask = masked_batch()
-    true[0, :, 1] = 3.0                                                 # constant truth: no correlation
+    # constant truth: no correlation
+    true[0, :, 1] = 3.0
     assert torch.isclose(st.masked_mse(pred, true, mask), (pred - true)[mask].square().mean())
     r, defined = st.masked_pcc(pred, true, mask)
     for b, g in np.ndindex(2, 6):
         rows = mask[b, :, g]
         if rows.sum() > 1 and (b, g) != (0, 1):
-            assert defined[b, g] and abs(r[b, g] - np.corrcoef(pred[b, rows, g], true[b, rows, g])[0, 1]) < 1e-6
+            assert (
+                defined[b, g]
+                and abs(r[b, g] - np.corrcoef(pred[b, rows, g], true[b, rows, g])[0, 1]) < 1e-6
+            )
         else:
             assert not defined[b, g]
     assert torch.isclose(st.pcc_loss(pred, true, mask), 1 - r[defined].mean())
-    assert st.pcc_loss(3 * true + 1, true, mask).abs() < 1e-6 and abs(st.pcc_loss(-true, true, mask) - 2) < 1e-6
+    assert (
+        st.pcc_loss(3 * true + 1, true, mask).abs() < 1e-6
+        and abs(st.pcc_loss(-true, true, mask) - 2) < 1e-6
+    )
 
 
 def test_targets_in_units_of_the_slide_or_of_the_training_spots():
-    """Within a slide: mean 0 and variance 1 over the spots that count, 0 elsewhere; against a loop over slides and genes."""
+    """Within a slide: mean 0 and variance 1 over the spots that count, 0 elsewhere; against a loop
+    over slides and genes."""
     y, mask = torch.randn(2, 9, 4) * 3 + 5, torch.rand(2, 9, 4) < 0.7
     mask[:, :2] = True
     z = st.Scaler({"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}).z(y, mask, "slide")
     for b, g in np.ndindex(2, 4):
         use = mask[b, :, g]
         column = y[b, use, g]
-        assert torch.allclose(z[b, use, g], (column - column.mean()) / (column.std(correction=0) + 1e-3), atol=1e-5) and not z[b, ~use, g].any()
-    assert torch.allclose(st.Scaler({"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}).z(y, mask, "train"), (y - torch.arange(4.0)) / 2)
+        assert (
+            torch.allclose(
+                z[b, use, g],
+                (column - column.mean()) / (column.std(correction=0) + 1e-3),
+                atol=1e-5,
+            )
+            and not z[b, ~use, g].any()
+        )
+    assert torch.allclose(
+        st.Scaler({"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}).z(
+            y, mask, "train"
+        ),
+        (y - torch.arange(4.0)) / 2,
+    )
 
 
 def test_unmeasured_and_low_count_places_reach_no_loss():
     pred, true, mask = masked_batch()
     pred.requires_grad_()
-    for loss in (st.masked_mse, st.pcc_loss, lambda p, t, m: st.zinb_nll(t.abs().round(), p.exp(), p.exp(), p, m),
-                 lambda p, t, m: st.pathway_loss(p @ torch.ones(6, 3, dtype=p.dtype), t, m, torch.eye(6, dtype=p.dtype)[:3])):
+    for loss in (
+        st.masked_mse,
+        st.pcc_loss,
+        lambda p, t, m: st.zinb_nll(t.abs().round(), p.exp(), p.exp(), p, m),
+        lambda p, t, m: st.pathway_loss(
+            p @ torch.ones(6, 3, dtype=p.dtype), t, m, torch.eye(6, dtype=p.dtype)[:3]
+        ),
+    ):
         poisoned = torch.where(mask, true, torch.full_like(true, 77.0))
         assert torch.isclose(loss(pred, true, mask), loss(pred, poisoned, mask))
     for loss in (st.masked_mse, st.pcc_loss):
@@ -255,12 +366,15 @@ def test_zinb_equals_scipy():
 
 def test_pathway_targets_are_mean_z_scores_of_members():
     _, true, mask = masked_batch()
-    mask[0, :, 0] = False                                               # a gene that slide 0 does not measure
-    member = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.float64)
+    # a gene that slide 0 does not measure
+    mask[0, :, 0] = False
+    member = torch.tensor(
+        [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]], dtype=torch.float64
+    )
     target, present = st.pathway_targets(true, mask, member)
     rows = mask[0, :, 1]
     z = (true[0, rows, 1] - true[0, rows, 1].mean()) / true[0, rows, 1].std()
-    assert torch.allclose(target[0, rows, 0], z)                        # its other member alone
+    assert torch.allclose(target[0, rows, 0], z)  # its other member alone
     assert present[0].tolist() == [True, True, False] and present[1].all()
     assert st.pathway_loss(target, true, mask, member).abs() < 1e-5
 
@@ -280,10 +394,14 @@ def test_gmt_and_shuffled_sets(tmp_path):
 def test_hallmark_sets(real_data):
     genes = data.hest_genes(real_data / "her2st")
     names, member = st.read_gmt(real_data / "hallmark" / "h.all.symbols.gmt", genes)
-    assert 20 < len(names) <= 50 and member[names.index("HALLMARK_ALLOGRAFT_REJECTION"), genes.index("B2M")] == 1
+    assert (
+        20 < len(names) <= 50
+        and member[names.index("HALLMARK_ALLOGRAFT_REJECTION"), genes.index("B2M")] == 1
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
+
 
 def test_official_ridge_is_the_normal_equation():
     rng = np.random.default_rng(0)
@@ -294,18 +412,30 @@ def test_official_ridge_is_the_normal_equation():
     z = (x - x.mean(0)) / x.std(0)
     by_hand = Ridge(alpha=100 / (5 * 4), fit_intercept=False, solver="cholesky")
     from sklearn.decomposition import PCA
+
     scores = PCA(5, random_state=0).fit_transform(z)
-    assert np.allclose(st.official_ridge(x, y, 5).predict(x), by_hand.fit(scores, y).predict(scores), atol=1e-2)
+    assert np.allclose(
+        st.official_ridge(x, y, 5).predict(x), by_hand.fit(scores, y).predict(scores), atol=1e-2
+    )
 
 
 def test_unmeasured_genes_are_masked_not_zero(task):
     slide = data.load_hest(task, "S1")
-    y, counts, library, measured = data.target_expression(slide, [slide.genes[3], "NOT_THERE", slide.genes[0]], "cp10k")
+    y, counts, library, measured = data.target_expression(
+        slide, [slide.genes[3], "NOT_THERE", slide.genes[0]], "cp10k"
+    )
     assert measured.tolist() == [True, False, True]
     total = np.asarray(slide.counts.sum(1)).ravel()
-    assert np.allclose(library, total) and np.allclose(counts[:, 2], slide.counts[:, 0].toarray().ravel())
-    assert np.allclose(y[:, 0], np.log1p(slide.counts[:, 3].toarray().ravel() / total * 1e4), atol=1e-5)
-    assert np.allclose(data.target_expression(slide, [slide.genes[3]], "log1p")[0][:, 0], np.log1p(slide.counts[:, 3].toarray().ravel()))
+    assert np.allclose(library, total) and np.allclose(
+        counts[:, 2], slide.counts[:, 0].toarray().ravel()
+    )
+    assert np.allclose(
+        y[:, 0], np.log1p(slide.counts[:, 3].toarray().ravel() / total * 1e4), atol=1e-5
+    )
+    assert np.allclose(
+        data.target_expression(slide, [slide.genes[3]], "log1p")[0][:, 0],
+        np.log1p(slide.counts[:, 3].toarray().ravel()),
+    )
 
 
 def test_scaler_leaves_low_counts_and_unmeasured_genes_out():
@@ -334,17 +464,23 @@ def test_gene_list_of_training_slides_only(task):
     assert len(chosen) == 7 and set(chosen) == set(slides[0].genes[np.argsort(-variance)[:7]])
 
 
-# --------------------------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------- baselines
+
 
 def test_nystrom_attention_with_a_landmark_per_token_is_attention(monkeypatch):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 12, 8, dtype=torch.float64) * 0.5 for _ in range(3))
-    exact = (q @ k.transpose(1, 2) / 8 ** 0.5).softmax(-1) @ v
+    exact = (q @ k.transpose(1, 2) / 8**0.5).softmax(-1) @ v
     assert (st.nystrom_attention(q, k, v, 12) - exact).abs().max() < 0.05
     a = torch.softmax(torch.randn(3, 6, 6, dtype=torch.float64) * 2, -1)
     assert torch.allclose(st.pseudo_inverse(a, 40), torch.linalg.pinv(a), atol=1e-6)
-    monkeypatch.setattr(st, "pseudo_inverse", torch.linalg.pinv)       # six steps of the iteration are what the .05 is for
-    assert torch.allclose(st.nystrom_attention(3 * q, k, v, 12), (3 * q @ k.transpose(1, 2) / 8 ** 0.5).softmax(-1) @ v, atol=1e-6)
+    # six steps of the iteration are what the .05 is for
+    monkeypatch.setattr(st, "pseudo_inverse", torch.linalg.pinv)
+    assert torch.allclose(
+        st.nystrom_attention(3 * q, k, v, 12),
+        (3 * q @ k.transpose(1, 2) / 8**0.5).softmax(-1) @ v,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("kind", [st.ABMIL, st.TransMIL])
@@ -353,7 +489,9 @@ def test_bags_ignore_padding_and_learn_a_slide_mean(kind):
     a, b = sample_of(70, seed=1), sample_of(90, seed=2)
     model = kind(8, 5).eval()
     with torch.no_grad():
-        assert torch.allclose(model(**st.collate([a]))["genes"][0], model(**st.collate([a, b]))["genes"][0], atol=1e-5)
+        assert torch.allclose(
+            model(**st.collate([a]))["genes"][0], model(**st.collate([a, b]))["genes"][0], atol=1e-5
+        )
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     batch, want = st.collate([a, b]), torch.tensor([[1.0] * 5, [-1.0] * 5])
     for _ in range(40):
@@ -364,27 +502,62 @@ def test_bags_ignore_padding_and_learn_a_slide_mean(kind):
     assert loss < 0.05
 
 
-# ------------------------------------------------------------------------------------------------------- end to end
+# --------------------------------------------------------------------------------------- end to end
+
 
 def test_end_to_end_record_resume_and_predict(task, tmp_path, capsys, monkeypatch):
     st.main(flags(task, tmp_path, "--fold", "0", "--folds", "2", "--save_every", "1"))
     path = Path(capsys.readouterr().out.strip().splitlines()[-1])
-    assert path == tmp_path / "runs" / "stformer" / "sim" / "fold0" / path.parts[-3] / "seed0" / "run.json"
+    assert (
+        path
+        == tmp_path / "runs" / "stformer" / "sim" / "fold0" / path.parts[-3] / "seed0" / "run.json"
+    )
     record = json.loads(path.read_text())
-    names = {"train_mean", "ridge_pca256", "ridge_raw", "ridge_neighbour", "ridge_own_and_neighbour", "knn", "linear", "abmil", "transmil"}
-    assert set(record["baselines"]) == names and not record["split"]["leaks_position"] and not record["leaks_patient"]
+    names = {
+        "train_mean",
+        "ridge_pca256",
+        "ridge_raw",
+        "ridge_neighbour",
+        "ridge_own_and_neighbour",
+        "knn",
+        "linear",
+        "abmil",
+        "transmil",
+    }
+    assert (
+        set(record["baselines"]) == names
+        and not record["split"]["leaks_position"]
+        and not record["leaks_patient"]
+    )
     keys = {"pcc_mean", "pcc_pooled", "variance_ratio_median", "slide_mean_rmse"}
     assert all(keys <= set(s) for s in [record["metrics"], *record["baselines"].values()])
-    assert record["baselines"]["train_mean"]["pcc_mean"] == 0 and record["baselines"]["abmil"]["variance_ratio_median"] == 0
+    assert (
+        record["baselines"]["train_mean"]["pcc_mean"] == 0
+        and record["baselines"]["abmil"]["variance_ratio_median"] == 0
+    )
     arrays = np.load(path.with_name("arrays.npz"))
-    want = metrics.pcc_summary(arrays["true"][arrays["scored"]], arrays["pred"][arrays["scored"]], arrays["slide"][arrays["scored"]])["pcc_mean"]
+    want = metrics.pcc_summary(
+        arrays["true"][arrays["scored"]],
+        arrays["pred"][arrays["scored"]],
+        arrays["slide"][arrays["scored"]],
+    )["pcc_mean"]
     assert abs(want - record["metrics"]["pcc_mean"]) < 1e-6
-    assert {f.name for f in path.parent.iterdir()} >= {"genes.png", "pathways.png", "training.png", "model.pt", "latest.pt"}
+    assert {f.name for f in path.parent.iterdir()} >= {
+        "genes.png",
+        "pathways.png",
+        "training.png",
+        "model.pt",
+        "latest.pt",
+    }
 
     # interrupted in the second fold, resumed: the same weights
     full = torch.load(path.with_name("model.pt"), weights_only=True)
     latest = torch.load(path.with_name("latest.pt"), weights_only=True)
-    assert len(latest["done"]) == 2 and len(latest["going"]["history"]) == record["epochs"] and np.isfinite(record["metrics"]["val_pcc"])
+    assert (
+        len(latest["done"]) == 2
+        and len(latest["going"]["history"]) == record["epochs"]
+        and np.isfinite(record["metrics"]["val_pcc"])
+    )
     stopped = [0]
 
     def stop_early(*a, save=st.run.write_atomically, **k):
@@ -392,33 +565,108 @@ def test_end_to_end_record_resume_and_predict(task, tmp_path, capsys, monkeypatc
         stopped[0] += 1
         if stopped[0] == 5:
             raise KeyboardInterrupt
+
     monkeypatch.setattr(st, "draw", lambda *args: None)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(st.run, "write_atomically", stop_early)
         st.main(flags(task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1"))
-    st.main(flags(task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1", "--resume"))
-    again = torch.load(Path(capsys.readouterr().out.strip().splitlines()[-1]).with_name("model.pt"), weights_only=True)
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(full["weights"], again["weights"]) for k in a)
+    st.main(
+        flags(
+            task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1", "--resume"
+        )
+    )
+    again = torch.load(
+        Path(capsys.readouterr().out.strip().splitlines()[-1]).with_name("model.pt"),
+        weights_only=True,
+    )
+    assert all(
+        torch.equal(a[k], b[k]) for a, b in zip(full["weights"], again["weights"]) for k in a
+    )
     read = []
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other files, slides or genes"):
-        patch.setattr(st.data, "file_checksum", lambda *paths: read.extend(paths) or "of slides that changed")
-        st.main(flags(task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1", "--resume"))
-    read = {Path(f).resolve() for f in read}                            # every slide's counts and pictures
-    assert read >= {f.resolve() for folder in ("adata", "patches") for f in (task / folder).iterdir() if f.stem in {g.stem for g in read}}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(DataError, match="other files, slides or genes"),
+    ):
+        patch.setattr(
+            st.data, "file_checksum", lambda *paths: read.extend(paths) or "of slides that changed"
+        )
+        st.main(
+            flags(
+                task,
+                tmp_path / "again",
+                "--fold",
+                "0",
+                "--folds",
+                "2",
+                "--save_every",
+                "1",
+                "--resume",
+            )
+        )
+    # every slide's counts and pictures
+    read = {Path(f).resolve() for f in read}
+    assert read >= {
+        f.resolve()
+        for folder in ("adata", "patches")
+        for f in (task / folder).iterdir()
+        if f.stem in {g.stem for g in read}
+    }
     assert {f.parent.name for f in read} >= {"adata", "patches"} and len({f.stem for f in read}) > 2
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other flags"):
         patch.setattr(st, "resumable", lambda config: {"lr": -1.0})
-        st.main(flags(task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1", "--resume"))
+        st.main(
+            flags(
+                task,
+                tmp_path / "again",
+                "--fold",
+                "0",
+                "--folds",
+                "2",
+                "--save_every",
+                "1",
+                "--resume",
+            )
+        )
     capsys.readouterr()
 
     # --predict on the HEST folder, and on a bare folder of its patches, gives the run's predictions
     test = arrays["slide"][0]
-    st.main(["--data", str(task), "--slice", str(test), "--predict", str(path.with_name("model.pt")), "--runs", str(tmp_path / "p"),
-             "--cache", str(tmp_path / "c")])
-    st.main(["--data", str(task / "patches"), "--slice", str(test), "--predict", str(path.with_name("model.pt")), "--runs", str(tmp_path / "q"),
-             "--cache", str(tmp_path / "c")])
-    one, bare = (np.load(Path(line).with_name("arrays.npz")) for line in capsys.readouterr().out.strip().splitlines())
-    assert np.allclose(one["pred"], arrays["pred"], atol=1e-5) and (one["barcodes"] == arrays["barcodes"]).all()
+    st.main(
+        [
+            "--data",
+            str(task),
+            "--slice",
+            str(test),
+            "--predict",
+            str(path.with_name("model.pt")),
+            "--runs",
+            str(tmp_path / "p"),
+            "--cache",
+            str(tmp_path / "c"),
+        ]
+    )
+    st.main(
+        [
+            "--data",
+            str(task / "patches"),
+            "--slice",
+            str(test),
+            "--predict",
+            str(path.with_name("model.pt")),
+            "--runs",
+            str(tmp_path / "q"),
+            "--cache",
+            str(tmp_path / "c"),
+        ]
+    )
+    one, bare = (
+        np.load(Path(line).with_name("arrays.npz"))
+        for line in capsys.readouterr().out.strip().splitlines()
+    )
+    assert (
+        np.allclose(one["pred"], arrays["pred"], atol=1e-5)
+        and (one["barcodes"] == arrays["barcodes"]).all()
+    )
     assert bare["pred"].shape == one["pred"].shape and np.isfinite(bare["pred"]).all()
 
 
@@ -428,7 +676,13 @@ def test_bfloat16_products_stay_near_float32(task, tmp_path, capsys):
     for more in ([], ["--bf16"]):
         st.main(flags(task, tmp_path, "--linear_weight", "0", *more))
         path = Path(capsys.readouterr().out.strip().splitlines()[-1])
-        found.append((np.load(path.with_name("arrays.npz")), json.loads(path.read_text())["baselines"]["linear"], path.parents[1].name))
+        found.append(
+            (
+                np.load(path.with_name("arrays.npz")),
+                json.loads(path.read_text())["baselines"]["linear"],
+                path.parents[1].name,
+            )
+        )
     (exact, linear, name), (near, linear_near, name_near) = found
     assert "bf16" not in name and "bf16-True" in name_near and linear == linear_near
     spread = exact["pred"].std(0).mean()
@@ -444,79 +698,179 @@ def test_batches_are_collated_once_and_padding_is_known(task):
     assert torch.allclose(whole["genes"], masked["genes"], atol=1e-5)
     calls, config = [], st.Config(epochs=3, preset="mini", members=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(st, "collate", lambda samples, device, collate=st.collate: calls.append(len(samples)) or collate(samples, device))
-        st.train_one(lambda: st.OneLinear(8, 5), [a, b], [a], st.Scaler.fit([a, b]), config, torch.device("cpu"), 3)
-    assert calls == [1, 1, 1] and a.batch is None                       # two slides and one for validation, whatever the number of epochs
+        patch.setattr(
+            st,
+            "collate",
+            lambda samples, device, collate=st.collate: (
+                calls.append(len(samples)) or collate(samples, device)
+            ),
+        )
+        st.train_one(
+            lambda: st.OneLinear(8, 5),
+            [a, b],
+            [a],
+            st.Scaler.fit([a, b]),
+            config,
+            torch.device("cpu"),
+            3,
+        )
+    # two slides and one for validation, whatever the number of epochs
+    assert calls == [1, 1, 1] and a.batch is None
 
 
 def test_predict_from_features_files(task, tmp_path, capsys):
     for n in data.hest_samples(task):
         slide = data.load_hest(task, n)
-        np.savez(tmp_path / f"{n}.npz", embedding=data.handmade_descriptor(slide.patches[:]), barcodes=slide.barcodes, coords=slide.xy)
+        np.savez(
+            tmp_path / f"{n}.npz",
+            embedding=data.handmade_descriptor(slide.patches[:]),
+            barcodes=slide.barcodes,
+            coords=slide.xy,
+        )
     st.main(flags(task, tmp_path, "--encoder", str(tmp_path / "{sample}.npz")))
     path = Path(capsys.readouterr().out.strip().splitlines()[-1])
-    st.main(["--data", str(tmp_path), "--predict", str(path.with_name("model.pt")), "--runs", str(tmp_path / "runs")])
+    st.main(
+        [
+            "--data",
+            str(tmp_path),
+            "--predict",
+            str(path.with_name("model.pt")),
+            "--runs",
+            str(tmp_path / "runs"),
+        ]
+    )
     found = np.load(Path(capsys.readouterr().out.strip().splitlines()[-1]).with_name("arrays.npz"))
     here = found["slide"] == "S1"
     assert here.sum() == 60 and set(found["slide"]) == {"S1", "S2", "S3", "S4"}
 
 
-@pytest.mark.parametrize("more", [["--loss", "zinb"], ["--mode", "global"], ["--interactions", "p2h,h2p", "--position", "mlp", "--loss", "pcc"],
-                                  ["--h2h", "whole", "--position", "sincos", "--tau", "fixed", "--loss", "mse", "--batch", "2", "--target", "log1p"],
-                                  ["--permute_pairs", "--scale", "slide", "--genes", "20", "--checkpointing"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--loss", "zinb"],
+        ["--mode", "global"],
+        ["--interactions", "p2h,h2p", "--position", "mlp", "--loss", "pcc"],
+        [
+            "--h2h",
+            "whole",
+            "--position",
+            "sincos",
+            "--tau",
+            "fixed",
+            "--loss",
+            "mse",
+            "--batch",
+            "2",
+            "--target",
+            "log1p",
+        ],
+        ["--permute_pairs", "--scale", "slide", "--genes", "20", "--checkpointing"],
+    ],
+)
 def test_variants_run(task, tmp_path, capsys, more):
     st.main(flags(task, tmp_path, "--epochs", "1", *more))
     record = json.loads(Path(capsys.readouterr().out.strip().splitlines()[-1]).read_text())
-    assert np.isfinite(record["metrics"]["pcc_mean"]) and record["metrics"]["pcc_mean"] == pytest.approx(0, abs=1)
+    assert np.isfinite(record["metrics"]["pcc_mean"]) and record["metrics"][
+        "pcc_mean"
+    ] == pytest.approx(0, abs=1)
 
 
 def test_sets_and_patient_split(task, tmp_path, capsys):
     genes = data.hest_genes(task)
-    (tmp_path / "a.gmt").write_text("".join(f"SET{i}\turl\t" + "\t".join(genes[5 * i:5 * i + 5]) + "\n" for i in range(4)))
-    st.main(flags(task, tmp_path, "--split", "patient", "--patient", "P3", "--gene_sets", str(tmp_path / "a.gmt"),
-                  "--lambda_pathway", "0.5", "--shuffle_sets"))
+    (tmp_path / "a.gmt").write_text(
+        "".join(f"SET{i}\turl\t" + "\t".join(genes[5 * i : 5 * i + 5]) + "\n" for i in range(4))
+    )
+    st.main(
+        flags(
+            task,
+            tmp_path,
+            "--split",
+            "patient",
+            "--patient",
+            "P3",
+            "--gene_sets",
+            str(tmp_path / "a.gmt"),
+            "--lambda_pathway",
+            "0.5",
+            "--shuffle_sets",
+        )
+    )
     record = json.loads(Path(capsys.readouterr().out.strip().splitlines()[-1]).read_text())
-    assert record["test_slides"] == ["S3", "S4"] and not record["leaks_patient"] and np.isfinite(record["metrics"]["pathway_pcc"])
+    assert (
+        record["test_slides"] == ["S3", "S4"]
+        and not record["leaks_patient"]
+        and np.isfinite(record["metrics"]["pathway_pcc"])
+    )
     st.main(flags(task, tmp_path, "--split", "section", "--slice", "S3"))
     record = json.loads(Path(capsys.readouterr().out.strip().splitlines()[-1]).read_text())
-    assert record["train_slides"] == ["S4"] and record["leaks_patient"] and "leaks the patient" in record["split"]["detail"]
+    assert (
+        record["train_slides"] == ["S4"]
+        and record["leaks_patient"]
+        and "leaks the patient" in record["split"]["detail"]
+    )
 
 
 def test_same_seed_same_numbers_and_poisoned_test_slide_changes_nothing(task, tmp_path, capsys):
-    """What is fitted does not see the held-out slide: with its counts poisoned the model is the same, bit for bit."""
+    """What is fitted does not see the held-out slide: with its counts poisoned the model is the
+    same, bit for bit."""
     st.main(flags(task, tmp_path, "--genes", "20", "--fold", "0"))
     first = Path(capsys.readouterr().out.strip().splitlines()[-1])
     test = json.loads(first.read_text())["test_slides"][0]
     poisoned = tmp_path / "poisoned"
     subprocess.run(["cp", "-r", str(task), str(poisoned)], check=True)
     import h5py
+
     with h5py.File(poisoned / "adata" / f"{test}.h5ad", "r+") as file:
         file["X/data"][:] = file["X/data"][:][::-1] * 7
     st.main(flags(poisoned, tmp_path, "--genes", "20", "--fold", "0"))
     second = Path(capsys.readouterr().out.strip().splitlines()[-1])
     one, two = (torch.load(p.with_name("model.pt"), weights_only=True) for p in (first, second))
-    assert one["genes"] == two["genes"] and all(torch.equal(one["weights"][0][k], two["weights"][0][k]) for k in one["weights"][0])
+    assert one["genes"] == two["genes"] and all(
+        torch.equal(one["weights"][0][k], two["weights"][0][k]) for k in one["weights"][0]
+    )
 
 
 def test_ring2_genes_need_context(tmp_path):
-    """Genes that depend on the patches two steps away: local h2h finds their true rates, a patch-only model does not."""
-    root = simulate.simulate_hest(tmp_path / "ring2", n_slides=4, n_spots=500, link="ring2", patch_size=16)
+    """Genes that depend on the patches two steps away: local h2h finds their true rates, a
+    patch-only model does not."""
+    root = simulate.simulate_hest(
+        tmp_path / "ring2", n_slides=4, n_spots=500, link="ring2", patch_size=16
+    )
     truth = np.load(root / "truth.npz")
     found = {}
     for on in ("p2p,p2h,h2p,h2h", "p2p"):
-        config = st.Config(data=str(root), cache=str(tmp_path / "c"), interactions=on, epochs=30 if "h2h" in on else 10, lr=5e-3, dropout=0.0)
+        config = st.Config(
+            data=str(root),
+            cache=str(tmp_path / "c"),
+            interactions=on,
+            epochs=30 if "h2h" in on else 10,
+            lr=5e-3,
+            dropout=0.0,
+        )
         raw, genes = st.load(config, ["S1", "S2", "S3"], ["S4"])
         scaler = st.Scaler.fit([raw[n] for n in ("S1", "S2", "S3")], "slide")
         s = {n: scaler.features(raw[n], "train") for n in raw}
-        model, _ = st.train_one(lambda c=config: st.PathwayTransformer(42, 50, 20, 2, 64, 4, st.quadrants(c.interactions), distance_bias=True),
-                                [s["S1"], s["S2"], s["S3"]], [], scaler, config, torch.device("cpu"), config.epochs)
+        model, _ = st.train_one(
+            lambda c=config: st.PathwayTransformer(
+                42, 50, 20, 2, 64, 4, st.quadrants(c.interactions), distance_bias=True
+            ),
+            [s["S1"], s["S2"], s["S3"]],
+            [],
+            scaler,
+            config,
+            torch.device("cpu"),
+            config.epochs,
+        )
         column = [list(truth["genes"]).index(g) for g in genes]
         rate = truth["z_S4"] @ truth["weights"][:, column]
-        found[on] = metrics.pcc_summary(rate, st.predict([model], s["S4"], scaler, config)[0])["pcc_mean"]
+        found[on] = metrics.pcc_summary(rate, st.predict([model], s["S4"], scaler, config)[0])[
+            "pcc_mean"
+        ]
     assert found["p2p,p2h,h2p,h2h"] > 0.85 and abs(found["p2p"]) < 0.15, found
 
 
-# -------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
+
 
 def fails(argv, *words):
     """main raises DataError, one sentence with these words, and writes no record."""
@@ -527,25 +881,51 @@ def fails(argv, *words):
 
 
 def test_status_is_2_without_a_traceback(task, tmp_path):
-    out = subprocess.run([sys.executable, st.__file__, *flags(task, tmp_path, "--fold", "9")], capture_output=True, text=True)
-    assert out.returncode == 2 and out.stderr.startswith("error: ") and "Traceback" not in out.stderr and not (tmp_path / "runs").exists()
+    out = subprocess.run(
+        [sys.executable, st.__file__, *flags(task, tmp_path, "--fold", "9")],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        out.returncode == 2
+        and out.stderr.startswith("error: ")
+        and "Traceback" not in out.stderr
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def test_two_processes_have_the_numbers_of_one(task, tmp_path):
     found = []
     for n in (1, 2):
         script = tmp_path / "two.py"
-        script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport stformer\nstformer.draw = lambda *a: None\n"
-                          "stformer.run.cli(stformer.main)\n")
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if n == 2 else [sys.executable]
+        script.write_text(
+            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport stformer\nstformer.draw = "
+            "lambda *a: None\n"
+            "stformer.run.cli(stformer.main)\n"
+        )
+        start = (
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            if n == 2
+            else [sys.executable]
+        )
         words = flags(task, tmp_path / str(n), "--fold", "0", "--folds", "3", "--members", "2")
-        done = subprocess.run([*start, str(script), *words], check=True, capture_output=True, text=True, timeout=200,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [*start, str(script), *words],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         record = json.loads(next((tmp_path / str(n)).rglob("run.json")).read_text())
         assert record["processes"] == n and done.stdout.count("gain over ridge") == 1
         with np.load(next((tmp_path / str(n)).rglob("arrays.npz"))) as arrays:
             found.append((record["metrics"], record["baselines"], arrays["pred"]))
-    assert found[0][0] == found[1][0] and found[0][1] == found[1][1] and (found[0][2] == found[1][2]).all()
+    assert (
+        found[0][0] == found[1][0]
+        and found[0][1] == found[1][1]
+        and (found[0][2] == found[1][2]).all()
+    )
 
 
 def test_bad_flags(task, tmp_path):
@@ -567,26 +947,56 @@ def test_feature_width_differs_from_the_checkpoint(task, tmp_path, capsys):
     path = Path(capsys.readouterr().out.strip().splitlines()[-1])
     wide = tmp_path / "wide"
     wide.mkdir()
-    np.savez(wide / "a.npz", embedding=np.zeros((30, 7)), barcodes=np.arange(30).astype(str), coords=np.random.default_rng(0).random((30, 2)))
-    fails(["--data", str(wide), "--predict", str(path.with_name("model.pt")), "--runs", str(tmp_path / "p")], "7 features", "42")
-    fails(["--data", str(wide), "--predict", str(path), "--runs", str(tmp_path / "p")], "run.json", "checkpoint")
-    fails(["--data", str(tmp_path / "nothing"), "--predict", str(path.with_name("model.pt"))], "nothing")
+    np.savez(
+        wide / "a.npz",
+        embedding=np.zeros((30, 7)),
+        barcodes=np.arange(30).astype(str),
+        coords=np.random.default_rng(0).random((30, 2)),
+    )
+    fails(
+        [
+            "--data",
+            str(wide),
+            "--predict",
+            str(path.with_name("model.pt")),
+            "--runs",
+            str(tmp_path / "p"),
+        ],
+        "7 features",
+        "42",
+    )
+    fails(
+        ["--data", str(wide), "--predict", str(path), "--runs", str(tmp_path / "p")],
+        "run.json",
+        "checkpoint",
+    )
+    fails(
+        ["--data", str(tmp_path / "nothing"), "--predict", str(path.with_name("model.pt"))],
+        "nothing",
+    )
     assert not (tmp_path / "p").exists()
 
 
 def changed(task, tmp_path, change, name="S1"):
     """A copy of the task with the h5ad (and patches) of one slide changed."""
     import h5py
+
     root = tmp_path / "changed"
     subprocess.run(["cp", "-r", str(task), str(root)], check=True)
-    with h5py.File(root / "adata" / f"{name}.h5ad", "r+") as adata, h5py.File(root / "patches" / f"{name}.h5", "r+") as patches:
+    with (
+        h5py.File(root / "adata" / f"{name}.h5ad", "r+") as adata,
+        h5py.File(root / "patches" / f"{name}.h5", "r+") as patches,
+    ):
         change(adata, patches)
     return root
 
 
 def test_disjoint_barcodes(task, tmp_path):
     def rename(adata, patches):
-        patches["barcode"][:] = np.array([[f"X{i}"] for i in range(60)], dtype=patches["barcode"].dtype)
+        patches["barcode"][:] = np.array(
+            [[f"X{i}"] for i in range(60)], dtype=patches["barcode"].dtype
+        )
+
     fails(flags(changed(task, tmp_path, rename), tmp_path), "barcode", "S1")
 
 
@@ -595,6 +1005,7 @@ def test_slide_of_one_spot(task, tmp_path):
         names = patches["barcode"][:]
         names[1:] = np.array([[f"X{i}"] for i in range(59)], dtype=names.dtype)
         patches["barcode"][:] = names
+
     fails(flags(changed(task, tmp_path, one_spot), tmp_path), "S1", "1 spot")
 
 
@@ -605,7 +1016,11 @@ def test_slide_of_low_counts(task, tmp_path):
 def test_all_zero_gene(task, tmp_path):
     gene = "SIM99999"
     (tmp_path / "genes.json").write_text(json.dumps([*data.hest_genes(task)[:5], gene]))
-    fails(flags(task, tmp_path, "--genes", str(tmp_path / "genes.json")), gene, "no count in any training slide")
+    fails(
+        flags(task, tmp_path, "--genes", str(tmp_path / "genes.json")),
+        gene,
+        "no count in any training slide",
+    )
 
 
 def test_nan_features(task, tmp_path):
@@ -617,14 +1032,19 @@ def test_nan_features(task, tmp_path):
     fails(flags(task, tmp_path, "--encoder", str(tmp_path / "{sample}.npz")), "S", "NaN")
 
 
-# -------------------------------------------------------------------------------------------------------- real data
+# ---------------------------------------------------------------------------------------- real data
+
 
 def test_her2st_low_counts_are_filtered_and_baselines_are_above_chance(real_data, tmp_path, capsys):
     root = real_data / "her2st"
     config = st.Config(data=str(root), cache=str(tmp_path), encoder=str(tmp_path / "{sample}.npz"))
-    for n in ("C4", "C5"):                                              # every fourth pixel: quick
+    for n in ("C4", "C5"):  # every fourth pixel: quick
         slide = data.load_hest(root, n)
-        np.savez(tmp_path / f"{n}.npz", embedding=data.handmade_descriptor(slide.patches[:][:, ::4, ::4]), barcodes=slide.barcodes)
+        np.savez(
+            tmp_path / f"{n}.npz",
+            embedding=data.handmade_descriptor(slide.patches[:][:, ::4, ::4]),
+            barcodes=slide.barcodes,
+        )
     samples, genes = st.load(config, ["C4"], ["C5"])
     assert "C5: 2 of 181 spots" in capsys.readouterr().out and len(genes) == 50
     found = st.classical_baselines(samples, ["C4"], ["C5"])
@@ -632,13 +1052,20 @@ def test_her2st_low_counts_are_filtered_and_baselines_are_above_chance(real_data
     assert scores["train_mean"] == 0 and scores["ridge_raw"] > 0.15
 
 
-# ------------------------------------------------------------------------------------------------------------- bench
+# -------------------------------------------------------------------------------------------- bench
 
 
 def test_linear_layer_in_the_average():
     pairs, linear = [(np.full((3, 2), 1.0), None)], [np.full((3, 2), 5.0)]
-    for weight, mode, want in ((0.5, "dense", 3.0), (0.25, "dense", 2.0), (0.0, "dense", 1.0), (0.5, "global", 1.0)):
-        (genes, scores), = st.with_linear(pairs, linear, st.Config(linear_weight=weight, mode=mode))
+    for weight, mode, want in (
+        (0.5, "dense", 3.0),
+        (0.25, "dense", 2.0),
+        (0.0, "dense", 1.0),
+        (0.5, "global", 1.0),
+    ):
+        ((genes, scores),) = st.with_linear(
+            pairs, linear, st.Config(linear_weight=weight, mode=mode)
+        )
         assert (genes == want).all() and scores is None
     with pytest.raises(DataError, match="--linear_weight is 1.5"):
         st.check(st.Config(linear_weight=1.5))
