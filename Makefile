@@ -41,14 +41,14 @@ test: $(if $(stamp),.venv/.stamp-dev)  ## the whole test suite (finds real data 
 
 demo: $(stamp)  ## no download, no GPU: simulate a small cortex, H&E task and cell field, run every method shortly, write runs/demo/report.html
 	rm -rf $(RUNS)/demo
-	$(PY) simulate.py cortex $(RUNS)/demo/cortex --n_spots 1000 --n_genes 500 --n_slices 2
-	$(PY) simulate.py hest $(RUNS)/demo/patches --n_spots 120 --patch_size 64
-	$(PY) simulate.py cells $(RUNS)/demo/cells.h5 --n_cells 800
+	$(PY) -m plainst simulate cortex $(RUNS)/demo/cortex --n_spots 1000 --n_genes 500 --n_slices 2
+	$(PY) -m plainst simulate hest $(RUNS)/demo/patches --n_spots 120 --patch_size 64
+	$(PY) -m plainst simulate cells $(RUNS)/demo/cells.h5 --n_cells 800
 	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/demo/cortex RUNS=$(RUNS)/demo SLICES="sim1 sim2" SEEDS=0 FOLDS=0 MODELS="full-cross gcn_only expr_only" MULTIST=default
 	$(PY) stformer.py --data $(RUNS)/demo/patches --epochs 15 --members 1 --runs $(RUNS)/demo
 	$(PY) cmrcnet.py --data $(RUNS)/demo/patches --epochs 15 --runs $(RUNS)/demo
 	$(PY) spatia.py --data $(RUNS)/demo/cells.h5 --steps_a 80 --steps_b 80 --steps_c 150 --draws 2 --ode_steps 4 --runs $(RUNS)/demo
-	$(PY) report.py --runs $(RUNS)/demo
+	$(PY) -m evaluation.report --runs $(RUNS)/demo
 
 # $(call siblings,slice): the other slices of its donor that are there; a name outside the DLPFC set takes all the others.
 donors   := 151507+151508+151509+151510 151669+151670+151671+151672 151673+151674+151675+151676
@@ -124,7 +124,7 @@ $(eval $(call a_hest_run,stformer,$(1),section-mini-$(gmt_name)-shuffle_sets-Tru
 endef
 $(if $(CONTROLS),$(foreach k,$(SEEDS),$(foreach s,$(SECTIONS),$(call controls_of,$(s),$(k)))))
 
-# Single cells. CELLS is a cell file (python data.py ca1|xenium, python simulate.py cells); the public CA1 data is fetched and converted where it is lacking.
+# Single cells. CELLS is a cell file (python -m plainst convert, python -m plainst simulate cells); the public CA1 data is fetched and converted where it is lacking.
 CELLS   ?= datasets/ca1/cells.h5
 SPATIA  ?= default
 FACTORIAL = $(foreach a,. mae:False,$(foreach b,. fusion:False,$(foreach c,. niche:False,$(foreach d,. tissue:False,$(subst .+,,$(a)+$(b)+$(c)+$(d)+generate:False)))))
@@ -138,21 +138,21 @@ endef
 $(foreach v,$(SPATIA),$(foreach k,$(SEEDS),$(eval $(call a_spatia_run,$(v),$(k)))))
 
 datasets/ca1/cells.h5: | $(stamp)
-	$(PY) download.py ca1 --out datasets/ca1
-	$(PY) data.py ca1 datasets/ca1 $@
+	$(PY) -m plainst download ca1 --out datasets/ca1
+	$(PY) -m plainst convert ca1 datasets/ca1 $@
 
 # Only asked for while slices of the public set are lacking. A file gets its name when it is whole, so an interrupted download goes on with the rest.
 fetch: | $(stamp)
-	$(PY) download.py dlpfc --slices $(subst $(space),$(comma),$(strip $(wanted))) --out $(DATA)
+	$(PY) -m plainst download dlpfc --slices $(subst $(space),$(comma),$(strip $(wanted))) --out $(DATA)
 
 sweep: $(runs_wanted) $(multist_wanted)
 	@$(if $(strip $(slices)),,echo "error: DATA=$(DATA) holds no slice: give a folder of Visium folders or h5ad files, or leave DATA out for the public 12" >&2; exit 2)
-	$(PY) report.py --runs $(RUNS) --data $(name)
+	$(PY) -m evaluation.report --runs $(RUNS) --data $(name)
 
 reproduce-dlpfc: sweep  ## MODELS on random spots, HELD_OUT_MODELS on blocks and slices, MULTIST, then the table; also DATA SLICES SEEDS SPLITS FOLDS LAUNCH
 
 domains: $(multist_wanted)  ## multist alone: MULTIST="default image:off k:12+alpha:0.5" (flag:value), DATA SLICES SEEDS; then the table
-	$(PY) report.py --runs $(RUNS)/multist --data $(name)
+	$(PY) -m evaluation.report --runs $(RUNS)/multist --data $(name)
 
 # The questions the paper leaves open; every run is a file target, so it goes on where it stopped.
 ABLATIONS := default image:off image:permuted image:zero mask_mode:none mask_mode:replace mask_mode:zero mask_rate:0.3 mask_rate:0.5 mask_rate:0.95 \
@@ -163,10 +163,10 @@ ablations-multist:  ## image, mask, alpha, k, GAN, DEC, diffusion: one table wit
 reproduce-hest: $(if $(TASK),fetch-hest) $(stformer_wanted) $(cmrcnet_wanted)  ## stformer, cmrcnet, baselines on every split of HEST=<task folder>, or TASK=IDC (download); SECTIONS="C2 C3"
 	@$(if $(hfolds)$(SECTIONS)$(TASK),,echo "error: HEST=$(HEST) holds no splits/test_<k>.csv: give a HEST-benchmark task folder" >&2; exit 2)
 	$(if $(TASK),$(if $(hfolds),,$(MAKE) --no-print-directory reproduce-hest HEST=$(HEST) TASK=))
-	$(if $(hfolds)$(SECTIONS),$(PY) report.py --runs $(RUNS) --data $(hest) --out $(RUNS)/report_$(hest))
+	$(if $(hfolds)$(SECTIONS),$(PY) -m evaluation.report --runs $(RUNS) --data $(hest) --out $(RUNS)/report_$(hest))
 
 fetch-hest: $(stamp)
-	$(if $(hfolds),,$(PY) download.py hest --task $(TASK) --out datasets/hest)
+	$(if $(hfolds),,$(PY) -m plainst download hest --task $(TASK) --out datasets/hest)
 
 reproduce-her2st:  ## the same on the HER2+ sections in HEST=datasets/her2st: its folds, and C2 to C5 one by one
 	$(MAKE) --no-print-directory reproduce-hest SECTIONS="$(or $(strip $(SECTIONS)),C2 C3 C4 C5)"
@@ -178,15 +178,15 @@ ablations-hest:  ## controls of stformer on SECTIONS="C2 C3": bottleneck, no dis
 	$(MAKE) --no-print-directory reproduce-hest CONTROLS=1
 
 honest: $(stamp)  ## a slice whose genes are noise: what random spots and held-out blocks make of it; runs/honest/report.html, and chart.png where reproduce-dlpfc ran
-	test -d $(RUNS)/honest/noise/sim1 || $(PY) simulate.py cortex $(RUNS)/honest/noise --n_slices 1 --n_spots 3600 --noise_genes
+	test -d $(RUNS)/honest/noise/sim1 || $(PY) -m plainst simulate cortex $(RUNS)/honest/noise --n_slices 1 --n_spots 3600 --noise_genes
 	$(MAKE) --no-print-directory sweep DATA=$(RUNS)/honest/noise RUNS=$(RUNS)/honest SLICES=sim1 MODELS=gcn_only HELD_OUT_MODELS=gcn_only SPLITS="random blocks" FOLDS=0 MULTIST=
-	$(if $(wildcard $(RUNS)/gat_fusion),$(PY) tests/figure_honest.py --runs $(RUNS) --noise $(RUNS)/honest --slices random:151673 blocks:151673 slice:151674 --out $(RUNS)/honest/chart.png)
+	$(if $(wildcard $(RUNS)/gat_fusion),$(PY) bench/figure_honest.py --runs $(RUNS) --noise $(RUNS)/honest --slices random:151673 blocks:151673 slice:151674 --out $(RUNS)/honest/chart.png)
 
 report: $(stamp)  ## every run so far, side by side: runs/report.html (one file), .md and figures
-	$(PY) report.py --runs $(RUNS)
+	$(PY) -m evaluation.report --runs $(RUNS)
 
 reproduce-ca1: $(spatia_wanted)  ## spatia and baselines on CELLS=<cells.h5>, by default the public CA1 cells, fetched and converted
-	$(PY) report.py --runs $(RUNS) --data $(cells) --out $(RUNS)/report_$(cells)
+	$(PY) -m evaluation.report --runs $(RUNS) --data $(cells) --out $(RUNS)/report_$(cells)
 
 ablations-spatia:  ## the factorial {MAE, fusion, niche, tissue} on the representation, and the merge ratio
 	$(MAKE) --no-print-directory reproduce-ca1 SPATIA="default $(FACTORIAL) rho:0.25 rho:0.5"
@@ -197,22 +197,22 @@ floors:  ## coordinates-only scores, no gene: make floors DATA=<folder of slices
 	$(MAKE) --no-print-directory sweep MODELS=coords_knn SPLITS=random SEEDS=0 MULTIST=
 
 scale: $(stamp)  ## time and memory up to a million simulated spots, and a Visium HD slide of 600,000 bins (hours; PART=gat_fusion: one of it)
-	$(PY) tests/scale.py $(or $(PART),all) --out $(RUNS)/scale
+	$(PY) bench/scale.py $(or $(PART),all) --out $(RUNS)/scale
 
 profile: $(stamp)  ## what the steps of the five training loops spend their time on
-	$(PY) tests/profile_loops.py
+	$(PY) bench/profile_loops.py
 
 compare-flags: $(stamp)  ## --bf16, --compile and one thread beside the default, in the five training loops: seconds and losses (hours)
-	$(PY) tests/compare_flags.py --out $(RUNS)/flags
+	$(PY) bench/compare_flags.py --out $(RUNS)/flags
 
 mutate: $(if $(stamp),.venv/.stamp-dev)  ## break N=20 random lines (SEED=0), one at a time, and see whether the tests notice (half an hour)
-	$(PY) tests/mutate.py --n $(or $(N),20) --seed $(or $(SEED),0)
+	$(PY) bench/mutate.py --n $(or $(N),20) --seed $(or $(SEED),0)
 
 bench: $(if $(stamp),.venv/.stamp-dev)  ## ratios beside torch_geometric, scanpy and scikit-learn: runs/bench/bench.md (QUICK=--quick: only sees that it runs)
-	$(PY) bench.py all --out $(RUNS)/bench $(QUICK)
+	$(PY) bench/speed.py all --out $(RUNS)/bench $(QUICK)
 
 gpu-check: $(stamp)  ## every method on a CUDA GPU beside the CPU; says so and ends where there is none
-	$(PY) tests/gpu_check.py --out $(RUNS)/gpu_check
+	$(PY) bench/gpu_check.py --out $(RUNS)/gpu_check
 
 clean:  ## delete the virtual environment and caches, keep runs and data
-	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ */__pycache__ */*/__pycache__

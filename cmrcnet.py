@@ -45,8 +45,9 @@ from torch.nn import functional as F
 
 import data
 import metrics
-import run
 from data import DataError
+from evaluation import hest
+from plainst import run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -421,7 +422,7 @@ def read_tensors(path):
                 return load_file(path)
             except SafetensorError as error:
                 raise ValueError(error) from error
-        found = data.read_checkpoint(
+        found = run.read_checkpoint(
             path, "checkpoint of tensors", remedy="give a timm or transformers ViT-B/32 file"
         )
         found = found["state_dict"] if isinstance(found.get("state_dict"), dict) else found
@@ -1175,7 +1176,7 @@ def resumable(config):
 
 def load_checkpoint(path):
     """A file of ours. Raises DataError for anything else, an interrupted one included."""
-    return data.read_checkpoint(path, "whole cmrcnet checkpoint", ["config"])
+    return run.read_checkpoint(path, "whole cmrcnet checkpoint", ["config"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1522,7 +1523,7 @@ def load(config, train_names, test_names):
     need = config.backbone != "features" or not is_file(config.encoder)
     slides = {n: data.load_hest(config.data, n, patches=need) for n in [*train_names, *test_names]}
     fit, keep = [slides[n] for n in train_names], config.min_counts
-    targets, shared = data.target_genes(config.genes, fit, config.data, keep), shared_genes(fit)
+    targets, shared = hest.target_genes(config.genes, fit, config.data, keep), shared_genes(fit)
     inputs = input_genes(list(slides.values()) if config.oracle_genes else fit, config.n_hvg, keep)
     lists = dict.fromkeys(
         test_names,
@@ -1548,7 +1549,7 @@ def load(config, train_names, test_names):
         s = samples[n] = Sample(
             n, slide.patient, slide, frozen_features(config, slide), scored=keep_rows(slide, keep)
         )
-        s.y, _, _, s.measured = data.target_expression(slide, genes, config.target)
+        s.y, _, _, s.measured = hest.target_expression(slide, genes, config.target)
         s.s = (
             torch.from_numpy(log_expression(slide, inputs).toarray()) if n in train_names else None
         )
@@ -1616,7 +1617,7 @@ def main(argv=None):
     if config.predict:
         return predict_folder(config, start)
     config = resolved(config)
-    split, train_names, test_names, part, leaks = data.hest_partition(
+    split, train_names, test_names, part, leaks = hest.hest_partition(
         config.data, config.split, config.fold, config.patient, config.slice
     )
     record = run.Run("cmrcnet", config, part, variant(config), start)
@@ -1859,8 +1860,8 @@ def predict_folder(config, start):
     """Read expression for slides without counts out of the atlas; one folder of results for all of
     them."""
     saved = load_checkpoint(config.predict)
-    known = data.saved_flags(config.predict, Config, saved["config"], check)
-    with data.checkpoint_fits(config.predict):
+    known = run.saved_flags(config.predict, Config, saved["config"], check)
+    with run.checkpoint_fits(config.predict):
         scaler, genes, inputs, weights = (
             saved[k] for k in ("scaler", "genes", "inputs", "weights")
         )
@@ -1897,7 +1898,7 @@ def predict_folder(config, start):
                 f"{dim_in}: make the features with the encoder of the training run"
             )
         s.x = None if known.backbone == "features" else pixels(s.slide, VITS[known.backbone][0])
-    with data.checkpoint_fits(config.predict):
+    with run.checkpoint_fits(config.predict):
         samples = [Scaler(scaler).apply(s, known) for s in samples]
         model = CMRC(
             samples[0].x.shape[1] if known.backbone == "features" else known.backbone,

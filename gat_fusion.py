@@ -42,8 +42,8 @@ from torch.nn import functional as F
 
 import data
 import metrics
-import run
 from data import DataError
+from plainst import run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -1363,13 +1363,13 @@ def read_checkpoint(config):
     """(what `checkpoint` saved, the flags to predict with: the checkpoint's, but for the place of
     things, --embedding and --encoder of this run)."""
     path = config.predict
-    saved = data.read_checkpoint(
+    saved = run.read_checkpoint(
         path,
         "gat_fusion checkpoint",
         ["config", "classes", "weights", "dim_in", "expression", "image_scale"],
     )
-    known = data.saved_flags(path, Config, saved["config"], check)
-    with data.checkpoint_fits(path):
+    known = run.saved_flags(path, Config, saved["config"], check)
+    with run.checkpoint_fits(path):
         if not all(isinstance(name, str) for name in saved["classes"]):
             raise ValueError("a class has no name")
     if known.mode in IMAGE_MODES and saved["image_scale"] is None:
@@ -1418,7 +1418,7 @@ def predict_inputs(config, saved, slide):
                 f"{saved['dim_in']}: give vectors of the same model with --embedding"
             )
     else:
-        with data.checkpoint_fits(config.predict):
+        with run.checkpoint_fits(config.predict):
             expression, library = (
                 data.Expression.from_state(saved["expression"]),
                 saved.get("library", config.library),
@@ -1439,7 +1439,7 @@ def predict_inputs(config, saved, slide):
         x = ZScores(config, expression, slide, config.library)
     if config.mode not in IMAGE_MODES:
         return x, None
-    with data.checkpoint_fits(config.predict):
+    with run.checkpoint_fits(config.predict):
         mean, std = (v.numpy() for v in saved["image_scale"])
     features = image_features(config, slide)
     if features.shape[1] != len(mean):
@@ -1461,7 +1461,7 @@ def predict_slide(config, start):
     x, image = predict_inputs(config, saved, slide)
     table = data.knn_table(slide.xy, config.k, name=slide.sample)
     record.lap("read")
-    with data.checkpoint_fits(config.predict):
+    with run.checkpoint_fits(config.predict):
         model = build(
             config, saved["dim_in"], len(saved["classes"]), 0 if image is None else image.shape[1]
         ).to(record.device)

@@ -44,8 +44,8 @@ from torch.nn import functional as F
 
 import data
 import metrics
-import run
 from data import DataError
+from plainst import run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

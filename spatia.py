@@ -40,8 +40,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import data
 import metrics
-import run
 from data import DataError
+from plainst import run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -140,7 +140,7 @@ class Config(run.Config):
     """Flags of spatia.py."""
 
     data: str = "datasets/ca1/cells.h5"
-    "cell file (python data.py ca1|xenium, python simulate.py cells)"
+    "cell file (python -m plainst convert ca1|xenium, python -m plainst simulate cells)"
     score: Literal["test", "val"] = "test"
     """test: train on all training cells, score the test cells; val: train without the validation
     part and score that (for choices)"""
@@ -989,7 +989,7 @@ def resumable(config):
 
 def load_checkpoint(path):
     """latest.pt of an interrupted run. Raises DataError for anything else."""
-    return data.read_checkpoint(
+    return run.read_checkpoint(
         path,
         "spatia checkpoint",
         ["config", "done", "going"],

@@ -40,8 +40,9 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import metrics
-import run
 from data import DataError
+from evaluation import hest
+from plainst import run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -282,7 +283,7 @@ def to_sample(config, slide, genes=None):
     )
     if genes is not None:
         out.y, out.counts, out.library, out.measured = map(
-            torch.from_numpy, data.target_expression(slide, genes, config.target)
+            torch.from_numpy, hest.target_expression(slide, genes, config.target)
         )
         out.scored = out.library >= config.min_counts
         if out.scored.sum() < 2:
@@ -1116,7 +1117,7 @@ def resumable(config):
 
 def load_checkpoint(path):
     """A file of ours. Raises DataError for anything else."""
-    return data.read_checkpoint(path, "stformer checkpoint", ["config"])
+    return run.read_checkpoint(path, "stformer checkpoint", ["config"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1481,7 +1482,7 @@ def load(config, train_names, test_names):
         )
         for n in [*train_names, *test_names]
     }
-    genes = data.target_genes(
+    genes = hest.target_genes(
         config.genes, [slides[n] for n in train_names], config.data, config.min_counts
     )
     samples = {n: to_sample(config, slides[n], genes) for n in slides}
@@ -1503,7 +1504,7 @@ def main(argv=None):
     check(config)
     if config.predict:
         return predict_folder(config, start)
-    split, train_names, test_names, part, leaks = data.hest_partition(
+    split, train_names, test_names, part, leaks = hest.hest_partition(
         config.data, config.split, config.fold, config.patient, config.slice
     )
     record = run.Run("stformer", config, part, variant(config), start)
@@ -1693,8 +1694,8 @@ def predict_folder(config, start):
     """Predict the genes of slides that have no counts with a saved model; one folder of results for
     all of them."""
     saved = load_checkpoint(config.predict)
-    known = data.saved_flags(config.predict, Config, saved["config"], check)
-    with data.checkpoint_fits(config.predict):
+    known = run.saved_flags(config.predict, Config, saved["config"], check)
+    with run.checkpoint_fits(config.predict):
         scaler, genes, sets, weights, linear = (
             saved[k] for k in ("scaler", "genes", "gene_sets", "weights", "linear")
         )
@@ -1726,14 +1727,14 @@ def predict_folder(config, start):
                 f"checkpoint {config.predict} was trained on {dim_in}: "
                 "make the features with the encoder of the training run"
             )
-    with data.checkpoint_fits(config.predict):
+    with run.checkpoint_fits(config.predict):
         if {value.shape for name, value in scaler.items() if not name.startswith("x_")} != {
             (len(genes),)
         }:
             raise ValueError("its scaler is of other genes")
         scaler = Scaler(scaler)
         samples = [scaler.features(s, known.scale) for s in samples]
-    with data.checkpoint_fits(config.predict):
+    with run.checkpoint_fits(config.predict):
         models = [
             build(known, samples[0].x.shape[1], len(genes), len(sets) or known.pathways).to(
                 record.device

@@ -165,7 +165,9 @@ def digests_of(folder):
 
     digests = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = str(path.relative_to(folder))
+        parts = path.relative_to(folder).parts
+        seeds = [i for i, part in enumerate(parts) if part.startswith("seed")]
+        name = "/".join(parts[seeds[0] + 1 :] if seeds else parts)  # a run's folder may be renamed
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 digests |= {f"{name} {k}": array_digest(arrays[k]) for k in arrays.files}

@@ -13,13 +13,14 @@ import torch
 pytest.importorskip("torch_geometric")
 pytest.importorskip("scanpy")
 
-import gpu_check  # noqa: E402
-
-import bench  # noqa: E402
-import bench_peers as peers  # noqa: E402
 import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
+from bench import (
+    gpu_check,  # noqa: E402
+    peers,  # noqa: E402
+)
+from bench import speed as bench  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-import cells
 import data
 from conftest import ROOT
+from plainst.readers import convert
 
 N, G, C, S = 150, 7, 2, 8
 
@@ -509,7 +509,7 @@ def test_command_line(tmp_path):
     )
     words = [
         "-c",
-        code.replace("sys.argv[1]", f"{str(ROOT / 'data.py')!r}"),
+        code.replace("sys.argv[1]", f"{str(ROOT / 'plainst' / 'readers' / 'convert.py')!r}"),
         "ca1",
         str(folder),
         str(tmp_path / "c.h5"),
@@ -528,7 +528,7 @@ def test_command_line(tmp_path):
 @pytest.mark.parametrize("what", ["ca1", "xenium"])
 def test_command_line_errors(tmp_path, what, capsys):
     with pytest.raises(SystemExit) as stop:
-        data.main([what, str(tmp_path / "none"), str(tmp_path / "d.h5")])
+        convert.main([what, str(tmp_path / "none"), str(tmp_path / "d.h5")])
     err = capsys.readouterr().err
     assert (
         stop.value.code == 2
@@ -696,13 +696,13 @@ def test_xenium_bundle(bundle, tmp_path, capsys):
 def test_xenium_reads_only_the_tiles_under_the_cells(bundle, tmp_path, monkeypatch):
     import tifffile
 
-    decoded, whole = [], cells._Plane._tile
+    decoded, whole = [], convert._Plane._tile
 
     def tile(self, row, col):
         decoded.append((self.path, row, col))
         return whole(self, row, col)
 
-    monkeypatch.setattr(cells._Plane, "_tile", tile)
+    monkeypatch.setattr(convert._Plane, "_tile", tile)
     monkeypatch.setattr(
         tifffile.TiffPage, "asarray", lambda *a, **k: pytest.fail("a whole page was read")
     )

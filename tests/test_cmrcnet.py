@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cmrcnet as cm  # noqa: E402
 import data  # noqa: E402
 import metrics  # noqa: E402
-import simulate  # noqa: E402
 from data import DataError  # noqa: E402
+from plainst import simulate  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,6 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 
 import data
 from data import DataError
+from plainst import features
 
 # slice: train, val, test as sklearn deals them (60/20/20, seed 42)
 SPLIT_SIZES = {
@@ -925,7 +926,7 @@ def test_handmade_descriptor(rng):
 def test_handmade_descriptor_tells_nuclei_from_stroma(rng):
     def stained(amount):
         """Beer-Lambert: the colour of (n,) x (haematoxylin, eosin) amounts, with noise."""
-        density = np.asarray(amount) @ data.HAEMATOXYLIN_EOSIN
+        density = np.asarray(amount) @ features.HAEMATOXYLIN_EOSIN
         colour = 255 * np.exp(-density) + rng.normal(0, 3, (4, 24, 24, 3))
         return np.clip(np.rint(colour), 0, 255).astype(np.uint8)
 
@@ -989,7 +990,7 @@ def test_image_features_cache_sees_every_patch_and_the_encoder_files(tmp_path, r
     (encoder / "w").write_bytes(b"one")
 
     def key(rows=None):
-        return data._features_key(
+        return features.cache_key(
             toy_slide(patches=data.Patches(tmp_path / "p.h5", rows)), str(encoder), 40.0
         )
 

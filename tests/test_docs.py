@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import data
-import figure_honest
-import run
-import simulate
 import spatia
 import stformer
+from bench import figure_honest
 from conftest import ROOT
+from plainst import run, simulate
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = {"gat_fusion", "multist", "stformer", "cmrcnet", "spatia"}
@@ -167,7 +166,7 @@ def runnable():
     found = [(page, c) for page, c in found if words(c)[1].rsplit("/")[-1] not in left]
     return sorted(
         dict.fromkeys(c for _, c in found),
-        key=lambda c: (not c.startswith("python simulate.py"), "--predict" in c),
+        key=lambda c: (not c.startswith("python -m plainst simulate"), "--predict" in c),
     )
 
 

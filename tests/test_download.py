@@ -25,9 +25,9 @@ import pytest
 from PIL import Image
 
 import data
-import download
 from data import DataError
-from download import DownloadError, Folder, Item, fetch
+from plainst import download
+from plainst.download import DownloadError, Folder, Item, fetch
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"retries": 3, "timeout": 5.0, "backoff": 0.001}
@@ -866,7 +866,7 @@ def test_sigkill_in_the_middle_then_resume(server, tmp_path):
     server.routes[path] = [stalled(body, 150_000, ETag='"v1"'), ranged(body)]
     argv = ["ca1", "--out", str(tmp_path), "--mirror", server.url, *QUICK, "--timeout", "30"]
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "download.py"), *argv],
+        [sys.executable, "-m", "plainst", "download", *argv],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

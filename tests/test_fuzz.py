@@ -65,14 +65,14 @@ KINDS = {
 # -------------------------------------------------------------------------------- the child process
 def write_good_files(root):
     """One small good file of every format."""
+    import run
     import scipy.sparse as sp
+    import simulate
     import torch
 
     import cmrcnet
     import data
     import gat_fusion
-    import run
-    import simulate
     import stformer
 
     for module in (cmrcnet, gat_fusion, stformer):
@@ -257,17 +257,17 @@ def tensors(saved):
 
 def readers_of(root):
     """{format: function that reads the file in place and returns {name: array}}."""
-    import cells
+    import download
+
     import cmrcnet
     import data
-    import download
     import gat_fusion
     import multist
     import spatia
     import stformer
 
     slide = data.load_slide(root / "vis")
-    atlas = data.read_checkpoint(root / "cmrcnet" / "model.pt", "checkpoint")
+    atlas = run.read_checkpoint(root / "cmrcnet" / "model.pt", "checkpoint")
     genes = data.load_hest(root / "hest", "S1").genes.tolist()
 
     def matrix(path):
@@ -287,7 +287,7 @@ def readers_of(root):
         return {"keys": keys.numpy(), "values": values.toarray(), "genes": genes}
 
     def load(name):
-        return tensors(data.read_checkpoint(root / name / "model.pt", "checkpoint"))
+        return tensors(run.read_checkpoint(root / name / "model.pt", "checkpoint"))
 
     def predict(module, folder):
         """What --predict says."""
@@ -321,7 +321,7 @@ def readers_of(root):
         return {}
 
     def reads():
-        gene, xy = cells._read_spots(root / "ca1" / "spots.csv")
+        gene, xy = convert.read_spots(root / "ca1" / "spots.csv")
         return {"gene": gene, "xy": xy}
 
     return {
@@ -343,14 +343,14 @@ def readers_of(root):
             )
         ),
         "split": lambda: dict(
-            zip(("train", "test"), data.hest_partition(root / "hest", "folds", 0)[1:3])
+            zip(("train", "test"), hest_protocol.hest_partition(root / "hest", "folds", 0)[1:3])
         ),
         "HEST metadata": hest,
         "gene list": lambda: {"genes": data.hest_genes(root / "hest")},
         "pairs": lambda: {"pairs": multist.read_pairs(root / "pairs.csv")},
         "reads": reads,
         "label image": lambda: {
-            "image": cells._read_label_image(root / "ca1" / "label_image.coo.npz")
+            "image": convert.read_label_image(root / "ca1" / "label_image.coo.npz")
         },
         "npz": lambda: {"x": data.read_embedding(root / "emb.npz", slide)},
         "npy": lambda: {"x": data.read_embedding(root / "emb.npy", slide)},
@@ -413,7 +413,10 @@ if __name__ == "__main__":
 
 
 # --------------------------------------------------------------------------------------- the parent
-import data  # noqa: E402 - tests/conftest.py has put the modules on the path; the child did so above
+import data  # noqa: E402 - conftest.py, or the child above, has put the modules on the path
+from evaluation import hest as hest_protocol  # noqa: E402
+from plainst import run  # noqa: E402
+from plainst.readers import convert  # noqa: E402
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -986,7 +989,7 @@ def test_one_flipped_bit_of_a_weight_is_noticed(tmp_path):
     (tmp_path / "m.pt").write_bytes(content)
     assert not torch.equal(torch.load(tmp_path / "m.pt", weights_only=True)["weights"], weights)
     with pytest.raises(data.DataError, match="a checksum differs"):
-        data.read_checkpoint(tmp_path / "m.pt", "checkpoint")
+        run.read_checkpoint(tmp_path / "m.pt", "checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -997,7 +1000,7 @@ def test_checkpoints_of_another_content(tmp_path, saved, message):
 
     torch.save(saved, tmp_path / "m.pt")
     with pytest.raises(data.DataError, match=message):
-        data.read_checkpoint(tmp_path / "m.pt", "checkpoint", ["a", "b"])
+        run.read_checkpoint(tmp_path / "m.pt", "checkpoint", ["a", "b"])
 
 
 def test_patients_name_is_no_path(tmp_path):
@@ -1006,6 +1009,7 @@ def test_patients_name_is_no_path(tmp_path):
     root = simulate.simulate_hest(tmp_path / "h", n_slides=3, n_spots=40, patch_size=8, n_genes=60)
     (root / "metadata.csv").write_text("id,patient\nS1,../../p\nS2,..\nS3,Br8.1\n")
     parts = [
-        data.hest_partition(root, "patient", patient=name)[3] for name in ("../../p", "..", "Br8.1")
+        hest_protocol.hest_partition(root, "patient", patient=name)[3]
+        for name in ("../../p", "..", "Br8.1")
     ]
     assert parts == ["__.._p", "_", "Br8.1"]

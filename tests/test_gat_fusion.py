@@ -13,9 +13,8 @@ from torch.nn import functional as F
 import data
 import gat_fusion as gf
 import metrics
-import run
-import simulate
 from data import DataError
+from plainst import run, simulate
 
 FULL = {"mode": "full", "fusion": "cross"}
 

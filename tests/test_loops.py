@@ -2,18 +2,17 @@
 and differences of losses are seen."""
 
 import json
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
+import run  # noqa: E402
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import compare_flags  # noqa: E402
-import profile_loops  # noqa: E402
-import run  # noqa: E402
-import simulate  # noqa: E402
+from bench import (
+    compare_flags,  # noqa: E402
+    profile_loops,  # noqa: E402
+)
+from plainst import simulate  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 import data
 import multist as M
-import run
-import simulate
 from data import DataError
+from plainst import run, simulate
 
 QUICK = [
     "--epochs",

@@ -14,9 +14,9 @@ import cmrcnet
 import data
 import gat_fusion
 import multist
-import simulate
 import spatia
 import stformer
+from plainst import simulate
 
 
 def drawn(*shape, seed=0):

@@ -16,8 +16,11 @@ import pytest
 import scipy.sparse as sp
 from PIL import Image
 
-import readers
+from conftest import ROOT
 from data import DataError
+from plainst import readers
+from plainst.readers import checked
+from plainst.readers import visium as space_ranger
 
 N_SPOTS, N_GENES = 60, 12
 
@@ -74,7 +77,7 @@ def write_visium(folder, dense, header=False, image=True):
     lines = ["OUT-1,0,77,127,9000,9000", *lines][::-1]
     name = "tissue_positions.csv" if header else "tissue_positions_list.csv"
     (folder / "spatial" / name).write_text(
-        "\n".join([",".join(readers._POSITIONS)] * header + lines) + "\n"
+        "\n".join([",".join(space_ranger.POSITIONS)] * header + lines) + "\n"
     )
     scales = {
         "spot_diameter_fullres": 70.0,
@@ -144,7 +147,7 @@ def test_dlpfc_folder(real_data, name, n_spots, n_genes, n_unlabelled, patient):
 def test_real_matrix_equals_scanpy(real_data):
     scanpy = pytest.importorskip("scanpy")
     path = real_data / "dlpfc" / "151673" / "filtered_feature_bc_matrix.h5"
-    matrix, genes, codes = readers.read_10x_h5(path)
+    matrix, genes, codes = space_ranger.read_10x_h5(path)
     theirs = scanpy.read_10x_h5(path)
     assert (matrix != theirs.X.astype(np.int32)).nnz == 0
     theirs.var_names_make_unique()
@@ -282,7 +285,7 @@ def test_positions_layouts(tmp_path, counts, layout):
         ]
         columns = {
             name: [row[j] if j == 0 else float(row[j]) for row in rows]
-            for j, name in enumerate(readers._POSITIONS)
+            for j, name in enumerate(space_ranger.POSITIONS)
         }
         parquet.write_table(pyarrow.table(columns), spatial / "tissue_positions.parquet")
         (spatial / "tissue_positions_list.csv").unlink()
@@ -341,7 +344,7 @@ def test_v3_keeps_gene_expression_and_unsorted_entries(tmp_path, counts):
         end = handle["matrix/indptr"][1]
         for name in ("data", "indices"):
             handle[f"matrix/{name}"][:end] = handle[f"matrix/{name}"][:end][::-1]
-    matrix, genes, _ = readers.read_10x_h5(tmp_path / "m.h5")
+    matrix, genes, _ = space_ranger.read_10x_h5(tmp_path / "m.h5")
     assert (
         genes.tolist() == [f"G{j}" for j in range(10)]
         and (matrix.toarray() == counts[:, :10]).all()
@@ -364,7 +367,7 @@ def test_v2_matrix(tmp_path, counts):
             matrix.indptr,
             np.array(matrix.shape),
         )
-    ours, genes, codes = readers.read_10x_h5(tmp_path / "old.h5")
+    ours, genes, codes = space_ranger.read_10x_h5(tmp_path / "old.h5")
     assert (
         (ours.toarray() == counts).all()
         and genes.tolist() == [f"G{j}" for j in range(N_GENES)]
@@ -378,7 +381,7 @@ def test_repeated_symbols_as_anndata_names_them(tmp_path, counts):
     names = ["A", "B", "A", "A", "A-1", "C", "B", "D", "E", "F", "H", "I"]
     write_10x(tmp_path / "m.h5", counts, names=names)
     with pytest.warns(UserWarning, match=r"m\.h5: 3 repeated gene symbols"):
-        matrix, genes, _ = readers.read_10x_h5(tmp_path / "m.h5")
+        matrix, genes, _ = space_ranger.read_10x_h5(tmp_path / "m.h5")
     assert (
         len(set(genes)) == N_GENES
         and genes[2].startswith("A-")
@@ -1111,15 +1114,15 @@ def test_string_heap_that_never_ends(tmp_path, counts, first):
     at = whole.index(b"GCOL")
     path.write_bytes(whole[: at + first] + bytes(4096 - first) + whole[at + 4096 :])
     code = (
-        "import sys, readers\ntry:\n readers.load_h5ad(sys.argv[1])\nexcept readers.DataError as "
-        "error:\n print(error)"
+        "import sys\nfrom plainst import readers\ntry:\n readers.load_h5ad(sys.argv[1])\n"
+        "except readers.DataError as error:\n print(error)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(path)],
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=Path(readers.__file__).parent,
+        cwd=ROOT,
     )
     assert done.returncode == 0 and f"{path} cannot be read as an h5ad file" in done.stdout, (
         done.stderr
@@ -1134,7 +1137,7 @@ def test_heaps_of_good_files_pass(tmp_path):
         handle.attrs["word"] = "a" * 5000
     with readers.open_h5(tmp_path / "a.h5", "a test") as handle:
         assert (
-            readers._decode(handle["words"]).tolist() == words
+            checked.decode_strings(handle["words"]).tolist() == words
             and handle.attrs["word"] == "a" * 5000
             and handle["fixed"][0] == b"GCOL\2"
         )

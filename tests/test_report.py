@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-import report
 from data import DataError
+from evaluation import report
 
 
 def write(root, part, variant, seed, ari, split="random", leaks=True, floor=0.9, **config):

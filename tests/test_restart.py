@@ -1,5 +1,5 @@
 """What a kill, a full disk, another number of threads or another time of day leave as it was.
-tests/kill_runs.py does the first at length."""
+bench/kill_runs.py does the first at length."""
 
 import contextlib
 import functools
@@ -12,14 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kill_runs
 import numpy as np
 import pytest
 import torch
 
-import run
+from bench import kill_runs
 from conftest import ROOT
 from data import DataError
+from plainst import run
 
 METHODS = ["gat_fusion", "multist", "stformer", "cmrcnet", "spatia"]
 # Largest difference between one and two threads of any float array, as a share of its largest
@@ -114,7 +114,7 @@ def test_killed_programs_end_with_the_files_of_undisturbed_ones(
     shutil.copytree(inputs, tmp_path / "data")
     words = [
         sys.executable,
-        str(ROOT / "tests" / "kill_runs.py"),
+        str(ROOT / "bench" / "kill_runs.py"),
         "--out",
         str(tmp_path),
         "--kills",

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import data
-import run
 from conftest import ROOT
+from plainst import run
 
 
 @dataclass
@@ -194,42 +194,6 @@ def test_unwritable_runs_folder(tmp_path):
         finished(tmp_path)
 
 
-def test_scripts_import_nothing_of_each_other():
-    """The method files import only data, metrics and run; data imports the readers and cells only.
-    Any other script counts as a method."""
-    import ast
-
-    ours = {p.stem for p in ROOT.glob("*.py")}
-    allowed = {
-        "data": {"readers", "cells"},
-        "readers": set(),
-        "cells": {"readers"},
-        "metrics": set(),
-        "run": {"data"},
-        "report": {"data", "run"},
-        "simulate": {"data"},
-        "download": {"data", "run"},
-        "bench": {
-            "bench_peers",
-            "cmrcnet",
-            "data",
-            "gat_fusion",
-            "metrics",
-            "multist",
-            "run",
-            "simulate",
-        },
-        "bench_peers": {"cmrcnet", "data", "gat_fusion", "multist"},
-    }
-    for name in ours:
-        floor = allowed.get(name, {"data", "metrics", "run"})
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
-        used = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        used |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-        assert used & ours <= floor, name
-    assert set(allowed) <= ours
-
-
 def make(folder, *words):
     """Exit status and output of `make -n` with this Makefile in another folder."""
     done = subprocess.run(
@@ -256,7 +220,7 @@ def test_makefile(tmp_path):
         "HELD_OUT_MODELS=gcn_full",
         "SPLITS=random slice",
     )
-    assert status == 0 and "download.py dlpfc --slices 151674 --out datasets/dlpfc" in out
+    assert status == 0 and "plainst download dlpfc --slices 151674 --out datasets/dlpfc" in out
     assert (
         "--slice 151673 --split random --mode full --fusion cross" in out
         and out.count("--split random") == 2
@@ -270,7 +234,9 @@ def test_makefile(tmp_path):
     record.mkdir(parents=True)
     (record / "run.json").touch()
     out = make(tmp_path, "sweep", "SLICES=151673", "SPLITS=random", "MODELS=full")[1]
-    assert "download.py" not in out and "gat_fusion.py" not in out and "report.py" in out
+    assert (
+        "plainst download" not in out and "gat_fusion.py" not in out and "evaluation.report" in out
+    )
     mine = tmp_path / "mine"
     mine.mkdir()
     done = subprocess.run(
@@ -291,7 +257,7 @@ def test_makefile(tmp_path):
         status == 0
         and out.count("gat_fusion.py") == 1
         and "--data mine --slice a" in out
-        and "download.py" not in out
+        and "plainst download" not in out
     )
     for name in ("DATA", "RUNS"):
         status, out = make(tmp_path, "sweep", f"{name}=my folder")
@@ -350,7 +316,7 @@ def test_two_processes_write_one_record(tmp_path):
     """Under torchrun the processes share one group, and only the first writes."""
     script = tmp_path / "toy.py"
     script.write_text(
-        "import sys, torch, run\n"
+        "import sys, torch\nfrom plainst import run\n"
         "record = run.Run('toy', run.Config(data='d', runs=sys.argv[1], device='cpu'), 'a', 'b')\n"
         "total = torch.tensor(float(record.rank + 1))\n"
         "torch.distributed.all_reduce(total)\n"

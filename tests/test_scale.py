@@ -2,16 +2,13 @@
 says."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import data  # noqa: E402
-import scale  # noqa: E402
-import simulate  # noqa: E402
+from bench import scale  # noqa: E402
+from plainst import simulate  # noqa: E402
 
 
 def test_slope_is_the_exponent():

@@ -13,8 +13,9 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics import f1_score
 
 import data
-import simulate
-from simulate import simulate_cortex, simulate_hest, write_hest, write_visium
+from conftest import ROOT
+from plainst import simulate
+from plainst.simulate import cortex, files, simulate_cortex, simulate_hest, write_hest, write_visium
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_nothing_half_written(tmp_path, slide, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(simulate, "_write_metadata", full)
+    monkeypatch.setattr(files, "_write_metadata", full)
     with pytest.raises(data.DataError, match="No space left"):
         write_visium(slide, tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
@@ -179,7 +180,7 @@ def test_seeds(slide):
 
 def test_result_does_not_depend_on_threads(monkeypatch):
     many = simulate_cortex(5000, 600)
-    monkeypatch.setattr(simulate.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(cortex.os, "cpu_count", lambda: 1)
     assert same_counts(many.counts, simulate_cortex(5000, 600).counts)
 
 
@@ -425,7 +426,8 @@ def test_command_line(tmp_path, capsys):
         assert stop.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()
     shown = subprocess.run(
-        [sys.executable, simulate.__file__, "cortex", "--help"],
+        [sys.executable, "-m", "plainst", "simulate", "cortex", "--help"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,

@@ -14,12 +14,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import run  # noqa: E402
+
 import data  # noqa: E402
 import metrics  # noqa: E402
-import run  # noqa: E402
-import simulate  # noqa: E402
 import spatia as sp  # noqa: E402
 from data import DataError  # noqa: E402
+from plainst import simulate  # noqa: E402
 
 SMALL = dataclasses.replace(
     sp.PRESETS["tiny"],

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 import data
 import metrics
-import simulate
 import stformer as st
 from conftest import ROOT
 from data import DataError
+from evaluation import hest
+from plainst import simulate
 
 COMBINATIONS = [c for r in range(1, 5) for c in itertools.combinations(st.QUADRANTS, r)]
 
@@ -421,7 +422,7 @@ def test_official_ridge_is_the_normal_equation():
 
 def test_unmeasured_genes_are_masked_not_zero(task):
     slide = data.load_hest(task, "S1")
-    y, counts, library, measured = data.target_expression(
+    y, counts, library, measured = hest.target_expression(
         slide, [slide.genes[3], "NOT_THERE", slide.genes[0]], "cp10k"
     )
     assert measured.tolist() == [True, False, True]
@@ -433,7 +434,7 @@ def test_unmeasured_genes_are_masked_not_zero(task):
         y[:, 0], np.log1p(slide.counts[:, 3].toarray().ravel() / total * 1e4), atol=1e-5
     )
     assert np.allclose(
-        data.target_expression(slide, [slide.genes[3]], "log1p")[0][:, 0],
+        hest.target_expression(slide, [slide.genes[3]], "log1p")[0][:, 0],
         np.log1p(slide.counts[:, 3].toarray().ravel()),
     )
 
@@ -459,7 +460,7 @@ def test_inner_folds_leave_patients_out_then_slides_then_tiles():
 
 def test_gene_list_of_training_slides_only(task):
     slides = [data.load_hest(task, n) for n in ("S1", "S2")]
-    chosen = data.target_genes("7", slides, task)
+    chosen = hest.target_genes("7", slides, task)
     variance = sum(data.mean_var(data.normalise_log1p(s.counts))[1] for s in slides)
     assert len(chosen) == 7 and set(chosen) == set(slides[0].genes[np.argsort(-variance)[:7]])
 

@@ -1,4 +1,4 @@
-"""Speed beside the tools that people use, as ratios: python bench.py
+"""Speed beside the tools that people use, as ratios: python bench/speed.py
 attention|training|loaders|preprocessing|retrieval|ceilings|all [--quick].
 
 Ours and the peers (bench_peers.py) take turns in one process after a warm-up, with the same number
@@ -8,8 +8,8 @@ load stands in the record. Memory is what the warm-up call adds to the resident 
 highest (Linux). Real data is found through PLAINST_DATA, else a slice is simulated. Writes
 <out>/<part>.json and, from all parts there, <out>/bench.md. Needs requirements-dev.txt.
 
-    python bench.py all --out runs/bench
-    python bench.py retrieval --queries 20000 --keys 500000
+    python bench/speed.py all --out runs/bench
+    python bench/speed.py retrieval --queries 20000 --keys 500000
 """
 
 import argparse
@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from functools import partial
@@ -29,20 +30,20 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
-import bench_peers as peers
-import cmrcnet
-import data
-import gat_fusion
-import metrics
-import multist
-import run
-import simulate
-from data import DataError
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import cmrcnet  # noqa: E402
+import data  # noqa: E402
+import gat_fusion  # noqa: E402
+import metrics  # noqa: E402
+import multist  # noqa: E402
+from bench import peers  # noqa: E402
+from data import DataError  # noqa: E402
+from plainst import run, simulate  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent
 # a call that would need more is left out, and the table says so
 LIMIT_GB = 10
 

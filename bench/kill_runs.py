@@ -2,8 +2,8 @@
 undisturbed run gives.
 
     # ten random kills and every write of each program
-    python tests/kill_runs.py --out kills
-    python tests/kill_runs.py --out kills --only gat_fusion download --kills 3 --points 5
+    python bench/kill_runs.py --out kills
+    python bench/kill_runs.py --out kills --only gat_fusion download --kills 3 --points 5
 
 Random kills: the command line gets SIGKILL at a moment drawn from the duration of the undisturbed
 run, then the same command is started again in the same folder, with --resume where the program has
@@ -40,7 +40,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import simulate  # noqa: E402
+from plainst import simulate  # noqa: E402
 
 QUICK = ["--seed", "3", "--threads", "1", "--device", "cpu", "--runs", "runs"]
 CKPT = ["--save_every", "1", "--cache", "features"]

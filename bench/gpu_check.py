@@ -1,5 +1,5 @@
 """Does every method train on a CUDA device, and give the scores it gives on a CPU? python
-tests/gpu_check.py [--out runs/gpu_check] (make gpu-check).
+bench/gpu_check.py [--out runs/gpu_check] (make gpu-check).
 
 Simulated data, every method shortly, two seeds, on the device and on the CPU, in one process. A
 CUDA device draws other random numbers than a CPU, so scores are those of other seeds: the check
@@ -25,8 +25,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import run  # noqa: E402
-import simulate  # noqa: E402
+from plainst import (  # noqa: E402
+    run,  # noqa: E402
+    simulate,  # noqa: E402
+)
 
 TOLERANCE = 0.05
 SEEDS = (0, 1)

@@ -10,9 +10,11 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import json
 import os
+import pickle
 import platform
 import random
 import resource
@@ -22,6 +24,7 @@ import sys
 import textwrap
 import time
 import typing
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +35,7 @@ import sklearn
 import torch
 from tqdm import tqdm
 
-from data import DataError
+from plainst.readers.checked import NPZ_ERRORS, DataError
 
 
 @dataclass
@@ -396,7 +399,7 @@ def processor():
 def git_commit():
     """Commit of the checkout that holds this file, `+` where the tree differs from it, empty
     outside git."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     try:
         ask = [
             subprocess.run(
@@ -411,6 +414,164 @@ def git_commit():
     except (OSError, subprocess.SubprocessError):
         return ""
     return ask[0] + ("+" if ask[1] else "")
+
+
+# What torch.load can raise on a broken file: its zip reader, its unpickler and whatever rebuilds a
+# tensor.
+TORCH_ERRORS = (*NPZ_ERRORS, pickle.UnpicklingError, AssertionError, ImportError)
+
+
+def read_checkpoint(path, what, needs=(), remedy="give the file of a finished run, or train again"):
+    """{name: value} that torch.save wrote, on the CPU; tensors and plain values only. Raises
+    DataError: damaged, no `what`, or without the keys `needs`.
+
+    torch does not compare the checksums of the file, so that a flipped bit would be a wrong weight:
+    they are compared here.
+    """
+    import torch
+
+    try:
+        # what other programs wrote may be of the old form without checksums
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum differs")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        lacking = [name for name in needs if name not in saved]
+        if not isinstance(saved, dict) or lacking:
+            raise ValueError(f"it lacks {', '.join(lacking) or 'names'}")
+    except TORCH_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is not a {what} ({reason}): {remedy}") from error
+    return saved
+
+
+@contextlib.contextmanager
+def checkpoint_fits(path):
+    """What the parts of a checkpoint that do not fit each other raise becomes a DataError about
+    `path`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{path} is not the model.pt of a finished run ({reason}): give that file, of "
+            "this version of the program"
+        ) from error
+
+
+def saved_flags(path, cls, values, check):
+    """The flags that a checkpoint holds, as the dataclass `cls`: of the types and among the choices
+    of its fields, and passed by `check`. Raises DataError."""
+    with checkpoint_fits(path):
+        known = cls(**values)
+        for name, kind in typing.get_type_hints(cls).items():
+            value, choices = getattr(known, name), typing.get_args(kind)
+            if (
+                value not in choices
+                if choices
+                else not isinstance(value, (int, float) if kind is float else kind)
+            ):
+                raise ValueError(f"its flag {name} is {value}")
+        check(known)
+    return known
+
+
+# flags that say where, how fast or how often, and so stand in no folder name
+SILENT = (
+    *("data", "slice", "seed", "device", "threads", "deterministic", "runs", "cache", "predict"),
+    *("save_every", "resume"),
+)
+
+
+def variant(config, words=(), silent=(), default=None, files=()):
+    """Folder name of a run: `words`, then every flag that is not at its default, as name-value.
+
+    silent: flags that `words` tell already, or that change no number; default: the configuration
+    to compare with; files: flags that hold paths. A path is told by its last part and 8 hex digits
+    of the whole, because files of one name in two folders differ.
+    """
+    default, words = default or type(config)(), list(words)
+    for name, value in vars(config).items():
+        if name in (*SILENT, *silent) or value == getattr(default, name):
+            continue
+        text = str(value)
+        last = Path(text).name.replace(",", "+")
+        plain = "".join(c if c.isalnum() or c in "._+" else "_" for c in last)
+        is_path = "/" in text or name in files
+        mark = f"_{hashlib.sha256(text.encode()).hexdigest()[:8]}" if is_path else ""
+        words.append(f"{name}-{plain}{mark}")
+    return "-".join(words)
+
+
+def resumable(config):
+    """{flag: value} of the flags that must not change between a checkpoint and --resume."""
+    free = ("resume", "save_every", "runs", "device", "threads", "cache", "predict", "atlas")
+    return {name: value for name, value in vars(config).items() if name not in free}
+
+
+def read_latest(path, config, what, needs, origin, files):
+    """The checkpoint to go on from with --resume.
+
+    what, needs: as in `read_checkpoint`; origin: what the run is made of (checksum of its files,
+    slides, genes), in words of the user `files`. Raises DataError where the file is no checkpoint,
+    or was written with other flags or from another origin.
+    """
+    remedy = "leave --resume away, or run with --save_every first"
+    saved = read_checkpoint(path, what, ["config", "data", *needs], remedy)
+    if saved["config"] != resumable(config):
+        raise DataError(
+            f"{path} was written with other flags: use the same flags, or leave --resume away"
+        )
+    if saved["data"] != origin:
+        raise DataError(
+            f"{path} was written from other {files}: use the same, or leave --resume away"
+        )
+    return saved
+
+
+def processes():
+    """Rank of this process and number of processes under torchrun; 0 and 1 without it."""
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
+
+
+def say(text):
+    """Print, in the first process only."""
+    if processes()[0] == 0:
+        print(text, flush=True)
+
+
+def gather(x):
+    """(b, d) of every process -> (B, d), with a gradient through this process's own rows."""
+    rank, world = processes()
+    if world == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world)]
+    torch.distributed.all_gather(parts, x.detach().contiguous())
+    parts[rank] = x
+    return torch.cat(parts)
+
+
+def sum_gradients(parameters, loss):
+    """Sum loss and gradients over the processes, in one message; -> the loss of the whole batch."""
+    if processes()[1] == 1:
+        return loss.detach()
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = torch.cat([p.grad.flatten() for p in parameters] + [loss.detach().view(1)])
+    torch.distributed.all_reduce(flat)
+    for p, total in zip(parameters, flat[:-1].split([p.numel() for p in parameters])):
+        p.grad.copy_(total.view_as(p))
+    return flat[-1]
+
+
+def warmup_cosine(step, steps, warm=0, floor=0.0):
+    """Factor of the learning rate: linear over `warm` steps, then a cosine from 1 to `floor`."""
+    if step < warm:
+        return (step + 1) / warm
+    angle = np.pi * (step - warm) / max(1, steps - warm)
+    return float(floor + (1 - floor) * (1 + np.cos(angle)) / 2)
 
 
 def cli(main, argv=None):

@@ -1,4 +1,4 @@
-"""What a split lets a score be, in one chart: python tests/figure_honest.py [--runs runs] [--noise
+"""What a split lets a score be, in one chart: python bench/figure_honest.py [--runs runs] [--noise
 runs/honest] [--out docs/honest_evaluation.png].
 
 Reads the records of gat_fusion.py below --runs (make reproduce-dlpfc) and those of the slice whose
@@ -22,8 +22,9 @@ from matplotlib import pyplot as plt  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import report  # noqa: E402
-import run  # noqa: E402
+
 from data import DataError  # noqa: E402
+from plainst import run  # noqa: E402
 
 SPLITS = {
     "random": "random spots",

@@ -1,4 +1,4 @@
-"""Break one random line at a time and see whether the tests notice: python tests/mutate.py [--n 20]
+"""Break one random line at a time and see whether the tests notice: python bench/mutate.py [--n 20]
 [--seed 0] [--only gat_fusion ...] (make mutate).
 
 A mutant differs from a module in one operator, comparison, number or `not`, outside of figures and

@@ -1,4 +1,4 @@
-"""Inner validation of stformer's --linear_weight: python tests/choose_linear_weight.py <HEST task
+"""Inner validation of stformer's --linear_weight: python bench/choose_linear_weight.py <HEST task
 folder> [sections ...]
 
 For every outer training set (the folder's folds, and each section left out), three transformers and
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
 import metrics  # noqa: E402
-import run  # noqa: E402
 import stformer as st  # noqa: E402
+from evaluation import hest  # noqa: E402
+from plainst import run  # noqa: E402
 
 WEIGHTS = (0, 0.25, 0.5, 0.75, 1)
 
@@ -50,7 +50,7 @@ def pcc(predicted, samples):
 
 def curve(config):
     """{weight: best smoothed validation PCC} of one outer training set."""
-    _, names, _, part, _ = data.hest_partition(
+    _, names, _, part, _ = hest.hest_partition(
         config.data, config.split, config.fold, config.patient, config.slice
     )
     raw, genes = st.load(config, names, [])

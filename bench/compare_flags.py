@@ -1,4 +1,4 @@
-"""What --bf16, --compile and one thread do to a training loop: python tests/compare_flags.py
+"""What --bf16, --compile and one thread do to a training loop: python bench/compare_flags.py
 [method ...] [--turns N] [--limit S] (make compare-flags).
 
 Every method runs with its default flags and --dropout 0 until the loops of profile_loops.py have
@@ -33,8 +33,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import run  # noqa: E402
 from profile_loops import METHODS, Enough, data_folder  # noqa: E402
+
+from plainst import run  # noqa: E402
 
 VARIANTS = {
     "default": [],

@@ -1,4 +1,4 @@
-"""What the training loops do beside arithmetic: python tests/profile_loops.py [method ...] [--turns
+"""What the training loops do beside arithmetic: python bench/profile_loops.py [method ...] [--turns
 N] [--flags "..."] (make profile).
 
 Every method runs with its default flags until its training loops have made a few turns (a step, or
@@ -32,8 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cells  # noqa: E402
-import run  # noqa: E402
-import simulate  # noqa: E402
+
+from plainst import (  # noqa: E402
+    run,  # noqa: E402
+    simulate,  # noqa: E402
+)
 
 # data, flags, which loops by number
 METHODS = {

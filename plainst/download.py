@@ -1,15 +1,15 @@
 """Public data sets -> datasets/, checked and resumable.
 
     # 12 human cortex Visium slices (Maynard et al. 2021)
-    python download.py dlpfc [--slices 151673,151674]
+    python -m plainst download dlpfc [--slices 151673,151674]
     # mouse CA1 in-situ sequencing (pciSeq demo, MIT)
-    python download.py ca1
+    python -m plainst download ca1
     # 50 MSigDB Hallmark gene sets (CC BY 4.0)
-    python download.py hallmark
+    python -m plainst download hallmark
     # HEST-Benchmark tasks (needs huggingface_hub, accepted terms and a token)
-    python download.py hest --task IDC
+    python -m plainst download hest --task IDC
     # HEST-1k samples (the same; CC BY-NC-SA 4.0)
-    python download.py hest1k --ids TENX95,TENX99
+    python -m plainst download hest1k --ids TENX95,TENX99
 
 A file is streamed to `<name>.part`, checked (bytes received, size, SHA-256, kind of content) and
 only then renamed: a final name is whole. An interrupted download goes on where it stopped (HTTP
@@ -40,7 +40,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data import DataError
+from plainst.readers.checked import DataError
 
 # address, name under --out, and bytes and hex digest where known beforehand
 Item = namedtuple("Item", "url name size sha256", defaults=(None, None))
@@ -566,7 +566,3 @@ def main(argv=None):
         return 2
     print(f"{args.dataset}: ready in {args.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

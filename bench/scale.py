@@ -1,4 +1,4 @@
-"""Time and memory against the number of spots, on simulated slides: python tests/scale.py
+"""Time and memory against the number of spots, on simulated slides: python bench/scale.py
 gat_fusion|multist|stformer|hd|all [--out runs/scale] (make scale).
 
 Every size is a process of its own, whose record is kept: an interrupted run goes on. gat_fusion and
@@ -31,9 +31,11 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
-import run  # noqa: E402
-import simulate  # noqa: E402
 import stformer  # noqa: E402
+from plainst import (  # noqa: E402
+    run,  # noqa: E402
+    simulate,  # noqa: E402
+)
 
 SIZES = {
     "gat_fusion": (10_000, 100_000, 1_000_000),

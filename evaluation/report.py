@@ -1,7 +1,7 @@
 """runs/ -> the comparison: tables (Markdown and one self-contained HTML page) and figures. Reads
 run records only, never a model.
 
-    python report.py --runs runs [--data dlpfc] [--out runs/report]
+    python -m evaluation.report --runs runs [--data dlpfc] [--out runs/report]
 
 Every cell is the median over the runs of that row (folds and seeds) with their minimum and maximum;
 nothing is a best of anything. Four kinds of table: supervised layers by split (`split` and `ari` in
@@ -28,8 +28,8 @@ from scipy.optimize import linear_sum_assignment
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from data import JSON_ERRORS, NPZ_ERRORS, DataError  # noqa: E402
-from run import cli, write_atomically  # noqa: E402
+from plainst.readers.checked import JSON_ERRORS, NPZ_ERRORS, DataError  # noqa: E402
+from plainst.run import cli, write_atomically  # noqa: E402
 
 # README of the released system (gcn_only: its RESULTS.md): mean +- std over 12 slices, all genes,
 # one seed, random split. Shown for context.

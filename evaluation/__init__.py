@@ -1,0 +1,1 @@
+"""What a method is measured against and shown with: baselines, protocols, figures, the report."""

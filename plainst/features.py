@@ -1,0 +1,290 @@
+"""Image features of spots: crops, a hand-made descriptor, frozen encoders, files; their cache."""
+
+import hashlib
+import os
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from plainst.readers.checked import (
+    NPZ_ERRORS,
+    DataError,
+    file_checksum,
+    read_json,
+)
+
+
+def read_embedding(path, slide):
+    """(N, D) float32 frozen vectors of a slide's spots: .npz with `embedding` and `barcodes`
+    (joined by barcode), or .npy in row order.
+
+    `{slice}` in the path stands for the slide's sample name. Raises DataError for a file that is
+    damaged or does not fit the slide.
+    """
+    path, names = slice_path(path, slide), None
+    try:
+        with open(path, "rb") as file:
+            values = np.load(file, allow_pickle=False)
+            # an .npz by content, whatever its name
+            if not isinstance(values, np.ndarray):
+                values, names = values["embedding"], values["barcodes"].astype(str)
+            if values.dtype.kind not in "iuf":
+                raise ValueError(f"it is {values.dtype}")
+            # beyond float32 is infinite, and refused below
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float32)
+            finite = bool(np.isfinite(values).all())
+    except NPZ_ERRORS as error:
+        raise DataError(
+            f"{path} holds no embedding ({error}): give .npy (N, D), or .npz with `embedding` "
+            "(N, D) and `barcodes` (N,)"
+        ) from error
+    if values.ndim != 2 or not finite:
+        raise DataError(
+            f"{path} has shape {values.shape} or NaN values: an embedding is a finite (N, D) array"
+        )
+    if names is None:
+        if len(values) != slide.n_spots:
+            raise DataError(
+                f"{path} has {len(values)} rows, slide {slide.sample} {slide.n_spots} spots: "
+                "save an .npz with `barcodes` to join by name"
+            )
+        return values
+    if names.shape != (len(values),):
+        raise DataError(
+            f"{path} has {len(values)} vectors but barcodes of shape {names.shape}: save one "
+            "barcode per row"
+        )
+    row = {b: i for i, b in enumerate(names)}
+    if len(row) < len(names):
+        twice = next(b for i, b in enumerate(names) if row[b] != i)
+        raise DataError(
+            f"{path} has {len(names) - len(row)} duplicate barcodes ({twice} ...): save one "
+            "row per barcode"
+        )
+    missing = [b for b in slide.barcodes if b not in row]
+    if missing:
+        raise DataError(
+            f"{path} lacks {len(missing)} of the {slide.n_spots} barcodes of slide "
+            f"{slide.sample} ({missing[0]} ...): embed all spots"
+        )
+    return values[[row[b] for b in slide.barcodes]]
+
+
+def slice_path(path, slide):
+    """Path with `{slice}` replaced by the slide's sample name."""
+    return Path(str(path).replace("{slice}", slide.sample))
+
+
+def crops(slide, rows, side_um):
+    """(n, s, s, 3) uint8 crops of constant physical side centred on the spots `rows`; beyond the
+    border the edge pixels repeat.
+
+    Raises DataError without an image or without a physical scale.
+    """
+    if slide.image is None or slide.image_scale is None:
+        raise DataError(
+            f"slide {slide.sample} has no image: put tissue_hires_image.png and "
+            "scalefactors_json.json into spatial/, or choose another mode"
+        )
+    if not slide.um_per_px:
+        raise DataError(
+            f"slide {slide.sample} has no physical scale (no lattice, no microns_per_pixel): "
+            "give image features as a file with --encoder"
+        )
+    half = max(1, int(round(side_um / slide.um_per_px * slide.image_scale / 2)))
+    centre = np.rint(slide.xy[rows] * slide.image_scale).astype(int)  # (n, 2)
+    height, width = slide.image.shape[:2]
+    step = np.arange(-half, half + 1)
+    # (n, s) each
+    x, y = (
+        np.clip(centre[:, i, None] + step, 0, size - 1) for i, size in ((0, width), (1, height))
+    )
+    return slide.image[y[:, :, None], x[:, None, :]]  # (n, s, s, 3)
+
+
+# optical-density directions (Ruifrok & Johnston 2001, Table 1)
+HAEMATOXYLIN_EOSIN = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
+
+
+def handmade_descriptor(patches):
+    """(n, h, w, 3) uint8 -> (n, 42) float32 colour and texture statistics: RGB, haematoxylin and
+    eosin density, gradients at two scales."""
+    rgb = patches.astype(np.float32) / 255
+    density = -np.log(np.maximum(rgb, 1 / 255))  # (n, h, w, 3)
+    stains = density @ np.linalg.pinv(HAEMATOXYLIN_EOSIN).astype(np.float32)  # (n, h, w, 2)
+    channels = np.concatenate([rgb, stains], -1)  # (n, h, w, 5)
+    flat = channels.reshape(len(channels), -1, 5)
+    parts = [flat.mean(1), flat.std(1), *np.quantile(flat, (0.1, 0.5, 0.9), axis=1)]  # 5 x (n, 5)
+    for step in (1, 2):
+        for axis in (1, 2):
+            if channels.shape[axis] > step:
+                a = np.abs(
+                    np.take(channels, range(step, channels.shape[axis]), axis)
+                    - np.take(channels, range(channels.shape[axis] - step), axis)
+                )
+                # blue, haematoxylin, eosin: (n, 3)
+                parts.append(a[..., 2:].reshape(len(a), -1, 3).mean(1))
+    centre = channels[
+        :,
+        channels.shape[1] // 4 : -(channels.shape[1] // 4) or None,
+        channels.shape[2] // 4 : -(channels.shape[2] // 4) or None,
+    ]
+    # what the spot has that its surroundings do not: (n, 5)
+    parts.append(centre.mean((1, 2)) - flat.mean(1))
+    return np.concatenate([p.reshape(len(rgb), -1) for p in parts], 1).astype(np.float32)
+
+
+def pretrained_encoder(name, device="cpu"):
+    """A frozen Hugging Face vision model as a function (n, h, w, 3) uint8 -> (n, D) float32. Needs
+    the `[pretrained]` extra.
+
+    name: hub name or local folder. Input is resized to the model's image size (224 where it does
+    not say) and normalised by its own mean and std (ImageNet's where it has none). Output:
+    projected image features (CLIP), else the pooled output, else the mean token.
+    """
+    try:
+        import torch
+        from transformers import AutoModel
+    except ImportError as error:
+        raise DataError(
+            f"encoder {name!r} needs transformers: pip install 'plainst[pretrained]', or "
+            "--encoder handmade"
+        ) from error
+    try:
+        model = AutoModel.from_pretrained(name).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"encoder {name!r} cannot be loaded ({str(error).splitlines()[0]}): check the "
+            "name, or the connection"
+        ) from error
+    vision = getattr(model.config, "vision_config", model.config)
+    size, mean, std = (
+        getattr(vision, "image_size", 224) or 224,
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+    )
+    size = size[0] if isinstance(size, (list, tuple)) else size
+    written = Path(name) / "preprocessor_config.json"
+    if not Path(name).is_dir():
+        from transformers.utils import cached_file
+
+        found = cached_file(
+            name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
+        )
+        written = Path(found) if found else written
+    if written.is_file():
+        told = read_json(written)
+        mean, std = told.get("image_mean", mean), told.get("image_std", std)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
+
+    @torch.no_grad()
+    def encode(patches):
+        # (n, 3, h, w)
+        x = (
+            torch.as_tensor(np.ascontiguousarray(patches), device=device)
+            .permute(0, 3, 1, 2)
+            .float()
+            / 255
+        )
+        x = torch.nn.functional.interpolate(
+            x, size=(size, size), mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0, 1)
+        x = (x - mean) / std  # (n, 3, size, size)
+        out = (
+            model.get_image_features(pixel_values=x)
+            if hasattr(model, "get_image_features")
+            else model(pixel_values=x)
+        )
+        if not torch.is_tensor(out):
+            out = (
+                out.pooler_output
+                if getattr(out, "pooler_output", None) is not None
+                else out.last_hidden_state.mean(1)
+            )
+        return out.flatten(1).float().cpu().numpy()  # (n, D)
+
+    return encode
+
+
+def image_features(slide, encoder="handmade", crop_um=310.0, cache=None, device="cpu", batch=64):
+    """(N, D) float32 frozen image features around each spot.
+
+    encoder: `handmade`, a Hugging Face name, or a .npy / .npz file. The slide's own patches are
+    used where it has them, else crops of `crop_um` from its image. Cached as an .npz under `cache`,
+    keyed by image, its scale, positions, encoder and crop.
+    """
+    if Path(encoder).suffix in (".npy", ".npz"):
+        return read_embedding(encoder, slide)
+    if slide.patches is None:
+        # complain before the encoder is loaded
+        crops(slide, np.arange(1), crop_um)
+    path = (
+        None
+        if cache is None
+        else Path(cache) / f"{slide.sample}-{cache_key(slide, encoder, crop_um)}.npz"
+    )
+    if path is not None and path.is_file():
+        return read_embedding(path, slide)
+    encode = handmade_descriptor if encoder == "handmade" else pretrained_encoder(encoder, device)
+    rows = np.array_split(np.arange(slide.n_spots), max(1, slide.n_spots // batch))
+    out = np.concatenate(
+        [
+            encode(slide.patches[r] if slide.patches is not None else crops(slide, r, crop_um))
+            for r in rows
+        ]
+    )
+    if path is not None:
+        save_features(path, out, slide.barcodes)
+    return out
+
+
+def cache_key(slide, encoder, crop_um):
+    """16 hex digits that change with anything the features depend on: pixels, positions, crop,
+    encoder (a local one by its files)."""
+    files = (
+        sorted(p for p in Path(encoder).rglob("*") if p.is_file()) if Path(encoder).is_dir() else []
+    )
+    weights = [(str(p.relative_to(encoder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(
+        repr(
+            (
+                encoder,
+                weights,
+                crop_um,
+                slide.image_scale,
+                slide.um_per_px,
+                slide.sample,
+                slide.n_spots,
+            )
+        ).encode()
+    )
+    if slide.patches is not None:
+        key.update(file_checksum(slide.patches.path).encode())
+        key.update(slide.patches.rows.tobytes())
+    else:
+        key.update(np.ascontiguousarray(slide.image).tobytes())
+    key.update(np.ascontiguousarray(slide.xy).tobytes())
+    return key.hexdigest()[:16]
+
+
+def save_features(path, embedding, barcodes):
+    """Write the cache beside its place and rename; a folder that cannot be written is no error, the
+    features are only made again."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, embedding=embedding, barcodes=barcodes)
+        os.replace(temporary, path)
+    except OSError as error:
+        # on a full disk, half of it
+        with suppress(OSError):
+            temporary.unlink()
+        warnings.warn(
+            f"image features are not cached: {path.parent} cannot be written "
+            f"({error.strerror}); name a folder with --cache",
+            stacklevel=3,
+        )
