@@ -288,3 +288,31 @@ def save_features(path, embedding, barcodes):
             f"({error.strerror}); name a folder with --cache",
             stacklevel=3,
         )
+
+
+def read_tensors(path, remedy="give a timm or transformers ViT-B/32 file"):
+    """{name: tensor} of a .safetensors file (extra [pretrained]) or of a torch file of tensors.
+    Raises DataError, which ends with `remedy`."""
+    import torch
+
+    from plainst import run
+
+    if Path(path).suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise DataError(
+                f"{path} needs the package safetensors: install the extra [pretrained], or give a "
+                ".pt file"
+            ) from error
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"{path} is not a checkpoint of tensors ({reason}): {remedy}"
+            ) from error
+    state = run.read_checkpoint(path, "checkpoint of tensors", remedy=remedy)
+    state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+    return {k: v for k, v in state.items() if torch.is_tensor(v)}

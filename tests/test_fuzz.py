@@ -281,8 +281,9 @@ def readers_of(root):
         return of_slide(data.load_hest(root / "hest", "S1", patches))
 
     def atlas_of():
-        keys, values, genes = cmrcnet.read_atlas(
-            root / "cmrcnet" / "atlas.h5", atlas, cmrcnet.Config(**atlas["config"])
+        encoder = cmrcnet.encoder_name(cmrcnet.Config(**atlas["config"]))
+        keys, values, genes = retrieval.read_atlas(
+            root / "cmrcnet" / "atlas.h5", encoder, atlas["inputs"], atlas["fingerprint"]
         )
         return {"keys": keys.numpy(), "values": values.toarray(), "genes": genes}
 
@@ -415,7 +416,7 @@ if __name__ == "__main__":
 # --------------------------------------------------------------------------------------- the parent
 import data  # noqa: E402 - conftest.py, or the child above, has put the modules on the path
 from evaluation import hest as hest_protocol  # noqa: E402
-from plainst import run  # noqa: E402
+from plainst import retrieval, run  # noqa: E402
 from plainst.readers import convert  # noqa: E402
 
 hypothesis = pytest.importorskip("hypothesis")
