@@ -41,6 +41,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import data
 import metrics
 from data import DataError
+from evaluation import pictures
 from plainst import run
 
 matplotlib.use("Agg")
@@ -1464,7 +1465,7 @@ def task_generation(session, field, conditions, model, keep):
         probes(real, names),
         np.stack([probes(m, names) for m in made]),
     )
-    features = metrics.ImageFeatures().fit(real_fit)
+    features = pictures.ImageFeatures().fit(real_fit)
     f_fit, f_real, f_made = features(real_fit), features(real), features(made[0])
     nearest = cKDTree(x_fit).query(x, k=min(8, len(fit)))[1]
     beside_fit, beside = (
@@ -1487,20 +1488,20 @@ def task_generation(session, field, conditions, model, keep):
     own = found.pop("generated") | {f"cond_pcc_{p}_one_draw": r for p, r in zip(PROBES, one)}
     seed = session.config.seed
     for name, other in (("generated", f_made), ("retrieval", f_fit[nearest[:, 0]])):
-        s = metrics.generated_images(f_real, other, f_fit, seed)
+        s = pictures.generated_images(f_real, other, f_fit, seed)
         (own if name == "generated" else found[name]).update(
             {f"{k}_{name}" if k in ("fd", "kid", "w1", "ks") else k: v for k, v in s.items()}
         )
     own["fd_retrieval"] = found["retrieval"]["fd_retrieval"]
     mean = np.tile(np.rint(real_fit.mean(0)).astype(np.uint8), (len(rows), 1, 1, 1))
     found["mean_image"] = {
-        "fd_mean_image": metrics.generated_images(f_real, features(mean), f_fit, seed)["fd"]
+        "fd_mean_image": pictures.generated_images(f_real, features(mean), f_fit, seed)["fd"]
     }
     pca = PCA(min(32, len(fit) - 1), random_state=0).fit(real_fit.reshape(len(fit), -1) / 255)
     low = [pca.transform(a.reshape(len(a), -1) / 255) for a in (real, made[0], real_fit)]
     own |= {
         f"{k}_pca": v
-        for k, v in metrics.generated_images(*low, seed).items()
+        for k, v in pictures.generated_images(*low, seed).items()
         if k in ("fd", "fd_floor")
     }
     back = ridge(f_fit, x_fit[:, :-1], np.concatenate([f_made, f_real]))
@@ -1674,7 +1675,7 @@ def task_image_to_genes(session, field, cell, context, keep):
     everyone, n_fit = np.concatenate([fit, rows]), len(fit)
     y, true = table(field, "train")[:, :-1], table(field, "test")[:, :-1]
     crops = [field.cells.crops[r] for r in (fit, rows)]
-    shape = metrics.ImageFeatures().fit(crops[0])
+    shape = pictures.ImageFeatures().fit(crops[0])
     features, near = [shape(c) for c in crops], [density(field, p) for p in ("train", "test")]
     linear = [np.hstack(a) for a in zip(features, near)]
     beside = np.zeros((field.cells.n_cells, linear[0].shape[1]))
@@ -1689,7 +1690,7 @@ def task_image_to_genes(session, field, cell, context, keep):
         guess[name] = readout(np.concatenate(terms), inner, y, head[n_fit:], at[:n_fit], at[n_fit:])
         guess.setdefault("network", head[n_fit:])
     plain = [
-        np.concatenate([metrics.morphology(c[:, 0] / 255.0, shape.thresholds[0]), d], 1)
+        np.concatenate([pictures.morphology(c[:, 0] / 255.0, shape.thresholds[0]), d], 1)
         for c, d in zip(crops, near)
     ]
     pca = PCA(min(50, n_fit - 1), random_state=0).fit(crops[0].reshape(n_fit, -1) / 255)

@@ -14,13 +14,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import run  # noqa: E402
-
 import data  # noqa: E402
 import metrics  # noqa: E402
 import spatia as sp  # noqa: E402
 from data import DataError  # noqa: E402
-from plainst import simulate  # noqa: E402
+from plainst import (
+    run,  # noqa: E402
+    simulate,  # noqa: E402
+)
 
 SMALL = dataclasses.replace(
     sp.PRESETS["tiny"],
@@ -784,7 +785,7 @@ def test_two_processes_sum_to_one(cells, tmp_path):
     script = tmp_path / "go.py"
     script.write_text(
         f"import sys, json; sys.path.insert(0, {str(Path(sp.__file__).parent)!r}); import "
-        "dataclasses, torch, spatia as sp, run\n"
+        "dataclasses, torch, spatia as sp; from plainst import run\n"
         f"size = dataclasses.replace(sp.PRESETS['tiny'], dim=16, image_layers=1, "
         "gene_layers=0, latents=3, niche=5, tissue=4, decoder_dim=16,"
         f" decoder_layers=1, steps=(4, 4, 4), batch=(16, 16, 8))\n"
