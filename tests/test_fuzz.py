@@ -263,7 +263,6 @@ def readers_of(root):
     import data
     import gat_fusion
     import multist
-    import spatia
     import stformer
 
     slide = data.load_slide(root / "vis")
@@ -366,7 +365,11 @@ def readers_of(root):
         "gat_fusion --predict": lambda: predict(gat_fusion, "vis"),
         "cmrcnet --predict": lambda: predict(cmrcnet, "hest"),
         "stformer --predict": lambda: predict(stformer, "hest"),
-        "spatia": lambda: tensors(spatia.load_checkpoint(root / "spatia" / "latest.pt")),
+        "spatia": lambda: tensors(
+            run.read_checkpoint(
+                root / "spatia" / "latest.pt", "checkpoint", ["config", "done", "going"]
+            )
+        ),
     }
 
 
