@@ -205,13 +205,8 @@ class Expression:
     """
 
     def __init__(self, n_top_genes=3000, flavor="seurat", min_spots=3, target_sum=1e4, clip=10.0):
-        self.n_top_genes, self.flavor, self.min_spots, self.target_sum, self.clip = (
-            n_top_genes,
-            flavor,
-            min_spots,
-            target_sum,
-            clip,
-        )
+        self.n_top_genes, self.flavor, self.min_spots = n_top_genes, flavor, min_spots
+        self.target_sum, self.clip = target_sum, clip
 
     def fit(self, counts, genes, library_size=None):
         """counts (n, G) CSR raw counts of the training rows, genes (G,), library_size (n,) or None.

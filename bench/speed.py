@@ -38,7 +38,7 @@ import metrics  # noqa: E402
 import multist  # noqa: E402
 from bench import peers  # noqa: E402
 from data import DataError  # noqa: E402
-from plainst import run, simulate  # noqa: E402
+from plainst import neighbour_sums, run, simulate  # noqa: E402
 from plainst.retrieval import TILE, InvertedFile, exact_topk  # noqa: E402
 
 matplotlib.use("Agg")
@@ -264,7 +264,7 @@ def epoch_of(model, loss, evaluate):
 
 def fusion_epochs(x, labels, table):
     """{name: one epoch} of gat_fusion full, ours and with torch_geometric's layers."""
-    graph, rows = gat_fusion.Neighbours(table), labels >= 0
+    graph, rows = neighbour_sums.Neighbours(table), labels >= 0
     ours = gat_fusion.GatFusion("full", x.shape[1], int(labels.max()) + 1)
     models = {
         "gat_fusion full": ours,
@@ -597,7 +597,7 @@ def hot_loops(options):
     xy, d, heads = np.random.default_rng(0).random((n, 2)), 128, 4
     x = torch.randn(n, d, generator=generator)
     table, layer = (
-        gat_fusion.Neighbours(data.knn_table(xy, k)),
+        neighbour_sums.Neighbours(data.knn_table(xy, k)),
         gat_fusion.GraphAttention(d, d, heads, 0.0),
     )
     places = n * (k + 1)

@@ -105,12 +105,12 @@ def test_row_names_come_from_the_config(tmp_path):
     write(tmp_path, "a-1", "slice-a-2+b-1-full-cross", 0, 0.5, "slice", train="a-2,b-1")
     write(tmp_path, "a-1", "slice-all-gcn_only", 0, 0.5, "slice", train="")
     write(tmp_path, "a-1", "donor-b-1-expr_only-hvg=none", 0, 0.5, "donor", train="b-1")
-    write(tmp_path, "a-1", "blocks3-full-gated-k=18", 0, 0.5, "blocks", fold=3)
+    write(tmp_path, "a-1", "blocks3-full-gated-k-18", 0, 0.5, "blocks", fold=3)
     tables = report.rows_of(report.read_runs(tmp_path))
     assert {split: set(rows) - {"coords_knn"} for (split, _), rows in tables.items()} == {
         "slice": {"full-cross", "gcn_only"},
         "donor": {"expr_only-hvg=none"},
-        "blocks": {"full-gated-k=18"},
+        "blocks": {"full-gated-k-18"},
     }
 
 
