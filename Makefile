@@ -37,7 +37,7 @@ help:  ## list the targets
 	touch $@
 
 test: $(if $(stamp),.venv/.stamp-dev)  ## the whole test suite (finds real data through PLAINST_DATA)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist worksteal
 
 demo: $(stamp)  ## no download, no GPU: simulate a small cortex, H&E task and cell field, run every method shortly, write runs/demo/report.html
 	rm -rf $(RUNS)/demo

@@ -1,13 +1,46 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, one thread for each test process, and the tests in random order."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
-import pytest
+# before torch is imported; the processes that tests start inherit it
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="files, and the tests in each, in random order"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --shuffle: the order of the seed; tests of a file stay together, as its module fixtures
+    do."""
+    seed = config.getoption("--shuffle")
+    if seed is None:
+        return
+    rng = random.Random(seed)
+    files = list(dict.fromkeys(item.path for item in items))
+    rng.shuffle(files)
+    place = {path: i for i, path in enumerate(files)}
+    rng.shuffle(items)
+    items.sort(key=lambda item: place[item.path])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A test that asks for more threads leaves none behind."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
