@@ -1,14 +1,14 @@
-"""Spatial domains from expression, position and histology, without labels: MultiST (Wang, Ly, Yu,
-Bai; arXiv 2601.13331).
+"""MultiST: spatial domains from expression, position and histology, without labels.
 
-    counts (N, G) --PCA--> X (N, 200) --mask--> X' --MLP, GCN--> Z (N, 32)      Stage I, a masked
-    graph auto-encoder with a GAN side-branch
-                                                                Z --DEC--> Z     Stage II, compact
-                                                                clusters
+Wang, Ly, Yu, Bai, "MultiST", arXiv 2601.13331:
+
+    counts (N, G) --PCA--> X (N, 200) --mask--> X' --MLP, GCN--> Z (N, 32)             Stage I
+                           a masked graph auto-encoder with a GAN side-branch
+    Z --DEC--> Z           compact clusters                                            Stage II
     image --crops, frozen encoder, kNN smoothing--> V (N, 512)
-    Z, V --cross-attention in both directions over the m nearest spots--> H (N, 128)
-    Stage III H --PCA, tied-covariance GMM--> labels --label diffusion--> domains; pseudotime and
-    ligand-receptor scores from them
+    Z, V --cross-attention in both directions over the m nearest spots--> H (N, 128)   Stage III
+    H --PCA, tied-covariance GMM--> labels --label diffusion--> domains
+    domains --> pseudotime and ligand-receptor scores
 
 Eq. numbers are the paper's where docs/multist.md knows them. Labels are read for scores, figures
 and, with `--n_domains oracle`, for the number of domains; no loss sees them. The output that counts
@@ -19,9 +19,7 @@ is fixed beforehand: fused + diffusion (gene-only + diffusion without an image).
     python multist.py --data my_section.h5ad --n_domains bic --image off
 """
 
-import copy
 import csv
-import hashlib
 import time
 import warnings
 from dataclasses import dataclass
@@ -45,7 +43,8 @@ from torch.nn import functional as F
 import data
 import metrics
 from data import DataError
-from plainst import run
+from plainst import run, stain
+from plainst.graphs import Graph, SpotBatches, graph_product, neighbours_in_batch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -176,7 +175,7 @@ class Config(run.Config):
 
 
 # --------------------------------------------------------------------------------------------------
-# Input X and the spatial graph
+# Input X
 # --------------------------------------------------------------------------------------------------
 
 
@@ -231,96 +230,6 @@ def log_matrix(slide, config):
     )
 
 
-class Graph:
-    """D^-1/2 (A + I) D^-1/2 of the k-nearest-neighbour graph symmetrised by union, as rows of an
-    embedding bag, and its edges (2, E), i < j.
-
-    The losses are about its first `own` spots: all of them, or in a part of the slide those of the
-    tile; edges, too, are those among them.
-    """
-
-    def __init__(self, xy, k, device="cpu", name=""):
-        # (N, N) sparse
-        self.a_hat, self.pieces = data.normalised_knn_graph(xy, k, name)
-        self.xy, self.device, self.cut = xy, device, {}
-        self.fill(self.a_hat, sp.triu(self.a_hat, 1).tocoo(), len(xy))
-
-    def fill(self, a_hat, edges, own):
-        """Set the tensors from A_hat (n, n) CSR and the upper triangle of the edges (n, n) COO."""
-        self.columns, self.starts, self.weights = (
-            torch.as_tensor(v, device=self.device)
-            for v in (
-                a_hat.indices.astype(np.int64),
-                a_hat.indptr[:-1].astype(np.int64),
-                a_hat.data,
-            )
-        )
-        # (2, E)
-        self.edges = torch.as_tensor(
-            np.stack([edges.row, edges.col]).astype(np.int64), device=self.device
-        )
-        # (E,) to look edges up
-        self.key = (self.edges[0] * own + self.edges[1]).sort().values
-        self.own = own
-
-    def own_of(self, values):
-        """The rows of the own spots; the whole is left as it is, since a slice of it would add up
-        gradients in another order."""
-        return values if len(values) == self.own else values[: self.own]
-
-    def parts(self, size):
-        """[(rows, Graph)]: the whole, or for each compact tile of at most `size` spots its rows of
-        the slide, own spots first, and their graph.
-
-        The halo is three steps wide, two of the encoder and one of the decoder: a tile's own spots
-        see what they see in the whole.
-        """
-        if not size or size >= len(self.xy):
-            return [(slice(None), self)]
-        if size not in self.cut:
-            self.cut[size] = self.tiles(size)
-        return self.cut[size]
-
-    def tiles(self, size):
-        """What `parts` gives and keeps."""
-        out = []
-        for rows in data.median_tiles(self.xy, size):
-            own, seen, edge = len(rows), np.zeros(len(self.xy), bool), rows
-            for _ in range(3):
-                seen[edge] = True
-                near = np.unique(self.a_hat[edge].indices)
-                edge = near[~seen[near]]
-                # (n,)
-                rows = np.concatenate([rows, edge])
-            part, a_hat = copy.copy(self), self.a_hat[rows][:, rows].tocsr()
-            part.fill(a_hat, sp.triu(a_hat[:own, :own], 1).tocoo(), own)
-            out.append((torch.as_tensor(rows, device=self.device), part))
-        return out
-
-
-class GraphProduct(torch.autograd.Function):
-    """A_hat h: (N, d) -> (N, d) as an embedding bag. A_hat is symmetric, so the gradient is the
-    same product."""
-
-    @staticmethod
-    def forward(ctx, h, graph):
-        ctx.graph = graph
-        return F.embedding_bag(
-            graph.columns,
-            h.contiguous(),
-            graph.starts,
-            per_sample_weights=graph.weights.to(h.dtype),
-            mode="sum",
-        )
-
-    @staticmethod
-    def backward(ctx, grad):
-        return GraphProduct.apply(grad, ctx.graph), None
-
-
-graph_product = GraphProduct.apply
-
-
 # --------------------------------------------------------------------------------------------------
 # Stage I: masked graph auto-encoder
 # --------------------------------------------------------------------------------------------------
@@ -346,6 +255,8 @@ def mask_rows(x, m, rate, mode):
 
 # spots at a time in evaluation mode
 ROWS = 20_000
+# products with the graph between X and X_hat: two of the encoder, one of the decoder
+HOPS = 3
 
 
 class Encoder(nn.Module):
@@ -429,11 +340,11 @@ def edge_logits(z, pairs):
 def negative_pairs(graph):
     """As many random pairs (2, <= E) as there are edges, without self-pairs and edges; drawn anew
     at every call."""
-    i, j = torch.randint(graph.own, (2, graph.edges.shape[1]), device=graph.edges.device)
+    i, j = torch.randint(graph.n_own, (2, graph.edges.shape[1]), device=graph.edges.device)
     low, high = torch.minimum(i, j), torch.maximum(i, j)
-    key = low * graph.own + high
-    at = torch.searchsorted(graph.key, key).clamp(max=len(graph.key) - 1)
-    free = (low != high) & (graph.key[at] != key)
+    key = low * graph.n_own + high
+    at = torch.searchsorted(graph.edge_keys, key).clamp(max=len(graph.edge_keys) - 1)
+    free = (low != high) & (graph.edge_keys[at] != key)
     return torch.stack([low[free], high[free]])
 
 
@@ -544,12 +455,12 @@ class Adversary:
     def encode(self, model, x, graph):
         """Latents of fresh fakes, (own, 32)."""
         with frozen_statistics(model):
-            return graph.own_of(model.encoder(self.generator(len(x)), graph))
+            return graph.without_halo(model.encoder(self.generator(len(x)), graph))
 
     def step(self, model, x, graph):
         """One step of the critic and one of the generator; the encoder stands still."""
         with torch.no_grad(), frozen_statistics(model):
-            z, z_fake = graph.own_of(model.encoder(x, graph)), self.encode(model, x, graph)
+            z, z_fake = graph.without_halo(model.encoder(x, graph)), self.encode(model, x, graph)
         if self.kind == "fisher":
             self.c_step.zero_grad()
             (-self.distance(z, z_fake)).backward()
@@ -614,7 +525,7 @@ def decayed(module, weight_decay):
 def train_stage1(x, graph, config, log):
     """Stage I: lambda_x MSE + lambda_g L_graph + lambda_mask L_mask + lambda_gan L_gan. x (N, P) ->
     AutoEncoder, its optimiser, Adversary or None."""
-    model, parts = AutoEncoder(x.shape[1], config).to(x.device), graph.parts(config.tile)
+    model, parts = AutoEncoder(x.shape[1], config).to(x.device), graph.tiles(config.tile, HOPS)
     run.compiled(model.encoder, config)
     step = torch.optim.Adam(decayed(model, config.weight_decay), lr=config.lr)
     adversary = None if config.gan == "off" else Adversary(config.gan, x.shape[1], x.device)
@@ -642,8 +553,8 @@ def stage1_terms(model, adversary, x, graph, config):
     # (N, 32)
     z = model.encode(masked, graph)
     # (own, P)
-    x_hat = graph.own_of(model.decode(z, graph))
-    x, z, rows = graph.own_of(x), graph.own_of(z), rows[rows < graph.own]
+    x_hat = graph.without_halo(model.decode(z, graph))
+    x, z, rows = graph.without_halo(x), graph.without_halo(z), rows[rows < graph.n_own]
     terms = {
         "expression": config.lambda_x * F.mse_loss(x_hat, x),
         "graph": config.lambda_g * edge_loss(z, graph),
@@ -685,11 +596,11 @@ def stage2_terms(model, adversary, x, graph, target, centres, config):
     """{name: weighted scalar} of one forward pass; target (own, K), centres (K, 32)."""
     # (N, 32)
     z = model.encode(x, graph)
-    own = graph.own_of(z)
+    own = graph.without_halo(z)
     terms = {
         "dec": config.lambda_dec * dec_kl(target, dec_q(own, centres)),
         "expression": config.lambda_x
-        * F.mse_loss(graph.own_of(model.decode(z, graph)), graph.own_of(x)),
+        * F.mse_loss(graph.without_halo(model.decode(z, graph)), graph.without_halo(x)),
         "graph": config.lambda_g * edge_loss(own, graph),
     }
     if adversary:
@@ -702,7 +613,7 @@ def stage2_terms(model, adversary, x, graph, target, centres, config):
 def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
     """Stage II, with Stage I's optimiser: DEC + expression + graph + GAN terms. Returns centres (K,
     32), the final target (N, K), epochs run."""
-    parts = graph.parts(config.tile)
+    parts = graph.tiles(config.tile, HOPS)
     z = model.embed(x, graph)
     kmeans = KMeans(n_domains, n_init=20, random_state=config.seed).fit(z.cpu().numpy())
     # (K, 32)
@@ -723,7 +634,13 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
                 adversary.step(model, x[rows], near)
             loss = terms.total(
                 stage2_terms(
-                    model, adversary, x[rows], near, near.own_of(target[rows]), centres, config
+                    model,
+                    adversary,
+                    x[rows],
+                    near,
+                    near.without_halo(target[rows]),
+                    centres,
+                    config,
                 ),
                 epoch,
                 [*model.encoder.parameters(), centres],
@@ -742,84 +659,13 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
 # Image branch
 # --------------------------------------------------------------------------------------------------
 
-# Reinhard et al. 2001, Eq. 4
-RGB_TO_LMS = np.array(
-    [[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]]
-)
-# Eq. 6, Ruderman's l alpha beta
-LMS_TO_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])
-# mean and std of l alpha beta under the spots of DLPFC 151673
-REFERENCE = np.array([[8.429, -0.135, 0.030], [0.160, 0.049, 0.0124]])
-
-
-def to_lab(rgb):
-    """(n, 3) uint8 or float 0-255 -> (n, 3) l alpha beta of the logarithms of LMS, natural
-    logarithm."""
-    return np.log(
-        np.maximum(rgb.astype(np.float32), 1) @ RGB_TO_LMS.T.astype(np.float32)
-    ) @ LMS_TO_LAB.T.astype(np.float32)
-
-
-def tissue_colour(slide, reach=2):
-    """(2, 3) mean and std of l alpha beta over the pixels within `reach` of the spots' centres.
-
-    The paper's rule R + G + B < 600 takes the whole picture of 151673 for tissue: its background is
-    grey (525)."""
-    step = np.arange(-reach, reach + 1)
-    # (N, 2)
-    at = np.rint(slide.xy * slide.image_scale).astype(int)
-    x, y = (np.clip(at[:, i, None] + step, 0, slide.image.shape[1 - i] - 1) for i in (0, 1))
-    # (n, 3)
-    lab = to_lab(slide.image[y[:, :, None], x[:, None, :]].reshape(-1, 3))
-    return np.stack([lab.mean(0), lab.std(0)])
-
-
-def normalise_colour(image, source, target=REFERENCE):
-    """Reinhard's colour transfer (2001): every channel of l alpha beta goes from the source's mean
-    and std to the target's.
-
-    image (H, W, 3) uint8 -> the same; source, target (2, 3). One affine map per channel for the
-    whole slide, background included. Works in strips of rows, so that a large picture needs little
-    memory.
-    """
-    gain = target[1] / np.maximum(source[1], 1e-6)
-    out = np.empty_like(image)
-    for i in range(0, len(image), 256):
-        # (n, 3)
-        strip = (to_lab(image[i : i + 256].reshape(-1, 3)) - source[0]) * gain + target[0]
-        rgb = np.exp(strip @ np.linalg.inv(LMS_TO_LAB).T) @ np.linalg.inv(RGB_TO_LMS).T
-        out[i : i + 256] = (
-            np.clip(np.rint(rgb), 0, 255).reshape(out[i : i + 256].shape).astype(np.uint8)
-        )
-    return out
-
-
-def smoothing_matrix(xy, k=7):
-    """(N, N) CSR, rows sum to 1: w_ij ~ exp(-d_ij^2 / (2 sigma^2)) over the k nearest spots (self
-    excluded), sigma = 2 x their median distance."""
-    near = data.knn_table(xy, k)
-    # (N, k)
-    d = np.linalg.norm(xy[near] - xy[:, None], axis=2)
-    w = np.exp(-(d**2) / (2 * (2 * max(np.median(d), 1e-9)) ** 2))
-    w /= w.sum(1, keepdims=True)
-    return sp.csr_matrix(
-        (w.ravel().astype(np.float32), (np.repeat(np.arange(len(xy)), k), near.ravel())),
-        shape=(len(xy),) * 2,
-    )
-
 
 def image_tokens(slide, config, device):
     """(N, D) float32 standardised image features: colour normalisation, crops, frozen encoder, and
     Eq. 10 on the frozen features, once: V~ = (1 - smooth) V + smooth W V. (The linear projection to
     512 commutes with averaging, so smoothing first is the same and is done once.)"""
-    if (
-        config.colour == "reference"
-        and slide.patches is None
-        and slide.image is not None
-        and slide.image_scale
-    ):
-        slide = copy.copy(slide)
-        slide.image = normalise_colour(slide.image, tissue_colour(slide))
+    if config.colour == "reference":
+        slide = stain.normalised_slide(slide)
     v = data.image_features(
         slide,
         config.encoder,
@@ -830,7 +676,7 @@ def image_tokens(slide, config, device):
     # (N, D)
     v = (v - v.mean(0)) / np.maximum(v.std(0), 1e-6)
     if slide.n_spots > 7 and config.smooth > 0:
-        v = (1 - config.smooth) * v + config.smooth * (smoothing_matrix(slide.xy) @ v)
+        v = (1 - config.smooth) * v + config.smooth * (data.smoothing_matrix(slide.xy) @ v)
     return v.astype(np.float32)
 
 
@@ -951,55 +797,6 @@ def info_nce(h_gene, h_image, near, tau):
     return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
 
-class Tiles:
-    """The slide in tiles of about 64 spots that lie together (a KD-tree's leaves), and the m
-    nearest spots of each spot."""
-
-    def __init__(self, xy, m, device, size=64, k=6):
-        near = (
-            np.arange(len(xy))[:, None]
-            if m == 1
-            else np.concatenate([np.arange(len(xy))[:, None], data.knn_table(xy, m - 1)], 1)
-        )
-        # (N, m), self first
-        self.near = torch.as_tensor(near, device=device)
-        # whom the contrast may not push away
-        self.graph = self.near if m > k else torch.as_tensor(data.knn_table(xy, k), device=device)
-        offset = (xy[near] - xy[:, None]) / max(data.lattice_pitch(xy), 1e-9)
-        # (N, m, 2)
-        self.offset = torch.as_tensor(offset.astype(np.float32), device=device)
-        self.tiles = [torch.as_tensor(rows, device=device) for rows in data.median_tiles(xy, size)]
-
-    def batches(self, spots):
-        """Lists of rows, each of about `spots` spots: tiles from anywhere on the slide, in random
-        order."""
-        tiles = [self.tiles[i] for i in torch.randperm(len(self.tiles)).tolist()]
-        per = max(1, round(spots / max(1, np.mean([len(t) for t in tiles]))))
-        return [torch.cat(tiles[i : i + per]) for i in range(0, len(tiles), per)]
-
-    def gather(self, rows, everything=False):
-        """For queries `rows` (B,): the spots at hand (T,) = queries and their neighbours, rows of
-        the queries and of the neighbours in them."""
-        # (B, m)
-        near = self.near[rows]
-        # (T,), (B, 1 + m)
-        hand, place = torch.unique(torch.cat([rows[:, None], near], 1), return_inverse=True)
-        return hand, place[:, 0], place[:, 1:], self.offset[rows]
-
-
-def neighbours_in_batch(rows, near):
-    """(B, B) bool: True where the spot of the column is one of the m nearest of the spot of the
-    row, or the reverse; never the spot itself."""
-    ordered, order = rows.sort()
-    # (B, m)
-    wanted = near[rows]
-    at = torch.searchsorted(ordered, wanted).clamp(max=len(rows) - 1)
-    found = torch.zeros(len(rows), len(rows), dtype=torch.bool, device=rows.device)
-    i, j = torch.nonzero(ordered[at] == wanted, as_tuple=True)
-    found[i, order[at[i, j]]] = True
-    return (found | found.T).fill_diagonal_(False)
-
-
 def stage3_terms(model, z, v, tiles, rows, target, centres, variance, config):
     """{name: weighted scalar} of one batch of Stage III: 2 SDM + contrast + 0.005 |H|^2, and two
     terms of ours that keep the domains of Z.
@@ -1017,7 +814,9 @@ def stage3_terms(model, z, v, tiles, rows, target, centres, variance, config):
     z_kept = model.keep(h)
     terms = {
         "sdm": 2 * sdm(h_gene, h_image, config.tau),
-        "contrast": info_nce(h_gene, h_image, neighbours_in_batch(rows, tiles.graph), config.tau),
+        "contrast": info_nce(
+            h_gene, h_image, neighbours_in_batch(rows, tiles.adjacent), config.tau
+        ),
         "norm": 0.5 * 0.01 * (h_gene.square().mean() + h_image.square().mean()),
         "keep": config.lambda_keep * F.mse_loss(z_kept, z[rows]) / variance,
     }
@@ -1035,7 +834,7 @@ def train_stage3(z, v, xy, target, centres, config, log):
     share of log m (nan where the weights are not kept), number of parameters.
     """
     model = run.compiled(Fusion(z.shape[1], v.shape[1], config).to(z.device), config)
-    tiles = Tiles(xy, config.m, z.device, k=config.k)
+    tiles = SpotBatches(xy, config.m, z.device, k=config.k)
     step = torch.optim.AdamW(model.parameters(), lr=config.fusion_lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step, max(1, config.fusion_epochs))
     terms, variance = Terms("Stage III", log), z.var()
@@ -1483,64 +1282,35 @@ def number_of_domains(slide, z, config):
 
 def variant(config):
     """Folder name of a run: `default`, and the flags that differ from their defaults."""
-    silent = {
-        "data",
-        "slice",
-        "seed",
-        "device",
-        "threads",
-        "deterministic",
-        "runs",
-        "cache",
-        "figures",
-    }
-    out = "default"
-    for name, field in config.__dataclass_fields__.items():
-        value = getattr(config, name)
-        if name not in silent and value != field.default:
-            text = str(value)
-            plain = "".join(c if c.isalnum() or c in "._" else "_" for c in Path(text).name)
-            out += f"-{name}-{plain}" + (
-                f"_{hashlib.sha256(text.encode()).hexdigest()[:6]}" if plain != text else ""
-            )
-    return out
+    return run.variant(config, ["default"], ["figures"], files=["encoder", "order", "lr_pairs"])
 
 
 def with_image(slide, config):
     """Whether Stage III runs. Raises DataError where an image was asked for and there is none."""
     if config.image == "off":
         return False
-    there = (
-        slide.patches is not None
-        or slide.image is not None
-        or Path(config.encoder).suffix in (".npy", ".npz")
-    )
-    if not there and config.image != "auto":
+    from_file = data.is_features_file(config.encoder)
+    has_image = slide.patches is not None or slide.image is not None or from_file
+    if not has_image and config.image != "auto":
         raise DataError(
             f"slide {slide.sample} has no image for --image {config.image}: put "
             "tissue_hires_image.png into spatial/, or use --image off"
         )
-    from_file = Path(config.encoder).suffix in (".npy", ".npz")
-    if (
-        there
-        and config.image == "auto"
-        and slide.patches is None
-        and not from_file
-        and not slide.um_per_px
-    ):
-        print(
-            f"slide {slide.sample} has an image but no physical scale: gene-only, Stage III "
-            "is left out"
-        )
-        return False
-    if not there:
+    if not has_image:
         print(f"slide {slide.sample} has no image: gene-only, Stage III is left out")
-    elif from_file:
-        # complain before the work starts
+        return False
+    # complain before the work starts
+    if from_file:
         data.read_embedding(config.encoder, slide)
     elif slide.patches is None:
+        if config.image == "auto" and not slide.um_per_px:
+            print(
+                f"slide {slide.sample} has an image but no physical scale: gene-only, Stage III "
+                "is left out"
+            )
+            return False
         data.crops(slide, np.arange(1), config.crop_um)
-    return there
+    return True
 
 
 def fused_embedding(slide, z, target, centres, config, device, log):
@@ -1631,7 +1401,7 @@ def used_files(config, slide, use_image):
     or its features."""
     files = [slide.source, *slide.tables, config.lr_pairs]
     if use_image:
-        from_file = Path(config.encoder).suffix in (".npy", ".npz")
+        from_file = data.is_features_file(config.encoder)
         files.append(
             str(data.slice_path(config.encoder, slide))
             if from_file

@@ -33,6 +33,7 @@ import gat_fusion  # noqa: E402
 import multist  # noqa: E402
 import stformer  # noqa: E402
 from plainst import (  # noqa: E402
+    graphs,  # noqa: E402
     run,  # noqa: E402
     simulate,  # noqa: E402
 )
@@ -154,7 +155,7 @@ def one_multist(folder, n, n_genes=1000):
     )
     slide = clock.median("load", lambda: data.load_slide(config.data))
     x = clock.median("inputs", lambda: torch.as_tensor(multist.preprocess(slide, config)))
-    graph = clock.median("graph", lambda: multist.Graph(slide.xy, config.k))
+    graph = clock.median("graph", lambda: graphs.Graph(slide.xy, config.k))
     run.seed_everything(0)
     model, step, adversary = multist.train_stage1(x, graph, config, [])
     clock.lap("Stage I, epoch", EPOCHS)
