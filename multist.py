@@ -19,35 +19,23 @@ is fixed beforehand: fused + diffusion (gene-only + diffusion without an image).
     python multist.py --data my_section.h5ad --n_domains bic --image off
 """
 
-import csv
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
 import scipy.sparse as sp
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import false_discovery_control
 from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
-from sklearn.neighbors import NearestNeighbors
-from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
 import data
-import metrics
 from data import DataError
+from evaluation import baselines, clustering, downstream, figures
 from plainst import run, stain
 from plainst.graphs import Graph, SpotBatches, graph_product, neighbours_in_batch
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 @dataclass
@@ -882,320 +870,6 @@ def fuse(model, z, v, tiles, config):
 
 
 # --------------------------------------------------------------------------------------------------
-# Domains: tied-covariance Gaussian mixture and label diffusion
-# --------------------------------------------------------------------------------------------------
-
-
-def components(h, most=30):
-    """(N, d) -> (N, min(most, numerical rank)) principal components. Components beyond the rank are
-    round-off, and a tied covariance would weigh them like any other."""
-    h = np.asarray(h, np.float64)
-    u, s, _ = np.linalg.svd(h - h.mean(0), full_matrices=False)
-    rank = int((s**2 > 1e-6 * s[0] ** 2).sum()) if s[0] > 0 else 0
-    return u[:, : min(most, rank)] * s[: min(most, rank)]
-
-
-def gmm_tied(h, k, n_init=10, seed=0):
-    """Domains by a Gaussian mixture with one covariance for all (mclust's EEE), EM from `n_init`
-    k-means starts, the likeliest taken.
-
-    h (N, d) -> labels (N,), the fitted mixture. mclust starts from model-based hierarchical
-    clustering instead. Raises DataError where k exceeds the number of spots or nothing varies.
-    """
-    if k > len(h):
-        raise DataError(
-            f"{k} domains cannot be found among {len(h)} spots: choose a smaller --n_domains"
-        )
-    # few spots cannot carry a 30 x 30 covariance
-    x = components(h, max(1, min(30, (len(h) - k) // 3)))
-    if x.shape[1] == 0:
-        raise DataError("the embedding is the same for every spot: check that the counts vary")
-    return fit_mixture(x, k, n_init, seed)
-
-
-def fit_mixture(x, k, n_init, seed):
-    """The tied mixture on components x (N, d) as they are: labels (N,), the fitted mixture."""
-    ridge = 1e-6 * x.var(0).mean()
-    mixture = GaussianMixture(
-        k, covariance_type="tied", n_init=n_init, random_state=seed, reg_covar=ridge, max_iter=300
-    )
-    # threads only wait for each other on 30 columns
-    with warnings.catch_warnings(), threadpool_limits(1):
-        # fewer distinct rows than domains, or 300 steps
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return mixture.fit_predict(x), mixture
-
-
-def choose_k(h, low=2, high=20, seed=0):
-    """Number of domains with the lowest Bayesian information criterion of the tied mixture, and {k:
-    bic}; at least 10 spots a domain are asked for.
-
-    Raises DataError with fewer than 10 `low` spots."""
-    if len(h) < 10 * low:
-        raise DataError(
-            f"{len(h)} spots are too few to choose the number of domains: give it with --n_domains"
-        )
-    high = min(high, len(h) // 10)
-    x, bic = components(h, min(30, (len(h) - high) // 3)), {}
-    for k in range(low, high + 1):
-        bic[k] = fit_mixture(x, k, 1, seed)[1].bic(x)
-    return min(bic, key=bic.get), bic
-
-
-def diffuse_labels(labels, xy, steps=3, k=7, self_weight=1.0, share=0.01):
-    """Label diffusion: Y <- W Y, anchors kept, rows normalised, `steps` times; label = argmax.
-    labels (N,) int, xy (N, 2) -> (N,).
-
-    W: exp(-d^2 / sigma^2) over the k nearest spots, sigma = median neighbour distance, plus the
-    spot itself. Anchors: per domain the ceil(1 %) spots whose neighbours agree most, by rank (by
-    threshold, as released, ties make 12 % of them). Without self weight even the true labels are
-    eroded (ARI .85 after 10 steps on 151673).
-    """
-    if steps == 0 or len(labels) <= k:
-        return labels.copy()
-    near = data.knn_table(xy, k)
-    # (N, k)
-    d = np.linalg.norm(xy[near] - xy[:, None], axis=2)
-    w = np.exp(-((d / max(np.median(d), 1e-9)) ** 2))
-    names, code = np.unique(labels, return_inverse=True)
-    # (N,)
-    agree = (w * (code[near] == code[:, None])).sum(1)
-    anchors = np.concatenate(
-        [
-            rows[np.argsort(-agree[rows], kind="stable")[: int(np.ceil(share * len(rows)))]]
-            for rows in (np.flatnonzero(code == c) for c in range(len(names)))
-        ]
-    )
-    walk = sp.csr_matrix(
-        (w.ravel(), (np.repeat(np.arange(len(labels)), k), near.ravel())), shape=(len(labels),) * 2
-    )
-    walk = walk + sp.identity(len(labels), format="csr") * self_weight
-    walk = sp.diags(1 / np.asarray(walk.sum(1)).ravel()) @ walk
-    # (N, K)
-    y = np.eye(len(names))[code]
-    kept = y[anchors]
-    for _ in range(steps):
-        y = walk @ y
-        y[anchors] = kept
-        y /= y.sum(1, keepdims=True)
-    return names[y.argmax(1)]
-
-
-def majority_vote(labels, near):
-    """The commonest label among a spot and its neighbours `near` (N, k): one smoothing round of the
-    baseline."""
-    names, code = np.unique(labels, return_inverse=True)
-    one_hot = np.eye(len(names))[code]
-    return names[(one_hot + one_hot[near].sum(1)).argmax(1)]
-
-
-def baselines(x, slide, k, config):
-    """{name: labels}: the same mixture on 20 principal components, and on their mean over a spot
-    and its 6 nearest, with one vote of 18."""
-    pcs = x[:, :20]
-    out = {"pca_gmm": gmm_tied(pcs, k, config.n_init, config.seed)[0]}
-    if slide.n_spots > 18:
-        mean = data.neighbour_mean(pcs, data.knn_table(slide.xy, 6))
-        out["neighbour_mean_gmm"] = majority_vote(
-            gmm_tied(mean, k, config.n_init, config.seed)[0], data.knn_table(slide.xy, 18)
-        )
-    return out
-
-
-# --------------------------------------------------------------------------------------------------
-# Downstream: pseudotime and ligand-receptor scores (the paper reports both; no code of theirs is
-# released)
-# --------------------------------------------------------------------------------------------------
-
-
-def pseudotime(h, root_domain, seed=0, most=5000, neighbours=15, n_components=15):
-    """Diffusion pseudotime (Haghverdi et al. 2016) from a spot of `root_domain` (N,) bool: (N,) in
-    [0, 1], nan where unreachable.
-
-    root_domain None: from an end of the first diffusion component, either end, of the largest
-    connected piece.
-
-    dpt(i, root) = |sum_l lambda_l / (1 - lambda_l) (psi_l(i) - psi_l(root))| over the diffusion
-    components of the 15-nearest-neighbour graph of h (N, d) in its principal components. Beyond
-    `most` spots it is computed on a random subset and carried over by the 5 nearest of it.
-    """
-    x = components(h)
-    rows = np.sort(np.random.default_rng(seed).choice(len(x), min(most, len(x)), replace=False))
-    if root_domain is None:
-        root_domain = np.ones(len(x), bool)
-    if not root_domain[rows].any():
-        rows[0] = np.flatnonzero(root_domain)[0]
-    part = x[rows]
-    near, d = nearest(part, part, min(neighbours, len(part) - 1) + 1)
-    near, d = near[:, 1:], d[:, 1:]
-    # each spot's own scale
-    sigma = np.maximum(d[:, -1], 1e-12)
-    w = np.exp(-(d**2) / (sigma[:, None] * sigma[near]))
-    graph = sp.csr_matrix(
-        (w.ravel(), (np.repeat(np.arange(len(part)), near.shape[1]), near.ravel())),
-        shape=(len(part),) * 2,
-    )
-    graph = graph.maximum(graph.T)
-    piece = sp.csgraph.connected_components(graph, directed=False)[1]
-    # the component that holds most of the root domain
-    at_root = np.bincount(piece[root_domain[rows]]).argmax()
-    use = np.flatnonzero(piece == at_root)
-    time_, out = (
-        diffusion_time(graph[use][:, use].tocsr(), root_domain[rows][use], n_components),
-        np.full(len(part), np.nan),
-    )
-    out[use] = time_
-    if len(part) == len(x):
-        return out
-    at, _ = nearest(part, x, min(5, len(part)))
-    # (N, 5), nan for spots that cannot be reached
-    near_time = out[at]
-    reached = np.isfinite(near_time)
-    mean = np.where(reached, near_time, 0).sum(1) / np.maximum(reached.sum(1), 1)
-    return np.where(reached[:, 0], mean, np.nan)
-
-
-def nearest(points, query, k):
-    """Rows of the k nearest points to each query and their distances, exact, in chunks: (Q, k), (Q,
-    k)."""
-    d, at = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points).kneighbors(query)
-    return at, d
-
-
-def diffusion_time(graph, at_root, n_components):
-    """Pseudotime on one connected weighted graph (n, n) CSR from the extreme spot of `at_root` (n,)
-    bool: (n,) in [0, 1]."""
-    n = graph.shape[0]
-    density = 1 / np.asarray(graph.sum(1)).ravel()
-    # density normalisation (Coifman & Lafon 2006)
-    graph = sp.diags(density) @ graph @ sp.diags(density)
-    root_degree = 1 / np.sqrt(np.asarray(graph.sum(1)).ravel())
-    symmetric = sp.diags(root_degree) @ graph @ sp.diags(root_degree)
-    start = np.random.default_rng(0).standard_normal(n)
-    values, vectors = sp.linalg.eigsh(
-        symmetric, k=min(n_components, n - 2) + 1, which="LA", v0=start
-    )
-    # without the stationary component
-    order = np.argsort(-values)[1:]
-    values, vectors = values[order], vectors[:, order] * root_degree[:, None]
-    first = vectors[:, 0] * np.sign(vectors[at_root, 0].mean() - vectors[:, 0].mean() or 1)
-    root = np.flatnonzero(at_root)[first[at_root].argmax()]
-    distance = np.linalg.norm(
-        values / (1 - np.minimum(values, 1 - 1e-9)) * (vectors - vectors[root]), axis=1
-    )
-    return distance / max(distance.max(), 1e-12)
-
-
-LAYER_ORDER = ["WM", "Layer6", "Layer5", "Layer4", "Layer3", "Layer2", "Layer1"]
-
-PAIRS = [
-    ("APOE", "LRP1"),
-    ("BDNF", "NTRK2"),
-    ("CCK", "CCKBR"),
-    ("CNTN1", "NRCAM"),
-    ("CX3CL1", "CX3CR1"),
-    ("CXCL12", "CXCR4"),
-    ("CXCL14", "CXCR4"),
-    ("EFNA5", "EPHA4"),
-    ("FGF1", "FGFR2"),
-    ("GAS6", "AXL"),
-    ("IGF1", "IGF1R"),
-    ("JAG1", "NOTCH1"),
-    ("NRG1", "ERBB4"),
-    ("NRXN1", "NLGN1"),
-    ("NRXN3", "NLGN2"),
-    ("NTF3", "NTRK3"),
-    ("PDGFA", "PDGFRA"),
-    ("PENK", "OPRM1"),
-    ("PSAP", "GPR37"),
-    ("PTN", "PTPRZ1"),
-    ("RELN", "LRP8"),
-    ("SEMA3A", "NRP1"),
-    ("SLIT2", "ROBO1"),
-    ("SPP1", "CD44"),
-    ("SST", "SSTR2"),
-    ("TAC1", "TACR1"),
-    ("VEGFA", "FLT1"),
-    ("VIP", "VIPR1"),
-    ("APP", "CD74"),
-    ("MIF", "CD74"),
-    ("COL1A1", "CD44"),
-    ("FN1", "ITGB1"),
-    ("TGFB1", "TGFBR2"),
-    ("WNT5A", "FZD3"),
-]
-
-
-def read_pairs(path):
-    """[(ligand, receptor)] from a two-column CSV, a header line `ligand,receptor` allowed. Raises
-    DataError for another shape."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [
-                [cell.strip() for cell in row]
-                for row in csv.reader(file, strict=True)
-                if any(cell.strip() for cell in row)
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{path} cannot be read as a ligand-receptor CSV ({error}): give two columns "
-            "ligand,receptor"
-        ) from error
-    if any(len(row) < 2 for row in rows):
-        raise DataError(
-            f"{path} has a row with fewer than two columns: give ligand,receptor in each"
-        )
-    rows = rows[1:] if rows and rows[0][0].lower() == "ligand" else rows
-    if not rows:
-        raise DataError(f"{path} holds no ligand-receptor pair: give two columns ligand,receptor")
-    return list(dict.fromkeys((row[0], row[1]) for row in rows))
-
-
-def ligand_receptor(x, genes, pairs, labels, near, permutations=1000, seed=0):
-    """Domain-to-domain ligand-receptor scores over spatial neighbours (spots hold several cells, so
-    not cell-to-cell).
-
-    s(a, b) = mean of x_iL x_jR over neighbour pairs i in a, j in b; null: the domain labels
-    permuted over spots; p = (1 + #(null >= s)) / (1 + permutations), Benjamini-Hochberg over all
-    pairs and domain pairs. x (N, G) CSR log expression, near (N, k), labels (N,). Returns (pairs
-    that the panel holds, score (n, K, K), p (n, K, K), q (n, K, K)); domain pairs that never touch
-    are nan.
-    """
-    column = {g: i for i, g in reversed(list(enumerate(genes)))}
-    pairs = [pair for pair in pairs if pair[0] in column and pair[1] in column]
-    names, code = np.unique(labels, return_inverse=True)
-    k, i, j = len(names), np.repeat(np.arange(len(near)), near.shape[1]), near.ravel()
-    if not pairs:
-        return [], *(np.zeros((0, k, k)) for _ in range(3))
-    x = x.tocsc()
-    # (N, n) each
-    ligand, receptor = (x[:, [column[pair[side]] for pair in pairs]].toarray() for side in (0, 1))
-    # (E, n)
-    product = (ligand[i] * receptor[j]).astype(np.float64)
-
-    def means(code):
-        cell = code[i] * k + code[j]
-        gather = sp.csr_matrix(
-            (np.ones(len(cell)), (cell, np.arange(len(cell)))), shape=(k * k, len(cell))
-        )
-        count = np.bincount(cell, minlength=k * k)[:, None]
-        # (K K, n)
-        return np.divide(
-            gather @ product, count, out=np.full((k * k, len(pairs)), np.nan), where=count > 0
-        )
-
-    score, above, drawn = means(code), 0, 0
-    rng = np.random.default_rng(seed)
-    for _ in run.progress(range(permutations), "ligand-receptor"):
-        null = means(rng.permutation(code))
-        above, drawn = above + (null >= score - 1e-12), drawn + np.isfinite(null)
-    p = np.where(np.isfinite(score), (1 + above) / (1 + drawn), np.nan)
-    q = np.full_like(p, np.nan)
-    q[np.isfinite(p)] = false_discovery_control(p[np.isfinite(p)])
-    return pairs, *(a.T.reshape(len(pairs), k, k) for a in (score, p, q))
-
-
-# --------------------------------------------------------------------------------------------------
 # Program
 # --------------------------------------------------------------------------------------------------
 
@@ -1256,30 +930,6 @@ def check(config):
     )
 
 
-def number_of_domains(slide, z, config):
-    """Number of domains and how it was chosen. Raises DataError for oracle without labels of two
-    classes, or more domains than spots."""
-    if config.n_domains == "bic":
-        return choose_k(z, seed=config.seed)[0], "bic"
-    if config.n_domains == "oracle":
-        k = len(np.unique(slide.labels[slide.labels >= 0]))
-        if k < 2:
-            raise DataError(
-                f"slide {slide.sample} has "
-                f"{'no labels' if k == 0 else 'labels of one class only'}, so the number of "
-                "domains cannot be "
-                "taken from them: give --n_domains bic or a number"
-            )
-    else:
-        k = int(config.n_domains)
-    if k > slide.n_spots:
-        raise DataError(
-            f"{k} domains cannot be found among the {slide.n_spots} spots of slide "
-            f"{slide.sample}: choose a smaller --n_domains"
-        )
-    return k, "oracle" if config.n_domains == "oracle" else "user"
-
-
 def variant(config):
     """Folder name of a run: `default`, and the flags that differ from their defaults."""
     return run.variant(config, ["default"], ["figures"], files=["encoder", "order", "lr_pairs"])
@@ -1333,69 +983,6 @@ def fused_embedding(slide, z, target, centres, config, device, log):
     )
 
 
-def layer_order(slide, config):
-    """(N,) rank of each spot's class from the root outwards, nan where the class has none, or None
-    without an order."""
-    order = [c.strip() for c in config.order.split(",") if c.strip()] or (
-        LAYER_ORDER if set(slide.classes) <= set(LAYER_ORDER) else []
-    )
-    if config.order and not set(order) & set(slide.classes):
-        raise DataError(
-            f"none of --order {config.order} is a class of slide {slide.sample} "
-            f"({', '.join(slide.classes)}): name the classes"
-        )
-    if not order or not slide.classes:
-        return None
-    rank = np.array([order.index(c) if c in order else np.nan for c in slide.classes] + [np.nan])
-    return rank[slide.labels]
-
-
-def downstream(slide, h, domains, rank, pairs, config):
-    """Pseudotime, its root, its Spearman correlation with the layer order, and the ligand-receptor
-    scores: (arrays, metrics, texts)."""
-    x, arrays, scores, text = log_matrix(slide, config), {}, {}, {}
-    found = np.flatnonzero(np.char.upper(slide.genes.astype(str)) == config.root_gene.upper())
-    names = np.unique(domains)
-    if len(found):
-        level = np.asarray(x[:, found[0]].todense()).ravel()
-        root, text["pseudotime_root"] = (
-            names[np.argmax([level[domains == c].mean() for c in names])],
-            f"domain with most {config.root_gene}",
-        )
-    else:
-        root, text["pseudotime_root"] = None, "an end of the first diffusion component"
-    print(f"pseudotime starts in: {text['pseudotime_root']}")
-    if slide.n_spots >= 20:
-        arrays["pseudotime"] = pseudotime(h, None if root is None else domains == root)
-        if rank is not None:
-            use = np.isfinite(rank) & np.isfinite(arrays["pseudotime"])
-            scores["pseudotime_spearman"] = (
-                metrics.spearman(arrays["pseudotime"][use], rank[use])
-                if use.sum() > 2
-                else float("nan")
-            )
-    if config.permutations:
-        near = data.knn_table(slide.xy, min(6, slide.n_spots - 1))
-        pairs, score, p, q = ligand_receptor(
-            x, slide.genes, pairs, domains, near, config.permutations
-        )
-        arrays |= {
-            "lr_score": score,
-            "lr_p": p,
-            "lr_q": q,
-            "lr_pairs": np.array([f"{a}-{b}" for a, b in pairs], dtype=str),
-        }
-        scores |= {"lr_pairs": len(pairs), "lr_significant": int((q < 0.05).sum())}
-    return arrays, scores, text
-
-
-def scored(slide, labels):
-    """Agreement with the annotation where there is one, and the label-free smoothness of the
-    domains."""
-    out = metrics.clustering(slide.labels, labels) if (slide.labels >= 0).any() else {}
-    return out | {"pas": metrics.pas(labels, slide.xy), "n_found": len(np.unique(labels))}
-
-
 def used_files(config, slide, use_image):
     """Files whose content can change a number of this run: counts, positions, labels, pairs, image
     or its features."""
@@ -1410,15 +997,6 @@ def used_files(config, slide, use_image):
             else slide.patches.path
         )
     return [f for f in dict.fromkeys(files) if f]
-
-
-def line(name, found):
-    """One printed line of scores."""
-    return f"{name:24s}" + "  ".join(
-        f"{k} {found[k]:.3f}"
-        for k in ("ari", "ami", "completeness", "homogeneity", "pas")
-        if k in found
-    )
 
 
 def train(slide, config, use_image, record):
@@ -1437,12 +1015,16 @@ def train(slide, config, use_image, record):
     record.lap("read")
     model, step, adversary = train_stage1(x, graph, config, log)
     record.lap("stage1")
-    k, chosen = number_of_domains(slide, model.embed(x, graph).cpu().numpy(), config)
+    z_np = model.embed(x, graph).cpu().numpy()
+    k, chosen = clustering.number_of_domains(config.n_domains, slide, z_np, config.seed)
     others = {
-        name: scored(slide, found) for name, found in baselines(x_np, slide, k, config).items()
+        name: clustering.domain_scores(slide, domains)
+        for name, domains in baselines.unsupervised_domains(
+            x_np, slide.xy, k, config.n_init, config.seed
+        ).items()
     }
     for name, scores in others.items():
-        print(line(name, scores))
+        print(clustering.score_row(name, scores))
     record.lap("baselines")
     facts, centres, target = (
         {"k_chosen_by": chosen, "graph_pieces": graph.pieces, "losses": log},
@@ -1473,22 +1055,6 @@ def train(slide, config, use_image, record):
     return arrays, embeddings, others, k, facts
 
 
-def domains_of(embeddings, slide, k, final, config):
-    """Mixture and diffusion on every embedding: (arrays of labels, scores; those of `final` +
-    diffusion also without a suffix)."""
-    arrays, scores = {}, {}
-    for name, h in embeddings.items():
-        raw = gmm_tied(h, k, config.n_init, config.seed)[0]
-        smooth = diffuse_labels(raw, slide.xy, config.diffusion_steps, config.diffusion_k)
-        arrays |= {f"labels_{name}_raw": raw, f"labels_{name}": smooth}
-        for suffix, values in (("_raw", raw), ("", smooth)):
-            part = scored(slide, values)
-            print(line(name + (" + diffusion" if not suffix else ""), part))
-            scores |= {f"{metric}_{name}{suffix}": v for metric, v in part.items()}
-            scores |= part if name == final and not suffix else {}
-    return arrays, scores
-
-
 def main(argv=None):
     """Run the program; returns 0."""
     start = time.perf_counter()
@@ -1502,16 +1068,23 @@ def main(argv=None):
             "choose a smaller m"
         )
     # complain before the work starts
-    rank, pairs = (
-        layer_order(slide, config),
-        read_pairs(config.lr_pairs) if config.lr_pairs else PAIRS,
-    )
+    ranks = downstream.class_ranks(slide, config.order)
+    pairs = downstream.read_pairs(config.lr_pairs) if config.lr_pairs else downstream.PAIRS
     if config.n_domains != "bic":
-        number_of_domains(slide, None, config)
+        clustering.number_of_domains(config.n_domains, slide)
     record = run.Run("multist", config, slide.sample, variant(config), start)
     arrays, embeddings, others, k, facts = train(slide, config, use_image, record)
     final = "fused" if use_image else "gene"
-    more, scores = domains_of(embeddings, slide, k, final, config)
+    more, scores = clustering.domains_of(
+        embeddings,
+        slide,
+        k,
+        final,
+        config.n_init,
+        config.seed,
+        config.diffusion_steps,
+        config.diffusion_k,
+    )
     arrays |= more
     record.lap("clustering")
     arrays |= {
@@ -1521,13 +1094,22 @@ def main(argv=None):
         "barcodes": slide.barcodes,
         "xy": slide.xy,
     }
-    more, found, text = downstream(slide, embeddings[final], arrays["domains"], rank, pairs, config)
+    more, more_scores, text = downstream.downstream(
+        slide,
+        log_matrix(slide, config),
+        embeddings[final],
+        arrays["domains"],
+        ranks,
+        pairs,
+        config.root_gene,
+        config.permutations,
+    )
     arrays |= more
     record.lap("downstream")
     if config.figures:
-        draw(record, slide, arrays, facts["losses"], final)
+        figures.draw_multist(record, slide, arrays, facts["losses"], final)
     record.finish(
-        scores | found | {"k": k},
+        scores | more_scores | {"k": k},
         others,
         arrays,
         facts.pop("n_params"),
@@ -1537,118 +1119,6 @@ def main(argv=None):
         **text,
     )
     return 0
-
-
-# --------------------------------------------------------------------------------------------------
-# Figures
-# --------------------------------------------------------------------------------------------------
-
-
-def matched(labels, true):
-    """Domains renumbered so that they share colours with the classes they overlap most (one to one,
-    Hungarian)."""
-    names, code = np.unique(labels, return_inverse=True)
-    n = max(len(names), true.max() + 1)
-    table = np.zeros((n, n))
-    np.add.at(table, (code[true >= 0], true[true >= 0]), 1)
-    return linear_sum_assignment(-table)[1][code]
-
-
-def tissue(axis, slide, values, title, **how):
-    """Spots in their places, coloured by `values`; y downwards."""
-    shown = axis.scatter(
-        *slide.xy.T, s=max(0.3, 14000 / slide.n_spots), c=values, linewidths=0, **how
-    )
-    axis.set(aspect="equal", xticks=[], yticks=[], title=title)
-    axis.invert_yaxis()
-    return shown
-
-
-def draw(record, slide, arrays, log, final):
-    """Figures: domains before and after diffusion beside the annotation; pseudotime; attention
-    entropy; ligand-receptor scores; losses."""
-    panels = {"annotation": slide.labels} if (slide.labels >= 0).any() else {}
-    for name in dict.fromkeys(["gene", final]):
-        panels |= {
-            f"{name}, before diffusion": arrays[f"labels_{name}_raw"],
-            f"{name} + diffusion": arrays[f"labels_{name}"],
-        }
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.2), squeeze=False)
-    for axis, (title, values) in zip(axes[0], panels.items()):
-        values = values if title == "annotation" else matched(values, slide.labels)
-        colours = plt.get_cmap("tab20" if values.max() > 9 else "tab10")(values % 20)
-        colours[values < 0] = (0.9, 0.9, 0.9, 1)
-        tissue(axis, slide, colours, title)
-    record.figure("domains", figure)
-    for name, label in (
-        ("pseudotime", "pseudotime"),
-        ("attention_entropy", "attention entropy / log m (1 = plain mean)"),
-    ):
-        if name in arrays and np.isfinite(arrays[name]).any():
-            figure, axis = plt.subplots(figsize=(5, 4.4))
-            figure.colorbar(tissue(axis, slide, arrays[name], "", cmap="viridis"), label=label)
-            record.figure(name, figure)
-    if len(arrays.get("lr_pairs", [])):
-        draw_pairs(record, arrays, domain_names(slide, arrays["domains"]))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
-    for stage, term in dict.fromkeys((row["stage"], row["term"]) for row in log):
-        rows = [row for row in log if (row["stage"], row["term"]) == (stage, term)]
-        for axis, key in zip(axes, ("value", "grad_norm")):
-            axis.plot(
-                [row["epoch"] for row in rows],
-                [max(abs(row[key]), 1e-12) for row in rows],
-                marker=".",
-                label=f"{stage} {term}",
-            )
-    for axis, title in zip(axes, ("weighted loss terms", "their gradient norms")):
-        axis.set(yscale="log", xlabel="epoch of the stage", title=title)
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    record.figure("losses", figure)
-    plt.close("all")
-
-
-def domain_names(slide, domains):
-    """A short name per domain, in the order of the scores' axes: its number and, behind a colon,
-    the class that most of its spots have."""
-    names = []
-    for i, d in enumerate(np.unique(domains)):
-        inside = slide.labels[(domains == d) & (slide.labels >= 0)]
-        names.append(
-            f"{i}:" + slide.classes[np.bincount(inside).argmax()].replace("Layer", "L")
-            if len(inside)
-            else str(i)
-        )
-    return names
-
-
-def draw_pairs(record, arrays, names):
-    """Heat map of ligand-receptor scores, each pair relative to its own maximum; a dot where q <
-    0.05."""
-    n, k, _ = arrays["lr_score"].shape
-    score, q = (arrays[name].reshape(n, k * k) for name in ("lr_score", "lr_q"))
-    touching = np.isfinite(score).any(0)
-    shown = score[:, touching] / np.maximum(np.nanmax(score, 1, keepdims=True), 1e-12)
-    figure, axis = plt.subplots(figsize=(2 + 0.16 * touching.sum(), 1.2 + 0.2 * n))
-    figure.colorbar(
-        axis.imshow(shown, aspect="auto", cmap="magma"),
-        label="score / largest of the pair",
-        pad=0.01,
-    )
-    y, x = np.nonzero(q[:, touching] < 0.05)
-    axis.scatter(x, y, s=5, color="white", edgecolors="black", linewidths=0.3)
-    axis.set_xticks(
-        range(touching.sum()),
-        [f"{names[i // k]} > {names[i % k]}" for i in np.flatnonzero(touching)],
-        rotation=90,
-        fontsize=6,
-    )
-    axis.set_yticks(range(n), arrays["lr_pairs"], fontsize=7)
-    axis.set_title(
-        "ligand in a > receptor in b (domains, with the class of most of their spots); dot: "
-        "q < .05",
-        fontsize=8,
-    )
-    record.figure("ligand_receptor", figure)
 
 
 if __name__ == "__main__":

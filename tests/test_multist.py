@@ -8,13 +8,16 @@ import subprocess
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from sklearn.metrics import adjusted_rand_score
 from torch.nn import functional as F
 
 import data
+import metrics
 import multist as M
 from data import DataError
+from evaluation import clustering, downstream
 from plainst import features, graphs, run, simulate, stain
 
 QUICK = [
@@ -599,23 +602,23 @@ def blobs(k=4, per=80, d=6, apart=8.0):
 
 def test_mixture_finds_blobs_and_their_number():
     x, truth = blobs()
-    assert adjusted_rand_score(truth, M.gmm_tied(x, 4)[0]) > 0.99
-    assert M.choose_k(x, high=8)[0] == 4
+    assert adjusted_rand_score(truth, clustering.gmm_tied(x, 4)[0]) > 0.99
+    assert clustering.choose_k(x, high=8)[0] == 4
     noise = np.random.default_rng(0).standard_normal((25, 30))
-    assert M.choose_k(noise)[0] == 2, "few spots are no reason for many domains"
+    assert clustering.choose_k(noise)[0] == 2, "few spots are no reason for many domains"
     with pytest.raises(DataError, match="too few to choose"):
-        M.choose_k(noise[:12])
+        clustering.choose_k(noise[:12])
     with pytest.raises(DataError, match="5 domains cannot be found among 3 spots"):
-        M.gmm_tied(x[:3], 5)
+        clustering.gmm_tied(x[:3], 5)
     with pytest.raises(DataError, match="same for every spot"):
-        M.gmm_tied(np.ones((10, 3)), 2)
+        clustering.gmm_tied(np.ones((10, 3)), 2)
 
 
 def test_components_leave_out_round_off():
     x, _ = blobs()
     # rank 6 in 40 columns
     wide = (x @ np.random.default_rng(1).standard_normal((6, 40))).astype(np.float32)
-    assert M.components(wide).shape == (320, 6) and M.components(
+    assert clustering.components(wide).shape == (320, 6) and clustering.components(
         np.random.default_rng(0).standard_normal((99, 50))
     ).shape == (99, 30)
 
@@ -623,7 +626,7 @@ def test_components_leave_out_round_off():
 @pytest.mark.skipif(shutil.which("Rscript") is None, reason="R is not installed")
 def test_mixture_agrees_with_mclust(tmp_path):
     x, truth = blobs(apart=4.0)
-    np.savetxt(tmp_path / "x.csv", M.components(x), delimiter=",")
+    np.savetxt(tmp_path / "x.csv", clustering.components(x), delimiter=",")
     script = (
         f'library(mclust); x <- as.matrix(read.csv("{tmp_path}/x.csv", header=FALSE)); '
         'cat(Mclust(x, G=4, modelNames="EEE")$classification)'
@@ -632,7 +635,9 @@ def test_mixture_agrees_with_mclust(tmp_path):
     if "there is no package" in done.stderr:
         pytest.skip("R has no mclust")
     assert (
-        adjusted_rand_score(M.gmm_tied(x, 4)[0], [int(v) for v in done.stdout.split()[-len(x) :]])
+        adjusted_rand_score(
+            clustering.gmm_tied(x, 4)[0], [int(v) for v in done.stdout.split()[-len(x) :]]
+        )
         > 0.95
     )
 
@@ -643,29 +648,29 @@ def test_diffusion_removes_noise_and_keeps_anchors():
     noisy = truth.copy()
     flip = np.random.default_rng(0).choice(len(xy), len(xy) // 10, replace=False)
     noisy[flip] = 5 - noisy[flip]
-    assert np.array_equal(M.diffuse_labels(noisy, xy, steps=0), noisy)
-    smooth = M.diffuse_labels(noisy, xy)
+    assert np.array_equal(clustering.diffuse_labels(noisy, xy, steps=0), noisy)
+    smooth = clustering.diffuse_labels(noisy, xy)
     assert (smooth == truth).mean() > 0.985 > (noisy == truth).mean() and set(smooth) == {0, 5}
-    assert (M.diffuse_labels(truth, xy) == truth).mean() > 0.995
+    assert (clustering.diffuse_labels(truth, xy) == truth).mean() > 0.995
     lone = np.zeros(len(xy), int)
     # a domain of one spot is its own anchor
     lone[400] = 1
-    assert M.diffuse_labels(lone, xy, steps=10)[400] == 1
+    assert clustering.diffuse_labels(lone, xy, steps=10)[400] == 1
 
 
 def test_diffusing_the_annotation_hardly_changes_it(real_data):
     slide = data.load_slide(real_data / "dlpfc", "151673", counts=False).subset(np.arange(3639))
     slide = slide.subset(slide.labels >= 0)
-    with_self = adjusted_rand_score(slide.labels, M.diffuse_labels(slide.labels, slide.xy))
+    with_self = adjusted_rand_score(slide.labels, clustering.diffuse_labels(slide.labels, slide.xy))
     released = adjusted_rand_score(
-        slide.labels, M.diffuse_labels(slide.labels, slide.xy, steps=10, self_weight=0.0)
+        slide.labels, clustering.diffuse_labels(slide.labels, slide.xy, steps=10, self_weight=0.0)
     )
     assert with_self > 0.99 and released < 0.93
 
 
 def test_majority_vote():
     near = np.array([[1, 2], [0, 2], [0, 1], [0, 1]])
-    assert M.majority_vote(np.array([7, 7, 3, 3]), near).tolist() == [7, 7, 7, 7]
+    assert clustering.majority_vote(np.array([7, 7, 3, 3]), near).tolist() == [7, 7, 7, 7]
 
 
 # --------------------------------------------------------------------------------------- downstream
@@ -677,18 +682,18 @@ def test_pseudotime_follows_a_curve_also_on_a_subset():
         1
     ).standard_normal((600, 3))
     for most in (5000, 300):
-        found = M.pseudotime(h, t < 0.05, most=most)
-        assert M.metrics.spearman(found, t) > 0.99 and found.min() >= 0 and found.max() <= 1
-    assert M.metrics.spearman(M.pseudotime(h, t > 0.95), t) < -0.99  # from the other end
+        found = downstream.pseudotime(h, t < 0.05, most=most)
+        assert metrics.spearman(found, t) > 0.99 and found.min() >= 0 and found.max() <= 1
+    assert metrics.spearman(downstream.pseudotime(h, t > 0.95), t) < -0.99  # from the other end
 
 
 def test_pseudotime_of_spots_out_of_reach_is_nan():
     rng = np.random.default_rng(0)
     h = np.concatenate([rng.standard_normal((100, 3)), 1e3 + rng.standard_normal((60, 3))])
-    found = M.pseudotime(h, np.arange(160) < 10)
+    found = downstream.pseudotime(h, np.arange(160) < 10)
     assert np.isfinite(found[:100]).all() and np.isnan(found[100:]).all()
     # also where it is carried over from a subset
-    found = M.pseudotime(h, np.arange(160) < 10, most=80)
+    found = downstream.pseudotime(h, np.arange(160) < 10, most=80)
     assert np.isfinite(found[:100]).all() and np.isnan(found[100:]).all()
 
 
@@ -701,8 +706,8 @@ def test_ligand_receptor_finds_the_planted_pair():
     x[labels == 0, 0] += 4
     x[labels == 1, 1] += 4
     near = data.knn_table(xy, 6)
-    pairs, score, p, q = M.ligand_receptor(
-        M.sp.csr_matrix(x),
+    pairs, score, p, q = downstream.ligand_receptor(
+        sp.csr_matrix(x),
         np.array(["L", "R", "c", "d"]),
         [("L", "R"), ("c", "d"), ("L", "absent")],
         labels,
@@ -726,8 +731,8 @@ def test_ligand_receptor_finds_the_planted_pair():
         and (q >= p - 1e-12).all()
         and q[1].min() > 0.05
     )
-    apart = M.ligand_receptor(
-        M.sp.csr_matrix(x),
+    apart = downstream.ligand_receptor(
+        sp.csr_matrix(x),
         np.array(["L", "R", "c", "d"]),
         [("L", "R")],
         np.where(xy[:, 1] < 1, 9, labels),
@@ -736,8 +741,8 @@ def test_ligand_receptor_finds_the_planted_pair():
     )
     assert np.isfinite(apart[1]).any()
     assert (
-        M.ligand_receptor(
-            M.sp.csr_matrix(x), np.array(["a", "b", "c", "d"]), [("L", "R")], labels, near, 9
+        downstream.ligand_receptor(
+            sp.csr_matrix(x), np.array(["a", "b", "c", "d"]), [("L", "R")], labels, near, 9
         )[0]
         == []
     )
@@ -746,16 +751,16 @@ def test_ligand_receptor_finds_the_planted_pair():
 def test_pairs_file(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("ligand,receptor\nA, B\nC,D\nA,B\n")
-    assert M.read_pairs(path) == [("A", "B"), ("C", "D")]
+    assert downstream.read_pairs(path) == [("A", "B"), ("C", "D")]
     for text, why in (
         ("A\n", "fewer than two columns"),
         ("ligand,receptor\n", "no ligand-receptor pair"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=why):
-            M.read_pairs(path)
+            downstream.read_pairs(path)
     with pytest.raises(DataError, match="cannot be read"):
-        M.read_pairs(tmp_path / "none.csv")
+        downstream.read_pairs(tmp_path / "none.csv")
 
 
 # ------------------------------------------------------------------------------------------ program
@@ -919,7 +924,7 @@ def test_a_slide_in_two_pieces_and_genes_that_do_not_vary(capsys):
     counts = rng.poisson(3, (128, 30))
     counts[:, 5:] = 0
     slide = data.Slide(
-        M.sp.csr_matrix(counts),
+        sp.csr_matrix(counts),
         np.array([f"g{i}" for i in range(30)]),
         np.array([f"b{i}" for i in range(128)]),
         xy,
@@ -927,7 +932,7 @@ def test_a_slide_in_two_pieces_and_genes_that_do_not_vary(capsys):
     )
     x = M.preprocess(slide, M.Config())
     assert x.shape[1] <= 5 and (x.std(0) > 0).all()
-    slide.counts = M.sp.csr_matrix(np.zeros((128, 30), int))
+    slide.counts = sp.csr_matrix(np.zeros((128, 30), int))
     with pytest.raises(DataError, match="0 genes that vary"):
         M.preprocess(slide, M.Config())
 
