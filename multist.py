@@ -35,6 +35,7 @@ import data
 from data import DataError
 from evaluation import baselines, clustering, downstream, figures
 from plainst import run, stain
+from plainst.features import input_files
 from plainst.graphs import Graph, SpotBatches, graph_product, neighbours_in_batch
 
 
@@ -983,22 +984,6 @@ def fused_embedding(slide, z, target, centres, config, device, log):
     )
 
 
-def used_files(config, slide, use_image):
-    """Files whose content can change a number of this run: counts, positions, labels, pairs, image
-    or its features."""
-    files = [slide.source, *slide.tables, config.lr_pairs]
-    if use_image:
-        from_file = data.is_features_file(config.encoder)
-        files.append(
-            str(data.slice_path(config.encoder, slide))
-            if from_file
-            else slide.image_file
-            if slide.patches is None
-            else slide.patches.path
-        )
-    return [f for f in dict.fromkeys(files) if f]
-
-
 def train(slide, config, use_image, record):
     """Stages I to III and the baselines: (arrays with z, h_fusion ..., what is clustered by name,
     baseline scores, facts for the record)."""
@@ -1108,12 +1093,14 @@ def main(argv=None):
     record.lap("downstream")
     if config.figures:
         figures.draw_multist(record, slide, arrays, facts["losses"], final)
+    # files whose content can change a number
+    files = input_files([slide], config.encoder if use_image else "", [config.lr_pairs])
     record.finish(
         scores | more_scores | {"k": k},
         others,
         arrays,
         facts.pop("n_params"),
-        checksum=data.file_checksum(*used_files(config, slide, use_image)),
+        checksum=data.file_checksum(*files),
         output=f"{final} + diffusion",
         **facts,
         **text,
