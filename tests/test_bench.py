@@ -21,6 +21,7 @@ from bench import (
     peers,  # noqa: E402
 )
 from bench import speed as bench  # noqa: E402
+from plainst import graphs  # noqa: E402
 from plainst.neighbour_sums import Neighbours  # noqa: E402
 
 
@@ -137,7 +138,7 @@ def test_swapped_models_equal_ours(table):
     a, b = (torch.autograd.grad((v * weight).sum(), x)[0] for v in (a, b))
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
     x = x.detach()
-    graph = peers.directed(multist.Graph(np.random.default_rng(0).random((150, 2)), 6))
+    graph = peers.directed(graphs.Graph(np.random.default_rng(0).random((150, 2)), 6))
     ours = multist.AutoEncoder(20, multist.Config()).eval()
     peer = peers.PeerAutoEncoder(ours, multist.Config()).eval()
     a, b = ours.encoder(x, graph), peer.encoder(x, graph)

@@ -262,8 +262,8 @@ def readers_of(root):
     import cmrcnet
     import data
     import gat_fusion
-    import multist
     import stformer
+    from evaluation import downstream
 
     slide = data.load_slide(root / "vis")
     atlas = run.read_checkpoint(root / "cmrcnet" / "model.pt", "checkpoint")
@@ -347,7 +347,7 @@ def readers_of(root):
         ),
         "HEST metadata": hest,
         "gene list": lambda: {"genes": data.hest_genes(root / "hest")},
-        "pairs": lambda: {"pairs": multist.read_pairs(root / "pairs.csv")},
+        "pairs": lambda: {"pairs": downstream.read_pairs(root / "pairs.csv")},
         "reads": reads,
         "label image": lambda: {
             "image": convert.read_label_image(root / "ca1" / "label_image.coo.npz")
