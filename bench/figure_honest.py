@@ -21,9 +21,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import report  # noqa: E402
-
 from data import DataError  # noqa: E402
+from evaluation import report  # noqa: E402
 from plainst import run  # noqa: E402
 
 SPLITS = {

@@ -32,10 +32,7 @@ import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
 import stformer  # noqa: E402
-from plainst import (  # noqa: E402
-    run,  # noqa: E402
-    simulate,  # noqa: E402
-)
+from plainst import run, simulate  # noqa: E402
 
 SIZES = {
     "gat_fusion": (10_000, 100_000, 1_000_000),

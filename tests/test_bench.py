@@ -1,5 +1,5 @@
-"""bench.py and gpu_check.py: every part runs, its peers compute what we compute, and what they
-report can be wrong."""
+"""bench/speed.py and bench/gpu_check.py: every part runs, its peers compute what we compute, and
+what they report can be wrong."""
 
 import json
 import math
@@ -16,10 +16,7 @@ pytest.importorskip("scanpy")
 import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
-from bench import (
-    gpu_check,  # noqa: E402
-    peers,  # noqa: E402
-)
+from bench import gpu_check, peers  # noqa: E402
 from bench import speed as bench  # noqa: E402
 
 
