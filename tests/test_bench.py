@@ -16,7 +16,7 @@ pytest.importorskip("scanpy")
 import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
-from bench import gpu_check, peers  # noqa: E402
+from bench import gpu_check, peers, timing  # noqa: E402
 from bench import speed as bench  # noqa: E402
 
 
@@ -155,7 +155,7 @@ def test_compare_takes_turns_and_says_what_missed(options):
         return {"ours": 1.0, "slow": 1.5, "fast": 1.0}[name]
 
     options.repeats = 4
-    slow, fast = bench.compare(
+    slow, fast = timing.compare(
         "case",
         {
             name: lambda n=name, s=s: call(n, s)
@@ -171,7 +171,7 @@ def test_compare_takes_turns_and_says_what_missed(options):
         and len(order) == 15
     )
     assert 2 < slow["ratio"] < 6 and fast["ratio"] < 1 and slow["difference"] == 0.5
-    assert "missed" in bench.cells(fast)[7] and "missed" not in bench.cells(slow)[7]
+    assert "missed" in timing.cells(fast)[7] and "missed" not in timing.cells(slow)[7]
 
 
 @pytest.mark.skipif(
@@ -179,7 +179,7 @@ def test_compare_takes_turns_and_says_what_missed(options):
     reason="the kernel tells the highest resident memory on Linux only",
 )
 def test_memory_added():
-    found, added = bench.memory_added(lambda: np.ones(2**23).sum())  # 64 MB, freed at the end
+    found, added = timing.memory_added(lambda: np.ones(2**23).sum())  # 64 MB, freed at the end
     assert found == 2**23 and 55 < added < 90
 
 
