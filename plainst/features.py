@@ -139,7 +139,7 @@ def handmade_descriptor(patches):
 
 def pretrained_encoder(name, device="cpu"):
     """A frozen Hugging Face vision model as a function (n, h, w, 3) uint8 -> (n, D) float32. Needs
-    the `[pretrained]` extra.
+    transformers (extra `[pretrained]`).
 
     name: hub name or local folder. Input is resized to the model's image size (224 where it does
     not say) and normalised by its own mean and std (ImageNet's where it has none). Output:
@@ -150,8 +150,8 @@ def pretrained_encoder(name, device="cpu"):
         from transformers import AutoModel
     except ImportError as error:
         raise DataError(
-            f"encoder {name!r} needs transformers: pip install 'plainst[pretrained]', or "
-            "--encoder handmade"
+            f"encoder {name!r} needs transformers: pip install transformers huggingface_hub "
+            "safetensors, or --encoder handmade"
         ) from error
     try:
         model = AutoModel.from_pretrained(name).eval().to(device)

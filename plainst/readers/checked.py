@@ -71,13 +71,12 @@ JSON_ERRORS = (
 
 def file_checksum(*paths) -> str:
     """SHA-256 (hex) of the bytes of the files, one after the other; of one file it is what
-    `sha256sum` prints."""
+    `sha256sum` prints. Raises DataError for one that cannot be read."""
     digest = hashlib.sha256()
     for path in paths:
         try:
             with open(path, "rb") as handle:
-                for block in iter(lambda: handle.read(1 << 20), b""):
-                    digest.update(block)
+                hashlib.file_digest(handle, lambda: digest)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}): check the path") from error
     return digest.hexdigest()
