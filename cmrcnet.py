@@ -1,11 +1,12 @@
 """Gene expression from H&E by retrieval: contrastive learning of patch and expression, with
 cross-modal mask reconstruction.
 
-    patch --ViT--> tokens (B, 50, 768) --mean, head--> z (B, 256)    expression (B, G) --head--> h
-    (B, 256)    contrastive loss of z and h tokens --Linear, mask half--> query of cross-attention;
-    key/value are 8 gene tokens; two residual cross-attention blocks --> r, and r = z
-    prediction: mean expression of the k training spots whose h has the largest cosine with z of the
-    new patch
+    patch --ViT--> tokens (B, 50, 768) --mean, head--> z (B, 256)
+    expression (B, G) ------------------------head--> h (B, 256)     contrastive loss of z and h
+    tokens --Linear, mask half--> query of cross-attention; key and value are 8 gene tokens
+           --two residual cross-attention blocks--> r (B, 256)       r = z
+    prediction: mean expression of the k training spots whose h has the largest cosine with z of
+                the new patch
 
 Every run scores the model beside the predictors it has to beat (train mean, ridge, kNN, image-only
 retrieval, contrastive loss alone) on the same slides; see docs/cmrcnet.md.
@@ -20,37 +21,25 @@ retrieval, contrastive loss alone) on the same slides; see docs/cmrcnet.md.
 """
 
 import copy
-import hashlib
-import io
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import h5py
-import matplotlib
 import numpy as np
 import scipy.sparse as sp
 import torch
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
-from sklearn.model_selection import cross_val_predict
-from sklearn.neighbors import KNeighborsRegressor
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
 import data
 import metrics
 from data import DataError
-from evaluation import hest
-from plainst import run
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from evaluation import baselines, figures, hest
+from plainst import jobs, retrieval, run
+from plainst.features import read_tensors
 
 PRESETS = {
     "vit": {"dim": 256, "snn": 2048, "n_hvg": 1000, "lr": 1e-4, "epochs": 60},
@@ -63,16 +52,11 @@ VITS = {
     "tiny": (112, 16, 192, 4, 6),
 }
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MARKERS = {
-    "breast": "ERBB2 ESR1 PGR EPCAM KRT5 KRT7 KRT8 KRT14 ACTA2 PECAM1 CD3E CD4 CD8A MS4A1 CD68 LUM",
-    # stated before any training
-    "colorectal": (
-        "EPCAM CEACAM5 MUC2 KRT20 CDX2 OLFM4 LGR5 PECAM1 CD3E CD4 CD8A MS4A1 CD68 LUM COL1A1 ACTA2"
-    ),
-}
-# probes of panels that are no genes
-CONTROLS = re.compile("(NegControl|BLANK|antisense|Unassigned|Deprecated)", re.IGNORECASE)
-TILE = 1 << 26  # most cosines held at once
+# columns of the printed table
+COLUMNS = (
+    *("pcc_mean", "pcc_heg", "pcc_hvg", "pcc_marker", "variance_ratio_median", "rmse"),
+    *("gene_gene_pearson", "rate_pcc"),
+)
 
 
 @dataclass
@@ -411,36 +395,6 @@ def parameter_table(model):
     }
 
 
-def read_tensors(path):
-    """{name: tensor} of a .safetensors file (extra [pretrained]) or of a torch file of tensors."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-
-            try:
-                return load_file(path)
-            except SafetensorError as error:
-                raise ValueError(error) from error
-        found = run.read_checkpoint(
-            path, "checkpoint of tensors", remedy="give a timm or transformers ViT-B/32 file"
-        )
-        found = found["state_dict"] if isinstance(found.get("state_dict"), dict) else found
-        return {k: v for k, v in found.items() if torch.is_tensor(v)}
-    except ImportError as error:
-        raise DataError(
-            f"{path} needs the package safetensors: install the extra [pretrained], or give a "
-            ".pt file"
-        ) from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0]}): give a "
-            "timm or transformers ViT-B/32 file"
-        ) from error
-
-
 RENAME = [
     (r"^(vit|model|module|backbone|visual)\.", ""),
     (r"^encoder\.", ""),
@@ -516,22 +470,11 @@ def reconstruction_error(r, z, kind):
     return (r - z).square().mean(1) if kind == "mse" else 1 - F.cosine_similarity(r, z, dim=1)
 
 
-def gather(local, rank, world):
-    """(n, c) of every process -> (n world, c). Only this process's rows carry a gradient: where
-    every process computes the same loss of all rows, the sum of the processes' gradients is the
-    gradient of one process with the global batch, and nothing has to travel backwards."""
-    if world == 1:
-        return local
-    parts = [torch.empty_like(local) for _ in range(world)]
-    torch.distributed.all_gather(parts, local.detach().contiguous())
-    parts[rank] = local
-    return torch.cat(parts)
-
-
-def loss_of(out, config, rank=0, world=1):
+def loss_of(out, config):
     """mean log(1 + l) + log(1 + mean error) over the global batch; the mean l for the log of
     training, and the error."""
-    packed = gather(torch.cat([a.float() for a in out if a is not None], 1), rank, world)
+    # each process has the loss of all rows: the sum of the processes' gradients is that of one
+    packed = run.gather(torch.cat([a.float() for a in out if a is not None], 1))
     z, h, *r = packed.split(config.dim, 1)  # (B, d) each
     pair = contrastive(z, h, config.tau or (0.1 if config.norm_sim else 1.0), config.norm_sim)
     loss, error = pair.log1p().mean(), torch.zeros((), device=z.device)
@@ -546,135 +489,18 @@ def loss_of(out, config, rank=0, world=1):
 # --------------------------------------------------------------------------------------------------
 
 
-def exact_topk(queries, keys, k, tile=TILE):
-    """Cosine top-k: queries (Q, d), keys (M, d) -> similarity (Q, k), index (Q, k), best first. At
-    most `tile` cosines are held at once."""
-    queries, keys = F.normalize(queries, dim=-1), F.normalize(keys, dim=-1)
-    step = max(1, min(len(queries), tile // len(keys)))
-    found = [(q @ keys.T).topk(k) for q in queries.split(step)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
-
-
-class InvertedFile:
-    """Keys (M, d) in k-means lists of which a query reads the `probe` nearest (Sivic & Zisserman
-    2003): M probe / lists cosines a query, not M.
-
-    Search goes list by list: the queries that probe a list meet its keys, which lie together, in
-    one matrix product.
-    """
-
-    def __init__(self, keys, lists=0, seed=0, sample=65536):
-        keys = F.normalize(keys, dim=-1)
-        lists = min(lists or int(2 * len(keys) ** 0.5), len(keys))
-        rows = torch.from_numpy(
-            np.random.default_rng(seed).permutation(len(keys))[: max(sample, 32 * lists)]
-        )
-        means = MiniBatchKMeans(
-            lists,
-            batch_size=max(4096, 2 * lists),
-            n_init=1,
-            max_iter=20,
-            init="random",
-            random_state=seed,
-        )
-        centre = torch.from_numpy(means.fit(keys[rows].cpu().numpy()).cluster_centers_)
-        self.centre = F.normalize(centre.to(keys), dim=-1)  # (lists, d)
-        owner = exact_topk(keys, self.centre, 1)[1][:, 0]  # (M,)
-        self.order = owner.argsort(stable=True)
-        self.keys = keys[self.order]  # a list is a run of rows
-        self.first = F.pad(torch.bincount(owner, minlength=lists).cumsum(0), (1, 0)).tolist()
-
-    def topk(self, queries, k, probe, step=32768):
-        """Like `exact_topk`; a place beyond the keys of the probed lists has index -1 and
-        similarity -inf."""
-        queries = F.normalize(queries, dim=-1)
-        found = [self._topk(q, k, min(probe, len(self.centre))) for q in queries.split(step)]
-        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
-
-    def scores(self, queries, lists):
-        """For every list: the places of the (query, list) pairs in lists (Q, p) flattened, cosines
-        (n, keys of the list), the list's first row."""
-        pair = lists.flatten().argsort(stable=True)  # pairs by list
-        ends = torch.bincount(lists.flatten(), minlength=len(self.centre)).cumsum(0).tolist()
-        who = torch.div(pair, lists.shape[1], rounding_mode="floor")
-        for start, stop, low, high in zip([0, *ends], ends, self.first, self.first[1:]):
-            if stop > start and high > low:
-                yield (
-                    pair[start:stop],
-                    who[start:stop],
-                    queries[who[start:stop]] @ self.keys[low:high].T,
-                    low,
-                )
-
-    def _topk(self, queries, k, probe, near=8):
-        """The nearest lists give every query k candidates; of the other lists only what beats the
-        worst of those is kept, which is little."""
-        # (Q, probe), nearest list first
-        probed = (queries @ self.centre.T).topk(probe).indices
-        near = min(near, probe)
-        best = queries.new_full((len(queries) * near, k), float("-inf"))
-        row = torch.full((len(queries) * near, k), -1, dtype=torch.int32, device=queries.device)
-        for pair, _, s, low in self.scores(queries, probed[:, :near]):
-            top = s.topk(min(k, s.shape[1]), sorted=False)
-            best[pair, : s.shape[1]], row[pair, : s.shape[1]] = (
-                top.values,
-                (top.indices + low).int(),
-            )
-        best, at = best.view(len(queries), -1).topk(k)  # (Q, k)
-        row = row.view(len(queries), -1).gather(1, at).long()
-        found = [
-            (
-                torch.arange(len(queries), device=queries.device).repeat_interleave(k),
-                best.flatten(),
-                row.flatten(),
-            )
-        ]
-        for _, who, s, low in self.scores(queries, probed[:, near:]) if probe > near else ():
-            i, j = torch.nonzero(s > best[who, -1:], as_tuple=True)
-            found.append((who[i], s[i, j], j + low))
-        who, value, row = (torch.cat(parts) for parts in zip(*found))
-        order = value.argsort(descending=True, stable=True)
-        order = order[who[order].argsort(stable=True)]  # by query, best first
-        count = torch.bincount(who, minlength=len(queries))  # at least k each
-        # (Q, k)
-        at = order[(count.cumsum(0) - count)[:, None] + torch.arange(k, device=queries.device)]
-        return value[at], torch.where(row[at] >= 0, self.order[row[at].clamp(min=0)], -1)
-
-
 def search(config, queries, keys):
     """Top-k by --index -> similarity, index (Q, k), recall of the inverted file on at most 1,000 of
     the queries (nan for the exact search)."""
     k = config.k
     if config.index == "exact":
-        return *exact_topk(queries, keys, k), float("nan")
-    found = InvertedFile(keys, config.lists, config.seed).topk(queries, k, config.probe)
+        return *retrieval.exact_topk(queries, keys, k), float("nan")
+    index = retrieval.InvertedFile(keys, config.lists, config.seed)
+    found = index.topk(queries, k, config.probe)
     rows = torch.linspace(0, len(queries) - 1, min(len(queries), 1000)).long()
-    recall = metrics.recall_at_k(
-        found[1][rows].cpu().numpy(), exact_topk(queries[rows], keys, k)[1].cpu().numpy()
-    )
+    exact = retrieval.exact_topk(queries[rows], keys, k)[1].cpu().numpy()
+    recall = metrics.recall_at_k(found[1][rows].cpu().numpy(), exact)
     return *found, recall
-
-
-def read_out(similarity, index, values, weighting="mean"):
-    """Expression of the k neighbours (Q, G): plain mean, or softmax(cosine / 0.05). similarity,
-    index (Q, k), -1 = none; values (M, G) any kind."""
-    similarity, index = similarity.float().cpu(), index.cpu()
-    weight = (
-        torch.where(
-            index < 0,
-            float("-inf"),
-            similarity / 0.05 if weighting == "softmax" else torch.zeros_like(similarity),
-        )
-        .softmax(1)
-        .numpy()
-    )
-    index = index.clamp(min=0).numpy()
-    pick = sp.csr_matrix(
-        (weight.ravel(), index.ravel(), np.arange(0, index.size + 1, index.shape[1])),
-        shape=(len(index), values.shape[0]),
-    )
-    out = pick @ values  # (Q, G)
-    return (out.toarray() if sp.issparse(out) else out).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -701,32 +527,6 @@ class Sample:
     scored: np.ndarray = None
 
 
-def is_file(encoder):
-    return Path(encoder).suffix in (".npy", ".npz")
-
-
-def frozen_features(config, slide):
-    """(S, F) float32. Raises DataError on NaN and on patches that are not RGB."""
-    if slide.patches is not None and slide.patches.shape[-1] != 3:
-        raise DataError(
-            f"{slide.patches.path} holds patches of shape {slide.patches.shape[1:]}: they "
-            "must be uint8 RGB, (h, w, 3)"
-        )
-    encoder = config.encoder.replace("{sample}", slide.sample)
-    x = data.image_features(
-        slide,
-        encoder,
-        cache=config.cache or Path(config.data) / ".features",
-        device=str(run.pick_device(config.device)),
-    )
-    if not np.isfinite(x).all():
-        raise DataError(
-            f"the features of slide {slide.sample} from {encoder} hold NaN or infinity: make "
-            "them again"
-        )
-    return torch.from_numpy(np.ascontiguousarray(x))
-
-
 def pixels(slide, px):
     """(S, px, px, 3) uint8 patches, resized where they have another size; 150 kB a spot at 224
     pixels stay in memory."""
@@ -751,72 +551,6 @@ def pixels(slide, px):
     return out
 
 
-def shared_genes(slides):
-    """Genes that all slides measure, without the control probes of panels, sorted (a set's order
-    changes from run to run)."""
-    genes = [str(g) for g in data.common_genes(slides) if not CONTROLS.match(g)]
-    if not genes:
-        raise DataError(
-            f"slides {', '.join(s.sample for s in slides)} share control probes only: check "
-            "the panels"
-        )
-    return sorted(genes)
-
-
-def log_expression(slide, genes, target="cp10k"):
-    """(S, len(genes)) CSR of log1p values of genes that the slide measures; the library is of all
-    its genes."""
-    column = {g: j for j, g in reversed(list(enumerate(slide.genes)))}
-    values = (
-        data.normalise_log1p(slide.counts, slide.library_size)
-        if target == "cp10k"
-        else slide.counts.astype(np.float32).log1p()
-    )
-    return values.tocsc()[:, [column[g] for g in genes]].tocsr()
-
-
-def keep_rows(slide, min_counts):
-    """(S,) bool, spots with enough counts. Raises DataError for a slide with fewer than two."""
-    library = (
-        np.asarray(slide.counts.sum(1)).ravel()
-        if slide.library_size is None
-        else slide.library_size
-    )
-    keep = library >= min_counts
-    if keep.sum() < 2:
-        raise DataError(
-            f"slide {slide.sample} has {keep.sum()} spots with {min_counts} counts or more: "
-            "leave it out or lower --min_counts"
-        )
-    return keep
-
-
-def input_genes(slides, n_hvg, min_counts):
-    """Union of the n_hvg highly variable genes of every slide among those that all measure,
-    sorted."""
-    genes = np.array(shared_genes(slides))
-    chosen = set()
-    for s in slides:
-        x = log_expression(s, genes)[keep_rows(s, min_counts)]
-        chosen.update(genes[data.hvg_seurat(x, min(n_hvg, len(genes)))].tolist())
-    return sorted(chosen)
-
-
-def gene_lists(slides, genes, min_counts, target, markers, n=50):
-    """{heg, hvg, marker: names} out of `genes`: largest mean log expression, largest variance over
-    the spots of `slides`; the stated markers."""
-    x = sp.vstack(
-        [log_expression(s, genes, target)[keep_rows(s, min_counts)] for s in slides]
-    ).tocsr()
-    mean, var = data.mean_var(x)
-    wanted = MARKERS[markers].split() if markers in MARKERS else markers.split(",")
-    return {
-        "heg": [genes[j] for j in np.argsort(-mean, kind="stable")[:n]],
-        "hvg": [genes[j] for j in np.argsort(-var, kind="stable")[:n]],
-        "marker": [g for g in wanted if g in set(genes)],
-    }
-
-
 class Scaler:
     """Mean and spread of features and of the expression vector over the scored training spots."""
 
@@ -825,28 +559,18 @@ class Scaler:
 
     @classmethod
     def fit(cls, samples):
-        out = {}
+        tensors = {}
         for name in ("frozen", "s"):
-            a = torch.cat([getattr(s, name)[s.scored] for s in samples]).double()
-            out |= {
-                f"{name}_mean": a.mean(0).float(),
-                f"{name}_std": a.std(0, correction=0).clamp(min=1e-6).float(),
-            }
-        return cls(out)
+            mean, std = hest.mean_and_std([getattr(s, name)[s.scored] for s in samples])
+            tensors |= {f"{name}_mean": mean, f"{name}_std": std}
+        return cls(tensors)
 
     def apply(self, sample, config):
         """The sample with x (frozen features only) and s scaled as --scale and --gene_scale say."""
         out, t = copy.copy(sample), self.tensors
         if config.backbone == "features":
-            x = sample.frozen
-            views = {
-                "train": (x - t["frozen_mean"]) / t["frozen_std"],
-                "slide": (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-6),
-            }
-            out.x = (
-                torch.cat([views["train"], views["slide"]], 1)
-                if config.scale == "both"
-                else views[config.scale]
+            out.x = hest.scaled_features(
+                sample.frozen, t["frozen_mean"], t["frozen_std"], config.scale
             )
         if sample.s is not None and config.gene_scale != "none":
             own = sample.s[sample.scored]
@@ -876,10 +600,8 @@ class Pairs:
             torch.cat([s.x[r] for s, r in zip(samples, rows)]) if samples[0].x.ndim == 2 else None
         )
         y = np.concatenate([s.y[r] for s, r in zip(samples, rows)])  # (N, G)
-        there = np.stack([s.measured for s in samples])[self.slide]
-        mean = (y * there).sum(0, dtype=np.float64) / np.maximum(there.sum(0), 1)
-        # a gene that a slide lacks stands there at the mean of the others
-        self.y = np.where(there, y, mean.astype(np.float32))
+        measured = np.stack([s.measured for s in samples])[self.slide]
+        self.y, _ = hest.fill_unmeasured(y, measured)
 
     def __len__(self):
         return len(self.row)
@@ -933,7 +655,8 @@ def retrieve(model, config, keys, values, samples):
     similarity, index, recall = search(config, torch.cat(queries), keys)
     sizes = [len(q) for q in queries]
     found = list(zip(similarity.split(sizes), index.split(sizes), queries))
-    return [read_out(a, b, values, config.weighting) for a, b, _ in found], found, recall
+    predicted = [retrieval.read_out(a, b, values, config.weighting) for a, b, _ in found]
+    return predicted, found, recall
 
 
 def validation_score(model, config, pairs, samples, n_targets):
@@ -947,11 +670,6 @@ def validation_score(model, config, pairs, samples, n_targets):
             metrics.pcc_summary(s.y[s.scored][:, cols], pred[s.scored][:, cols])["pcc_mean"]
         )
     return float(np.nanmean(found)) if np.isfinite(found).any() else -np.inf
-
-
-def learning_rate(epoch, config):
-    """Cosine from lr to lr / 10, a step an epoch."""
-    return float(config.lr * (0.1 + 0.9 * (1 + np.cos(np.pi * epoch / config.epochs)) / 2))
 
 
 def epoch_of(net, model, optimiser, pairs, config, record, generator):
@@ -972,9 +690,9 @@ def epoch_of(net, model, optimiser, pairs, config, record, generator):
             image = turned(image, model.rows)
         with run.autocast(config, record.device):
             out = net(image, pairs.s[mine].to(record.device))
-        loss, pair, error = loss_of(out, config, record.rank, record.world)
+        loss, pair, error = loss_of(out, config)
         optimiser.zero_grad()
-        # DDP averages the gradients; the sum is wanted, see `gather`
+        # DDP averages the gradients; the sum is wanted, see `loss_of`
         (loss * record.world).backward()
         optimiser.step()
         total += torch.stack([loss.detach(), pair, error])
@@ -1011,7 +729,8 @@ def train_one(make, pairs, val, config, record, epochs, number, n_targets, saved
         )
         model.train()
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(epoch, config)
+            # a cosine from lr to lr / 10, a step an epoch
+            group["lr"] = config.lr * run.warmup_cosine(epoch, config.epochs, floor=0.1)
         found = epoch_of(net, model, optimiser, pairs, config, record, generator)
         history.append(
             (
@@ -1035,58 +754,18 @@ def inner_folds(samples, config):
     else tiles of an only slide; or a random fifth."""
     if config.val == "none":
         return []
-
-    # held: {slide: (S,) bool of validation spots}
-    def parts(held):
-        fit, val = ([copy.copy(s) for s in samples] for _ in range(2))
-        for f, v in zip(fit, val):
-            f.scored, v.scored = f.scored & ~held[f.name], v.scored & held[v.name]
-        return [[s for s in side if s.scored.sum() > 1] for side in (fit, val)]
-
-    rng = np.random.default_rng(config.seed)
     if config.val == "random":
-        return [parts({s.name: rng.random(len(s.scored)) < 0.2 for s in samples})]
-    names = (
-        [s.patient for s in samples]
-        if len({s.patient for s in samples}) > 1
-        else [s.name for s in samples]
-    )
-    groups = sorted(set(names), key=names.index)
-    n = min(config.folds, len(groups))
-    if n > 1:
-        out = [
-            parts(
-                {
-                    s.name: np.full(len(s.scored), groups.index(g) % n == f)
-                    for s, g in zip(samples, names)
-                }
-            )
-            for f in range(n)
-        ]
-    else:
-        xy = samples[0].slide.xy
-        # 4 x 4 pitches
-        tile = ((xy - xy.min(0)) / data.lattice_pitch(xy) // 4).astype(int)
-        out = [
-            parts({samples[0].name: (tile[:, 0] + 2 * tile[:, 1]) % 5 == f})
-            for f in range(min(config.folds, 5))
-        ]
-    return [
-        (fit, val)
-        for fit, val in out
-        if fit and val and sum(s.scored.sum() for s in fit) >= config.k
-    ]
+        rng = np.random.default_rng(config.seed)
+        masks = {s.name: rng.random(len(s.scored)) < 0.2 for s in samples}
+        return [hest.divided(samples, masks)]
 
+    def place(sample):
+        xy = sample.slide.xy
+        return (xy - xy.min(0)) / data.lattice_pitch(xy)
 
-def smooth(curve, reach=2):
-    """Mean over `reach` epochs before and after: the best epoch of a few slides is then not the
-    luckiest one."""
-    kernel = np.ones(2 * reach + 1)
-    return (
-        np.convolve(curve, kernel, "same") / np.convolve(np.ones_like(curve), kernel, "same")
-        if len(curve) >= len(kernel)
-        else np.asarray(curve)
-    )
+    folds = hest.inner_folds(samples, config.folds, place)
+    # enough spots to average k of them
+    return [(fit, val) for fit, val in folds if sum(s.scored.sum() for s in fit) >= config.k]
 
 
 def train(make, samples, config, record, n_targets, latest=None, origin=None):
@@ -1094,61 +773,24 @@ def train(make, samples, config, record, n_targets, latest=None, origin=None):
     on all of them.
 
     Returns the model, the histories (folds, then the model), the best validation score (nan
-    without). latest: path of latest.pt or None;
-    origin: what the run is made of (checksum of its files, slides, genes), which must not change
-    between a checkpoint and --resume.
+    without). latest: path of latest.pt or None; origin: see `jobs.Jobs`.
     """
-    saved = {"done": [], "going": None}
-    if latest is not None and config.resume:
-        saved = load_checkpoint(latest)
-        if saved["config"] != resumable(config):
-            raise DataError(
-                f"{latest} was written with other flags: use the same flags, or leave --resume away"
-            )
-        if saved.get("data") != origin:
-            raise DataError(
-                f"{latest} was written from other files, slides or genes: use the same, or "
-                "leave --resume away"
-            )
-    done, jobs, epochs, best = (
-        list(saved["done"]),
-        inner_folds(samples, config),
-        config.epochs,
-        float("nan"),
-    )
-    for number, (fit, val) in enumerate([*jobs, (samples, [])]):
-        if number == len(jobs) and jobs:
-            # (epochs,)
-            curve = smooth(np.mean([[h[-1] for h in history] for history in done], axis=0))
-            epochs, best = int(curve.argmax()) + 1, float(curve.max())
-        if number < len(done):
-            continue
+    queue = jobs.Jobs(config, latest, origin, "whole cmrcnet checkpoint")
+    folds = inner_folds(samples, config)
 
-        def save(state):
-            if record.rank == 0:
-                run.write_atomically(
-                    latest,
-                    lambda f: torch.save(
-                        {"config": resumable(config), "data": origin, "done": done, "going": state},
-                        f,
-                    ),
-                )
+    def train_on(fit, val, epochs):
+        given = (make, Pairs(fit), val, config, record, epochs)
+        return partial(train_one, *given, n_targets=n_targets)
 
-        model, history = train_one(
-            make,
-            Pairs(fit),
-            val,
-            config,
-            record,
-            epochs,
-            number,
-            n_targets,
-            saved["going"] if number == len(saved["done"]) else None,
-            save if latest is not None else None,
-        )
-        done.append(history)
-    warn_when_guessing(done[-1], min(config.batch, sum(int(s.scored.sum()) for s in samples)))
-    return model, done, best
+    for fit, val in folds:
+        queue.do(train_on(fit, val, config.epochs))
+    epochs, best = config.epochs, float("nan")
+    if folds:
+        epochs, best = hest.best_epochs(queue.histories())
+    model = queue.do(train_on(samples, [], epochs))
+    histories = queue.histories()
+    warn_when_guessing(histories[-1], min(config.batch, sum(int(s.scored.sum()) for s in samples)))
+    return model, histories, best
 
 
 def warn_when_guessing(history, batch):
@@ -1156,109 +798,18 @@ def warn_when_guessing(history, batch):
     guessing, log(batch)."""
     last, guess = history[-1][1], np.log(batch)
     if last > 0.95 * guess:
-        print(
+        run.say(
             f"warning: the contrastive loss is {last:.2f}, random guessing has log({batch}) = "
             f"{guess:.2f}: image and expression have not been "
-            "matched; train longer, raise --lr, or check the pairing",
-            flush=True,
+            "matched; train longer, raise --lr, or check the pairing"
         )
-
-
-def resumable(config):
-    """The flags that must not change between a checkpoint and --resume."""
-    return {
-        k: v
-        for k, v in vars(config).items()
-        if k
-        not in ("resume", "save_every", "runs", "device", "threads", "cache", "predict", "atlas")
-    }
-
-
-def load_checkpoint(path):
-    """A file of ours. Raises DataError for anything else, an interrupted one included."""
-    return run.read_checkpoint(path, "whole cmrcnet checkpoint", ["config"])
-
-
-# --------------------------------------------------------------------------------------------------
-# Atlas: keys and values of the training spots in one HDF5 file
-# --------------------------------------------------------------------------------------------------
 
 
 def encoder_name(config):
     """What turns a patch into the model's input: the ViT, or the frozen encoder."""
-    return (
-        f"vit:{config.backbone}"
-        if config.backbone != "features"
-        else "file"
-        if is_file(config.encoder)
-        else config.encoder
-    )
-
-
-def fingerprint(weights, inputs):
-    """sha256 of a state_dict and the genes of the gene branch: keys belong to one model."""
-    digest = hashlib.sha256("\n".join(inputs).encode())
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def write_atlas(file, keys, values, genes, pairs, config, inputs, mark):
-    """keys (M, d), values (M, G) CSR over `genes`, of the spots of `pairs`; to an open binary
-    file."""
-    held = io.BytesIO()
-    with h5py.File(held, "w") as f:
-        f.attrs.update(
-            {"encoder": encoder_name(config), "fingerprint": mark, "target": config.target}
-        )
-        for name, a in {
-            "keys": keys,
-            "data": values.data,
-            "indices": values.indices,
-            "indptr": values.indptr,
-            "slide": pairs.slide,
-        }.items():
-            f.create_dataset(name, data=a, compression="gzip", compression_opts=1)
-        for name, names in {"genes": genes, "inputs": inputs, "slides": pairs.names}.items():
-            f.create_dataset(name, data=np.array(names, dtype="S"))
-    file.write(held.getbuffer())
-
-
-def read_atlas(path, saved, known):
-    """keys tensor (M, d), values (M, G) CSR, genes. Raises DataError for a damaged atlas, or one of
-    other genes, another encoder or model."""
-    with data.open_h5(path, "a whole cmrcnet atlas, the atlas.h5 that lies beside model.pt") as f:
-        keys = torch.from_numpy(data.read_array(f["keys"], "f"))
-        genes, inputs = (
-            data.read_array(f[n], "S").astype(str).tolist() for n in ("genes", "inputs")
-        )
-        values = sp.csr_matrix(
-            tuple(
-                data.read_array(f[n], kinds)
-                for n, kinds in (("data", "f"), ("indices", "i"), ("indptr", "i"))
-            ),
-            shape=(len(keys), len(genes)),
-        )
-        # a column out of range would be read from beyond the memory
-        values.check_format()
-        if (
-            keys.ndim != 2
-            or not (torch.isfinite(keys).all() and np.isfinite(values.data).all())
-            or values.indptr[-1] != len(values.data)
-        ):
-            raise ValueError("keys or values are not finite or of another shape")
-        encoder, mark = str(f.attrs["encoder"]), str(f.attrs["fingerprint"])
-    for what, there, here in (
-        (f"another encoder ({encoder})", encoder, encoder_name(known)),
-        (f"other genes ({len(inputs)})", inputs, saved["inputs"]),
-        ("another model", mark, saved["fingerprint"]),
-    ):
-        if there != here:
-            raise DataError(
-                f"{path} was made with {what} than the checkpoint: give the atlas.h5 that "
-                "lies beside its model.pt"
-            )
-    return keys, values, genes
+    if config.backbone != "features":
+        return f"vit:{config.backbone}"
+    return "file" if hest.has_feature_files(config.encoder) else config.encoder
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1266,138 +817,20 @@ def read_atlas(path, saved, known):
 # --------------------------------------------------------------------------------------------------
 
 
-def official_ridge(x, y, pca=None):
-    """Ridge of the HEST benchmark (Jaume et al. 2024): alpha = 100 / (dim x genes), no intercept,
-    lsqr; after z-score + PCA, or on x as it is."""
-    dim = min(pca or x.shape[1], *x.shape)
-    ridge = Ridge(
-        alpha=100 / (dim * y.shape[1]),
-        fit_intercept=False,
-        solver="lsqr",
-        max_iter=1000,
-        random_state=0,
-    )
-    return (
-        ridge if pca is None else make_pipeline(StandardScaler(), PCA(dim, random_state=0), ridge)
-    ).fit(x, y)
-
-
 def classical_baselines(fit, test, pairs, n_targets):
     """{name: [prediction (S, G) per test sample]} on the frozen features; `_scaled`: on what the
-    image branch sees, where that is features. The ridges are fitted on the target genes as in the
-    benchmark, whose alpha depends on their number, and on the other genes apart."""
-    out = {"train_mean": [np.tile(pairs.y.mean(0), (len(s.frozen), 1)) for s in test]}
+    image branch sees, where that is features."""
     y = pairs.y.astype(np.float64)
 
-    def knn(x, y):
-        return make_pipeline(
-            StandardScaler(), KNeighborsRegressor(min(30, len(y)), weights="distance")
-        ).fit(x, y)
-
-    def add(name, column, make):
+    def features(column):
         x = torch.cat([getattr(s, column)[s.scored] for s in fit]).double().numpy()
-        models = [make(x, part) for part in (y[:, :n_targets], y[:, n_targets:]) if part.shape[1]]
-        out[name] = [
-            np.concatenate([m.predict(getattr(s, column).double().numpy()) for m in models], 1)
-            for s in test
-        ]
+        return x, y, [getattr(s, column).double().numpy() for s in test], n_targets
 
-    add("ridge_pca256", "frozen", lambda x, y: official_ridge(x, y, 256))
-    add("ridge_raw", "frozen", official_ridge)
-    add("knn", "frozen", knn)
+    predictions = {"train_mean": [np.tile(pairs.y.mean(0), (len(s.frozen), 1)) for s in test]}
+    predictions |= baselines.feature_baselines(*features("frozen"))
     if fit[0].x.ndim == 2:
-        add("ridge_scaled", "x", lambda x, y: RidgeCV(np.logspace(0, 5, 11)).fit(x, y))
-        add("knn_scaled", "x", knn)
-    return out
-
-
-def slide_accuracy(embedding, slide, seed=0):
-    """Balanced accuracy of telling the training slides apart from an embedding, by 5-fold logistic
-    regression on at most 2,000 spots: 1 / slides where it holds no trace of the slide. nan where
-    there is one slide."""
-    rows = np.random.default_rng(seed).permutation(len(slide))[:2000]
-    code, count = np.unique(slide[rows], return_counts=True)
-    rows = rows[np.isin(slide[rows], code[count >= 5])]
-    if len(np.unique(slide[rows])) < 2:
-        return float("nan")
-    classes, true = np.unique(slide[rows], return_inverse=True)
-    prob = cross_val_predict(
-        make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200)),
-        embedding[rows],
-        true,
-        cv=5,
-        method="predict_proba",
-    )
-    return metrics.classification(true, prob)["balanced_accuracy"]
-
-
-def simulated_rates(root, samples, genes):
-    """[noise-free log1p of counts per 10,000 (S, G)] of a task that simulate.py wrote (truth.npz
-    beside it), None for any other."""
-    if not (Path(root) / "truth.npz").is_file():
-        return None
-    there, base, weights, *programs = data.read_npz(
-        Path(root) / "truth.npz", "genes", "base", "weights", *(f"z_{s.name}" for s in samples)
-    )
-    column = [there.tolist().index(g) for g in genes]
-    return [
-        np.log1p(m / m.sum(1, keepdims=True) * 1e4)[:, column]
-        for m in (np.exp(base + z @ weights) for z in programs)
-    ]
-
-
-def score(samples, predictions, genes, n_targets, lists, rates=None):
-    """metrics.pcc_summary of the target genes over the scored spots; pcc_heg, pcc_hvg, pcc_marker
-    of the lists; gene_gene_* on the HEG list.
-    rates: also the PCC with the noise-free rates of simulated slides (rate_pcc)."""
-    rows = [s.scored for s in samples]
-    true, pred = (
-        np.concatenate([np.asarray(a, np.float32)[r] for a, r in zip(side, rows)])
-        for side in ([s.y for s in samples], predictions)
-    )
-    mask = np.concatenate([np.tile(s.measured, (r.sum(), 1)) for s, r in zip(samples, rows)])
-    slide = np.repeat([s.name for s in samples], [r.sum() for r in rows])
-    t = slice(0, n_targets)
-    found = metrics.pcc_summary(true[:, t], pred[:, t], slide, mask[:, t])
-    column = {g: j for j, g in enumerate(genes)}
-    for name in ("heg", "hvg", "marker"):
-        scores, agreement = [], []
-        for s in samples:
-            cols = [column[g] for g in lists[s.name][name] if s.measured[column[g]]]
-            here = slide == s.name
-            if cols:
-                scores.append(
-                    metrics.pcc_summary(true[here][:, cols], pred[here][:, cols])["pcc_mean"]
-                )
-                agreement.append(
-                    metrics.gene_gene_agreement(true[here][:, cols], pred[here][:, cols])
-                )
-        found[f"pcc_{name}"] = float(np.mean(scores)) if scores else float("nan")
-        if name == "heg":
-            found |= {
-                f"gene_gene_{k}": float(np.mean([a[k] for a in agreement]))
-                for k in (agreement or [{}])[0]
-            }
-    if rates is not None:
-        found["rate_pcc"] = metrics.pcc_summary(
-            np.concatenate([v[r] for v, r in zip(rates, rows)])[:, t], pred[:, t], slide, mask[:, t]
-        )["pcc_mean"]
-    return found
-
-
-def line(name, s):
-    """One row of the printed table."""
-    shown = (
-        "pcc_mean",
-        "pcc_heg",
-        "pcc_hvg",
-        "pcc_marker",
-        "variance_ratio_median",
-        "rmse",
-        "gene_gene_pearson",
-        "rate_pcc",
-    )
-    return f"{name:<18}" + "  ".join(f"{k} {s[k]:6.3f}" for k in shown if k in s)
+        predictions |= baselines.scaled_baselines(*features("x"))
+    return predictions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1421,7 +854,9 @@ class Task:
     rates: list = None
 
     def score(self, predictions):
-        return score(self.test, predictions, self.genes, self.n_targets, self.lists, self.rates)
+        """Scores of the target genes, and of the HEG, HVG and marker lists."""
+        scores = hest.score(self.test, predictions, self.rates, self.n_targets)
+        return scores | hest.gene_list_scores(self.test, predictions, self.genes, self.lists)
 
 
 def check(config):
@@ -1470,7 +905,7 @@ def resolved(config):
     return out
 
 
-def enough(n, k, what):
+def require_spots(n, k, what):
     """Raise DataError where there are fewer spots than neighbours to average."""
     if n < k:
         raise DataError(
@@ -1482,89 +917,45 @@ def enough(n, k, what):
 def variant(config):
     """Folder name of the run: split where it is not the folder's own, backbone, and every other
     flag that is not at its default."""
-    told = {
-        "data",
-        "slice",
-        "seed",
-        "device",
-        "threads",
-        "deterministic",
-        "runs",
-        "split",
-        "fold",
-        "patient",
-        "backbone",
-        "cache",
-        "predict",
-        "atlas",
-        "save_every",
-        "resume",
-    }
-    words, default = (
-        [config.split] * (config.split != "folds") + [config.backbone],
-        resolved(Config(backbone=config.backbone)),
-    )
-    for name, value in vars(config).items():
-        if name not in told and value != getattr(default, name):
-            text = str(value)
-            plain = "".join(
-                c if c.isalnum() or c in "._+" else "_" for c in Path(text).name.replace(",", "+")
-            )
-            words.append(
-                f"{name}-{plain}"
-                + (f"_{hashlib.sha256(text.encode()).hexdigest()[:8]}" if "/" in text else "")
-            )
-    return "-".join(words)
+    words = [config.split] * (config.split != "folds") + [config.backbone]
+    default = resolved(Config(backbone=config.backbone))
+    silent = ("split", "fold", "patient", "backbone", "atlas")
+    return run.variant(config, words, silent, default)
 
 
 def load(config, train_names, test_names):
     """Task of the slides by name; prints what was filtered. The values of test slides reach nothing
     that is fitted, but for --oracle_genes."""
-    need = config.backbone != "features" or not is_file(config.encoder)
-    slides = {n: data.load_hest(config.data, n, patches=need) for n in [*train_names, *test_names]}
-    fit, keep = [slides[n] for n in train_names], config.min_counts
-    targets, shared = hest.target_genes(config.genes, fit, config.data, keep), shared_genes(fit)
-    inputs = input_genes(list(slides.values()) if config.oracle_genes else fit, config.n_hvg, keep)
-    lists = dict.fromkeys(
-        test_names,
-        None
-        if config.oracle_genes
-        else gene_lists(fit, shared, keep, config.target, config.markers),
-    )
-    for n in test_names if config.oracle_genes else ():
-        lists[n] = gene_lists(
-            [slides[n]],
-            [g for g in shared if g in set(slides[n].genes)],
-            keep,
-            config.target,
-            config.markers,
-        )
-    genes = list(
-        dict.fromkeys(
-            [*targets, *(g for found in lists.values() for names in found.values() for g in names)]
-        )
-    )
+    need = config.backbone != "features" or not hest.has_feature_files(config.encoder)
+    slides = hest.load_slides(config.data, [*train_names, *test_names], need)
+    fit, min_counts = [slides[n] for n in train_names], config.min_counts
+    targets = hest.target_genes(config.genes, fit, config.data, min_counts)
+    shared = hest.shared_genes(fit)
+    seen = list(slides.values()) if config.oracle_genes else fit
+    inputs = hest.variable_genes(seen, config.n_hvg, min_counts)
+    choice = (min_counts, config.target, config.markers)
+    if config.oracle_genes:
+        lists = {}
+        for n in test_names:
+            measured = [g for g in shared if g in set(slides[n].genes)]
+            lists[n] = hest.gene_lists([slides[n]], measured, *choice)
+    else:
+        lists = dict.fromkeys(test_names, hest.gene_lists(fit, shared, *choice))
+    listed = [g for of_slide in lists.values() for names in of_slide.values() for g in names]
+    genes = list(dict.fromkeys([*targets, *listed]))
     samples = {}
     for n, slide in slides.items():
-        s = samples[n] = Sample(
-            n, slide.patient, slide, frozen_features(config, slide), scored=keep_rows(slide, keep)
-        )
+        frozen = hest.slide_features(config, slide)
+        scored = hest.enough_counts(slide, min_counts)
+        s = samples[n] = Sample(n, slide.patient, slide, frozen, scored=scored)
         s.y, _, _, s.measured = hest.target_expression(slide, genes, config.target)
-        s.s = (
-            torch.from_numpy(log_expression(slide, inputs).toarray()) if n in train_names else None
-        )
-        s.x = pixels(slide, VITS[config.backbone][0]) if config.backbone != "features" else None
-        low, absent = (~s.scored).sum(), (~s.measured[: len(targets)]).sum()
-        if low or absent:
-            print(
-                f"{n}: {low} of {len(s.scored)} spots have fewer than {keep} counts and are "
-                f"not scored; {absent} target genes are not on its panel"
-            )
-    enough(
-        sum(samples[n].scored.sum() for n in train_names),
-        config.k,
-        f"the training side ({', '.join(train_names)})",
-    )
+        if n in train_names:
+            s.s = torch.from_numpy(hest.log_expression(slide, inputs).toarray())
+        if config.backbone != "features":
+            s.x = pixels(slide, VITS[config.backbone][0])
+        hest.say_what_is_left_out(s, min_counts, len(targets))
+    n_spots = sum(samples[n].scored.sum() for n in train_names)
+    require_spots(n_spots, config.k, f"the training side ({', '.join(train_names)})")
     if config.shuffle_pairs:
         shuffle([samples[n] for n in train_names], config.seed)
     scaler = Scaler.fit([samples[n] for n in train_names])
@@ -1580,7 +971,7 @@ def load(config, train_names, test_names):
         lists,
         scaler,
         Pairs(fit),
-        simulated_rates(config.data, test, genes),
+        hest.simulated_rates(config.data, test, genes, normalised=True),
     )
 
 
@@ -1627,13 +1018,12 @@ def main(argv=None):
             f"choose a multiple of {record.world}"
         )
     task = load(config, train_names, test_names)
-    print(
+    run.say(
         f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; "
         f"{len(task.pairs)} training spots, {task.n_targets} "
         f"target genes, {len(task.inputs)} genes in the gene branch, "
         f"{len(task.lists[test_names[0]]['marker'])} markers measured, "
-        f"{encoder_name(config)}",
-        flush=True,
+        f"{encoder_name(config)}"
     )
     predictions = classical_baselines(task.fit, task.test, task.pairs, task.n_targets)
     make = maker(
@@ -1641,7 +1031,8 @@ def main(argv=None):
         task.fit[0].x.shape[1] if config.backbone == "features" else config.backbone,
         len(task.inputs),
     )
-    checksum = data.file_checksum(*used_files(config, [s.slide for s in [*task.fit, *task.test]]))
+    slides = [s.slide for s in [*task.fit, *task.test]]
+    checksum = data.file_checksum(*hest.input_files(config, slides, config.weights))
     model, histories, val = train(
         make,
         task.fit,
@@ -1696,20 +1087,6 @@ def main(argv=None):
     return 0
 
 
-def used_files(config, slides):
-    """Files whose content can change a number of this run: counts, patches or features, weights."""
-    files = [
-        f
-        for s in slides
-        for f in (
-            s.source,
-            s.patches.path if s.patches is not None else s.image_file,
-            config.encoder.replace("{sample}", s.sample) if is_file(config.encoder) else "",
-        )
-    ]
-    return [str(f) for f in [*dict.fromkeys(files), config.weights] if f]
-
-
 def diagnostics(config, task, history, z, keys):
     """Scores that say whether to believe the others: losses beside guessing, slides told apart from
     the embeddings, noise ceiling if simulated."""
@@ -1719,7 +1096,7 @@ def diagnostics(config, task, history, z, keys):
         "reconstruction_error": history[-1][2],
     }
     found |= {
-        f"slide_accuracy_{name}": slide_accuracy(a.cpu().numpy(), task.pairs.slide)
+        f"slide_accuracy_{name}": hest.slide_accuracy(a.cpu().numpy(), task.pairs.slide)
         for name, a in (("image", z), ("gene", keys))
     }
     return found | (
@@ -1730,8 +1107,8 @@ def diagnostics(config, task, history, z, keys):
 def report(config, others, found, n_slides):
     """Print the table."""
     for name, s in [*others.items(), ("cmrcnet", found)]:
-        print(line(name, s), flush=True)
-    print(
+        run.say(hest.table_row(name, s, COLUMNS))
+    run.say(
         f"gain over image-only retrieval {found['gain_over_image_only']:+.3f}, ridge "
         f"{found['gain_over_ridge_raw']:+.3f} (raw); "
         f"slides told apart from z {found['slide_accuracy_image']:.2f}, from h "
@@ -1768,7 +1145,7 @@ def write(
         task.pairs,
         {k: v.cpu() for k, v in model.state_dict().items()},
     )
-    mark = fingerprint(weights, task.inputs)
+    mark = retrieval.fingerprint(weights, task.inputs)
     saved = {
         "config": vars(config).copy(),
         "genes": genes,
@@ -1777,20 +1154,21 @@ def write(
         "weights": weights,
         "fingerprint": mark,
     }
-    shared = shared_genes([s.slide for s in fit])
+    shared = hest.shared_genes([s.slide for s in fit])
     # target genes that not every training slide measures
     rest = [j for j, g in enumerate(genes) if g not in set(shared)]
     values = sp.hstack(
         [
             sp.csr_matrix(pairs.y[:, rest]),
-            sp.vstack([log_expression(s.slide, shared, config.target)[s.scored] for s in fit]),
+            sp.vstack([hest.log_expression(s.slide, shared, config.target)[s.scored] for s in fit]),
         ]
     ).tocsr()
+    names = {"genes": [*(genes[j] for j in rest), *shared], "inputs": task.inputs}
+    names |= {"slides": pairs.names, "slide": pairs.slide}
+    attributes = {"encoder": encoder_name(config), "fingerprint": mark, "target": config.target}
     draw(record, config, task, predicted, histories)
     arrays = arrays_of(test, genes, predicted, neighbours)
     arrays |= {
-        "true": np.concatenate([s.y for s in test]),
-        "scored": np.concatenate([s.scored for s in test]),
         "key_slide": np.array(pairs.names)[pairs.slide],
         "key_row": pairs.row,
     }
@@ -1803,15 +1181,8 @@ def write(
         checksum,
         {
             "model.pt": lambda f: torch.save(saved, f),
-            "atlas.h5": lambda f: write_atlas(
-                f,
-                keys.cpu().numpy(),
-                values,
-                [*(genes[j] for j in rest), *shared],
-                pairs,
-                config,
-                task.inputs,
-                mark,
+            "atlas.h5": lambda f: retrieval.write_atlas(
+                f, keys.cpu().numpy(), values, names, attributes
             ),
         },
         epochs=len(histories[-1]),
@@ -1830,58 +1201,31 @@ def write(
 def arrays_of(samples, genes, predicted, neighbours):
     """What arrays.npz holds: spots of all test slides one below the other; neighbours are rows of
     the atlas."""
-    return {
-        "slide": np.repeat([s.name for s in samples], [len(s.frozen) for s in samples]),
-        "barcodes": np.concatenate([s.slide.barcodes for s in samples]),
-        "xy": np.concatenate([s.slide.xy for s in samples]),
-        "genes": np.array(genes),
-        "pred": np.concatenate(predicted),
+    return hest.spot_arrays(samples, predicted, genes) | {
         "embedding": torch.cat([n[2] for n in neighbours]).cpu().numpy(),
         "neighbours": torch.cat([n[1][:, :10] for n in neighbours]).cpu().numpy(),
     }
 
 
-def wanted_genes(spec, own, there):
-    """Names to read out of an atlas with the genes `there`: task = `own`, all, or a JSON list.
-    Raises DataError for a gene that is not there."""
-    genes = (
-        {"task": own, "all": there}[spec] if spec in ("task", "all") else data.read_gene_list(spec)
-    )
-    absent = [g for g in genes if g not in set(there)]
-    if absent or not genes:
-        raise DataError(
-            f"the atlas lacks {len(absent)} of the {len(genes)} genes asked for "
-            f"({', '.join(absent[:3])} ...): take them off the list"
-        )
-    return genes
-
-
 def predict_folder(config, start):
     """Read expression for slides without counts out of the atlas; one folder of results for all of
     them."""
-    saved = load_checkpoint(config.predict)
+    saved = run.read_checkpoint(config.predict, "whole cmrcnet checkpoint", ["config"])
     known = run.saved_flags(config.predict, Config, saved["config"], check)
     with run.checkpoint_fits(config.predict):
-        scaler, genes, inputs, weights = (
-            saved[k] for k in ("scaler", "genes", "inputs", "weights")
+        scaler, genes, inputs, weights, mark = (
+            saved[k] for k in ("scaler", "genes", "inputs", "weights", "fingerprint")
         )
         dim_in = len(scaler["frozen_mean"])
-    given = config.encoder if config.encoder != Config.encoder else known.encoder
-    for name in ("data", "slice", "cache", "device", "k", "weighting", "index", "lists", "probe"):
+    for name in ("k", "weighting", "index", "lists", "probe"):
         setattr(known, name, getattr(config, name))
-    keys, values, there = read_atlas(
-        config.atlas or Path(config.predict).with_name("atlas.h5"), saved, known
-    )
-    known.encoder = given
-    enough(len(keys), known.k, "the atlas")
-    genes = wanted_genes(config.genes, genes, there)
-    column = {g: j for j, g in enumerate(there)}
+    atlas = config.atlas or Path(config.predict).with_name("atlas.h5")
+    keys, values, available = retrieval.read_atlas(atlas, encoder_name(known), inputs, mark)
+    require_spots(len(keys), known.k, "the atlas")
+    genes = hest.genes_to_read(config.genes, genes, available)
+    column = {g: j for j, g in enumerate(available)}
     values = values.tocsc()[:, [column[g] for g in genes]].tocsr()
-    slides = data.load_patch_folder(
-        known.data, known.slice, known.backbone != "features" or not is_file(known.encoder)
-    )
-    if Path(slides[0].source).suffix == ".npz":
-        known.encoder = str(Path(known.data) / "{sample}.npz")
+    slides = hest.new_slides(config, known, pixels=known.backbone != "features")
     record = run.Run(
         "cmrcnet",
         config,
@@ -1889,14 +1233,9 @@ def predict_folder(config, start):
         f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}",
         start,
     )
-    samples = [Sample(s.sample, s.patient, s, frozen_features(known, s)) for s in slides]
+    samples = [Sample(s.sample, s.patient, s, hest.slide_features(known, s)) for s in slides]
     for s in samples:
-        if s.frozen.shape[1] != dim_in:
-            raise DataError(
-                f"slide {s.name} has {s.frozen.shape[1]} features ({known.encoder}), the "
-                f"checkpoint {config.predict} was trained on "
-                f"{dim_in}: make the features with the encoder of the training run"
-            )
+        hest.check_width(s.frozen, dim_in, s.name, known.encoder, config.predict)
         s.x = None if known.backbone == "features" else pixels(s.slide, VITS[known.backbone][0])
     with run.checkpoint_fits(config.predict):
         samples = [Scaler(scaler).apply(s, known) for s in samples]
@@ -1920,92 +1259,23 @@ def predict_folder(config, start):
     return 0
 
 
-def maps(rows, xy):
-    """Figure of maps: rows of (title, values (S,)), each on its own colour scale from the 2nd to
-    the 98th percentile."""
-    figure, axes = plt.subplots(
-        len(rows),
-        max(map(len, rows)),
-        figsize=(2.6 * max(map(len, rows)), 2.7 * len(rows)),
-        squeeze=False,
-    )
-    for of_row, row in zip(axes, rows):
-        for axis in of_row:
-            axis.set_axis_off()
-        for axis, (title, values) in zip(of_row, row):
-            low, high = np.nanpercentile(values, (2, 98))
-            axis.scatter(
-                *xy.T,
-                c=values,
-                s=max(0.3, 5000 / len(values)),
-                linewidths=0,
-                vmin=low,
-                vmax=high if high > low else low + 1,
-            )
-            axis.set_title(title, fontsize=8)
-            axis.set_aspect("equal")
-            axis.invert_yaxis()
-    return figure
-
-
 def draw(record, config, task, predicted, histories):
     """genes.png: maps of the first slide (five best and five worst genes, truth above prediction);
     gene_gene.png: correlations of the HEG list; training.png: losses beside log(batch), and
     validation."""
-    s, pred, genes = task.test[0], predicted[0], task.genes
-    if s.y is None:
-        record.figure(
-            "genes",
-            maps([[(genes[j], pred[:, j]) for j in np.argsort(-pred.std(0))[:5]]], s.slide.xy),
-        )
-        return plt.close("all")
-    r = np.where(s.measured, np.nan_to_num(metrics.pcc(s.y[s.scored], pred[s.scored])), np.nan)[
-        : task.n_targets
-    ]
-    order = [j for j in np.argsort(-r) if np.isfinite(r[j])]
-    true = np.where(s.scored[:, None], s.y, np.nan)
-    record.figure(
-        "genes",
-        maps(
-            [
-                [
-                    (
-                        f"{genes[j]} {what}" + (f", r {r[j]:.2f}" if what == "predicted" else ""),
-                        v[:, j],
-                    )
-                    for j in side
-                ]
-                for side in (order[:5], order[-5:])
-                for what, v in (("true", true), ("predicted", pred))
-            ],
-            s.slide.xy,
-        ),
-    )
-    column = [
-        j for j, g in enumerate(genes) if g in set(task.lists[s.name]["heg"]) and s.measured[j]
-    ]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4))
-    for axis, title, values in zip(axes, ("true", "predicted"), (s.y, pred)):
-        x = values[s.scored][:, column]
-        axis.imshow(np.corrcoef(x[:, x.std(0) > 0].T), vmin=-1, vmax=1, cmap="RdBu_r")
-        axis.set_title(f"gene-gene correlation, {title}")
-    record.figure("gene_gene", figure)
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3))
-    loss, pair, error, _ = zip(*histories[-1])
-    for values, name in (
-        (loss, "loss"),
-        (pair, "contrastive, mean l"),
-        (error, "reconstruction error"),
-    ):
-        axes[0].plot(values, label=name)
-    axes[0].axhline(np.log(config.batch), color="gray", linestyle=":", label="log(batch): guessing")
-    axes[0].set(yscale="log", xlabel="epoch", title="training")
-    axes[0].legend(fontsize=7)
-    for i, history in enumerate(histories[:-1]):
-        axes[1].plot([h[-1] for h in history], label=f"fold {i}")
-    axes[1].set(xlabel="epoch", title="PCC on held-out training spots")
-    record.figure("training", figure)
-    plt.close("all")
+    s, genes = task.test[0], task.genes
+    record.figure("genes", figures.gene_maps(s, predicted[0], genes, task.n_targets))
+    if s.y is not None:
+        heg = set(task.lists[s.name]["heg"])
+        columns = [j for j, g in enumerate(genes) if g in heg and s.measured[j]]
+        pair = [values[s.scored][:, columns] for values in (s.y, predicted[0])]
+        record.figure("gene_gene", figures.gene_gene_maps(*pair))
+        names = ("loss", "contrastive, mean l", "reconstruction error")
+        losses = dict(zip(names, zip(*histories[-1])))
+        curves = {f"fold {i}": [row[-1] for row in h] for i, h in enumerate(histories[:-1])}
+        title, guess = "PCC on held-out training spots", np.log(config.batch)
+        record.figure("training", figures.training_curves(losses, curves, title, guess))
+    figures.close()
 
 
 if __name__ == "__main__":

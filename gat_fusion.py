@@ -5,9 +5,8 @@ The system of the public repository "spatial-omics-fusion" (seed of this file), 
 description:
 
     X (N, G) --MLP--> E (N, 128) --GAT x 2--> S (N, 128)
-                      E ------------ query ------------+
-                      S of the k neighbours - key/value +-> cross-attention x 2 -> Z (N, 128)
-                      -> classes
+    E ------------- query -------------+
+    S of the k neighbours - key, value +-> cross-attention x 2 -> Z (N, 128) -> classes
 
 Training is full-graph: one optimiser step per epoch. Every run prints the predictors that see no
 gene (coordinates only) first, because on randomly held-out spots they are as good as the published
@@ -19,34 +18,32 @@ networks; see docs/gat_fusion.md.
 """
 
 import copy
-import hashlib
 import time
-import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
 import scipy.sparse as sp
 import torch
-from scipy.sparse.linalg import cg
-from scipy.spatial import cKDTree
-from sklearn.decomposition import PCA
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.nn import functional as F
 
 import data
 import metrics
 from data import DataError
+from evaluation import baselines, figures
 from plainst import run
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from plainst.features import input_files
+from plainst.layers import Dropout, NormFirst
+from plainst.neighbour_sums import (
+    neighbour_products,
+    softmax_over_table,
+    weighted_neighbour_sum,
+)
+from plainst.scaled import ScaledRows, agreed_library
+from plainst.tiles import make_tiles, prediction_size
 
 GAT_MODES = {"gat_only", "concat", "full", "embedding", "multimodal"}
 GCN_MODES = {"gcn_only", "gcn_full"}
@@ -54,14 +51,19 @@ GCN_MODES = {"gcn_only", "gcn_full"}
 GRAPH_ONLY = {"gat_only", "gcn_only"}
 IMAGE_MODES = {"img_expr", "multimodal"}
 EMBEDDING_MODES = {"embedding_only", "embedding"}
+# two embeddings meet as --fusion says
+FUSED_MODES = {"full", "gcn_full", "embedding", "multimodal"}
+# name of a baseline: what makes its class probabilities (N, C) from the task
+BASELINES = {
+    "majority": baselines.majority,
+    "coords_knn": lambda task: baselines.coords_knn(task, task.place),
+    "coords_rbf": lambda task: baselines.coords_rbf(task, task.place, task.pitch),
+    "expr_lr": lambda task: baselines.logistic(task, task.pcs),
+    "smoothed_lr": lambda task: baselines.smoothed_lr(
+        task, task.pcs, task.table(baselines.SMOOTHED)
+    ),
+}
 GENE_FREE = {"majority", "coords_knn", "coords_rbf"}
-BASELINES = ("majority", "coords_knn", "coords_rbf", "expr_lr", "smoothed_lr")
-# with --tile: training spots that the baselines' components are fitted on
-MOST_FOR_PCA = 20_000
-# spots that a CPU predicts at a time
-AT_ONCE = 20_000
-# neighbours that smoothed_lr averages over
-SMOOTHED = 36
 
 
 @dataclass
@@ -179,220 +181,6 @@ def check(config):
 # --------------------------------------------------------------------------------------------------
 
 
-class Table:
-    """Who attends to whom: index (N, k), all places filled, and empty (N, k) bool or None, the
-    places that do not count."""
-
-    def __init__(self, index, empty):
-        self.index, self.empty = index, empty if empty.any() else None
-        self._bags = {}
-
-    def bags(self, heads):
-        """Row numbers for embedding bags over (N heads) rows, forward and reversed, made once per
-        number of heads.
-
-        forward (N heads, k): row of (neighbour, head) in the bag of (spot, head). Reversed, bag
-        (head, spot) holds the rows of those who
-        chose the spot: `chosen_by` (heads N k,), `start` (heads N,), and `place` (heads N k,),
-        where their weight stands in (N, heads, k).
-        """
-        if heads not in self._bags:
-            n, k = self.index.shape
-            head = torch.arange(heads, device=self.index.device)[:, None]
-            # (N heads, k)
-            forward = (self.index[:, None] * heads + head).flatten(0, 1)
-            # (N k,) edges by the spot that is chosen
-            order = self.index.flatten().argsort(stable=True)
-            # (N,)
-            start = F.pad(torch.bincount(self.index.flatten(), minlength=n).cumsum(0), (1, 0))[:-1]
-            chooser, slot = order // k, order % k
-            self._bags[heads] = (
-                forward,
-                (chooser * heads + head).flatten(),
-                (start + head * n * k).flatten(),
-                (chooser * heads * k + slot + head * k).flatten(),
-            )
-        return self._bags[heads]
-
-
-class Neighbours:
-    """A fixed-degree neighbour table (N, k), -1 = empty, as two `Table`s made ready for the layers
-    once.
-
-    `own` (N, k+1) starts with the spot itself (graph attention, GCN); `others` (N, k) does not
-    (cross-attention). Empty places point at the spot itself and are masked; a spot with no
-    neighbour at all attends to itself.
-    """
-
-    def __init__(self, table, device="cpu"):
-        table = torch.as_tensor(table, device=device)  # (N, k)
-        myself = torch.arange(len(table), device=device)[:, None]  # (N, 1)
-        empty = table < 0
-        others = torch.where(empty, myself, table)  # (N, k)
-        # (N, k+1)
-        self.own = Table(
-            torch.cat([myself, others], 1), torch.cat([torch.zeros_like(empty[:, :1]), empty], 1)
-        )
-        alone = empty.all(1)
-        # the isolated spot keeps one place: itself
-        empty[:, 0] &= ~alone
-        self.others = Table(others, empty)
-
-
-class Dropout(nn.Module):
-    """Zero a number with probability p in training, divide the others by what is kept of 1
-    (Srivastava et al. 2014).
-
-    It is `nn.Dropout`, which on a CPU draws a float for every number: most of the time of dropout,
-    up to a quarter of an epoch of a large slide. Sixteen random bits are enough: p is rounded to a
-    multiple of 2^-16.
-    """
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        """x of any shape -> the same shape."""
-        if x.device.type != "cpu" or not self.training or not self.p:
-            return F.dropout(x, self.p, self.training)
-        # of the 2^16 values of an int16
-        dropped = min(round(self.p * 2**16), 2**16 - 1)
-        # a draw holds four
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(
-            -(2**63), None
-        )
-        lost = bits.view(torch.int16)[: x.numel()].view(x.shape) < dropped - 2**15
-        return x.masked_fill(lost, 0.0).mul_(1 / (1 - dropped / 2**16))
-
-
-def softmax_over_table(scores, empty):
-    """scores (N, heads, k), empty (N, k) bool or None -> weights (N, heads, k) that sum to 1 over
-    the places in use."""
-    if empty is not None:
-        scores = scores.masked_fill(empty[:, None], float("-inf"))
-    return scores.softmax(-1)
-
-
-class WeightedNeighbourSum(torch.autograd.Function):
-    """out[i, h] = sum_j weights[i, h, j] * values[index[i, j], h], forward and backward as weighted
-    embedding bags.
-
-    The readable form, which the tests compare with, is `torch.einsum("nhk,nkhd->nhd", weights,
-    values[index])`; it builds an (N, k, heads, d) tensor, and its backward scatters one. Here the
-    gradient of the values is the same sum over the reversed table (every spot collects from those
-    who chose it), so nothing is scattered and the order of additions is fixed.
-    """
-
-    @staticmethod
-    def forward(ctx, values, weights, table):
-        """values (N, heads, d), weights (N, heads, k), table Table -> (N, heads, d)."""
-        n, heads, d = values.shape
-        ctx.save_for_backward(values, weights)
-        ctx.table = table
-        rows = table.bags(heads)[0]
-        return F.embedding_bag(
-            rows,
-            values.reshape(n * heads, d),
-            per_sample_weights=weights.reshape(rows.shape),
-            mode="sum",
-        ).view(n, heads, d)
-
-    @staticmethod
-    def backward(ctx, grad):
-        values, weights = ctx.saved_tensors
-        grad = grad.contiguous()
-        return (
-            sum_over_choosers(grad, weights, ctx.table) if ctx.needs_input_grad[0] else None,
-            products_over_table(grad, values, ctx.table) if ctx.needs_input_grad[1] else None,
-            None,
-        )
-
-
-class NeighbourProducts(torch.autograd.Function):
-    """products[i, h, j] = <a[i, h], b[index[i, j], h]>, the scores of an attention; forward and
-    backward are the other way round those of WeightedNeighbourSum. The readable form is
-    `torch.einsum("nhd,nkhd->nhk", a, b[index])`."""
-
-    @staticmethod
-    def forward(ctx, a, b, table):
-        """a, b (N, heads, d), table Table -> (N, heads, k)."""
-        a, b = a.contiguous(), b.contiguous()
-        ctx.save_for_backward(a, b)
-        ctx.table = table
-        return products_over_table(a, b, table)
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, b = ctx.saved_tensors
-        grad = grad.contiguous()
-        return (
-            WeightedNeighbourSum.apply(b, grad, ctx.table) if ctx.needs_input_grad[0] else None,
-            sum_over_choosers(a, grad, ctx.table) if ctx.needs_input_grad[1] else None,
-            None,
-        )
-
-
-def sum_over_choosers(values, weights, table):
-    """out[j, h] = sum of weights[i, h, place] values[i, h] over the spots i that chose j: values
-    (N, heads, d), weights (N, heads, k) -> (N, heads, d)."""
-    n, heads, d = values.shape
-    _, chosen_by, start, place = table.bags(heads)
-    return (
-        F.embedding_bag(
-            chosen_by,
-            values.view(n * heads, d),
-            start,
-            mode="sum",
-            per_sample_weights=weights.flatten().index_select(0, place),
-        )
-        .view(heads, n, d)
-        .transpose(0, 1)
-    )
-
-
-def products_over_table(a, b, table):
-    """<a[i, h], b[index[i, j], h]>: a, b (N, heads, d) contiguous -> (N, heads, k).
-
-    On a CPU these are the entries of a (N heads, N heads) product that the table asks for: nothing
-    is gathered, four times as fast.
-    """
-    n, heads, d = a.shape
-    if a.is_cuda or a.dtype not in (torch.float32, torch.float64):
-        # (N, k, heads, d) -> (N, heads, k)
-        return (b[table.index] * a[:, None]).sum(-1).transpose(1, 2)
-    rows = table.bags(heads)[0]
-    with warnings.catch_warnings():
-        # torch calls its CSR tensors a beta version, once a process
-        warnings.simplefilter("ignore", UserWarning)
-        wanted = torch.sparse_csr_tensor(
-            torch.arange(len(rows) + 1) * rows.shape[1],
-            rows.flatten(),
-            a.new_zeros(rows.numel()),
-            (n * heads, n * heads),
-            check_invariants=False,
-        )
-    products = torch.sparse.sampled_addmm(
-        wanted, a.view(n * heads, d), b.reshape(n * heads, d).T, beta=0.0
-    ).values()
-    # --compile stumbles over a view of a sparse tensor
-    return products.clone().view(n, heads, -1)
-
-
-def weighted_neighbour_sum(values, weights, table):
-    """The same with autocast, which leaves the weights float32 and the values not: the sum is made
-    in the type of the weights."""
-    return WeightedNeighbourSum.apply(values.to(weights.dtype), weights, table)
-
-
-def neighbour_products(a, b, table):
-    """Scores <a[i, h], b[index[i, j], h]> in float32 under autocast, too: a, b (N, heads, d) -> (N,
-    heads, k)."""
-    return NeighbourProducts.apply(
-        *(v if v.dtype == torch.float64 else v.float() for v in (a, b)), table
-    )
-
-
 class GraphAttention(nn.Module):
     """Graph attention (Velickovic et al. 2018, Eq. 1-5), heads concatenated.
 
@@ -416,11 +204,11 @@ class GraphAttention(nn.Module):
         # (N, heads) each: head by head the products u . W h and v . W h
         to, of = (h @ torch.block_diag(*w[:, :, None]) for w in (self.u, self.v))
         # (N, heads, d); (N heads, k+1)
-        h, rows = h.view(len(h), self.heads, -1), graph.own.bags(self.heads)[0]
+        h, rows = h.view(len(h), self.heads, -1), graph.with_self.bag_index(self.heads).neighbours
         # (N, heads, k+1)
         e = to.flatten().index_select(0, rows.flatten()).view(len(h), self.heads, -1)
-        alpha = softmax_over_table(F.leaky_relu(e + of[:, :, None], 0.2), graph.own.empty)
-        out = weighted_neighbour_sum(h, self.dropout(alpha), graph.own)
+        alpha = softmax_over_table(F.leaky_relu(e + of[:, :, None], 0.2), graph.with_self.empty)
+        out = weighted_neighbour_sum(h, self.dropout(alpha), graph.with_self)
         return out.flatten(1) + self.bias, alpha  # (N, dim_out)
 
 
@@ -436,12 +224,12 @@ class GraphConvolution(nn.Module):
 
     def forward(self, h, graph):
         """h (N, dim_in) -> (N, dim_out), weights (N, 1, k+1)."""
-        index, empty = graph.own.index, graph.own.empty
+        index, empty = graph.with_self.index, graph.with_self.empty
         used = torch.ones_like(index, dtype=h.dtype) if empty is None else (~empty).to(h.dtype)
         d = used.sum(1).rsqrt()  # (N,)
         w = (used * d[:, None] * d[index])[:, None]  # (N, 1, k+1)
         # (N, dim_out)
-        return weighted_neighbour_sum(self.project(h)[:, None], w, graph.own).squeeze(
+        return weighted_neighbour_sum(self.project(h)[:, None], w, graph.with_self).squeeze(
             1
         ) + self.bias, w
 
@@ -518,10 +306,10 @@ class CrossAttentionLayer(nn.Module):
             f(x).view(n, self.heads, -1)
             for f, x in ((self.query, z), (self.key, s), (self.value, s))
         )
-        scores = neighbour_products(q, key, graph.others) / q.shape[-1] ** 0.5
-        alpha = softmax_over_table(scores, graph.others.empty)  # (N, heads, k)
+        scores = neighbour_products(q, key, graph.without_self) / q.shape[-1] ** 0.5
+        alpha = softmax_over_table(scores, graph.without_self.empty)  # (N, heads, k)
         # (N, dim)
-        a = weighted_neighbour_sum(value, self.dropout(alpha), graph.others).flatten(1)
+        a = weighted_neighbour_sum(value, self.dropout(alpha), graph.without_self).flatten(1)
         z = self.norm1(z + self.dropout(self.out(a)))
         return self.norm2(z + self.dropout(self.ffn(z))), alpha
 
@@ -563,7 +351,7 @@ class GatFusion(nn.Module):
                 kind, dim_in if mode in GRAPH_ONLY else dim, dim, heads, layers, dropout
             )
         self.image = mlp(dim_image, dim, dim, dropout) if mode in IMAGE_MODES else None
-        fused = mode in {"full", "gcn_full", "embedding", "multimodal"}
+        fused = mode in FUSED_MODES
         self.cross = (
             nn.ModuleList(CrossAttentionLayer(dim, heads, dropout) for _ in range(layers))
             if fused and fusion == "cross"
@@ -595,25 +383,6 @@ class GatFusion(nn.Module):
         return self.head(z), {"embedding": z, "attention": attention}
 
 
-class NormFirst(nn.Sequential):
-    """LayerNorm -> Linear -> whatever follows, with the scale and shift of the norm folded into the
-    linear map: W (g x + b) + c = (W g) x + (W b + c).
-
-    It is the same function; its gradient needs no (N, dim_in) array, where x comes from the data
-    and asks for none.
-    """
-
-    def forward(self, x):
-        """x (N, dim_in) -> (N, dim)."""
-        norm, linear, *rest = self
-        x = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)  # (N, dim_in)
-        # (N, hidden)
-        x = F.linear(x, linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias)
-        for layer in rest:
-            x = layer(x)
-        return x  # (N, dim)
-
-
 def mlp(dim_in, hidden, dim, dropout):
     """LayerNorm -> Linear -> GELU -> Dropout -> Linear: (N, dim_in) -> (N, dim)."""
     return NormFirst(
@@ -623,111 +392,6 @@ def mlp(dim_in, hidden, dim, dropout):
         Dropout(dropout),
         nn.Linear(hidden, dim),
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# Baselines: what a network has to beat. Each returns class probabilities (N, C) for all spots
-# --------------------------------------------------------------------------------------------------
-
-
-def majority(task):
-    """The largest training class for everyone."""
-    counts = np.bincount(task.labels[task.split.train], minlength=task.n_classes)
-    return np.tile(np.eye(task.n_classes)[counts.argmax()], (len(task.labels), 1))  # (N, C)
-
-
-def coords_knn(task):
-    """Inverse-distance vote of the nearest training *labels*; k by validation ARI. No gene is
-    seen."""
-    train = task.split.train
-    tries = [
-        KNeighborsClassifier(k, weights="distance").fit(task.place[train], task.labels[train])
-        for k in (1, 3, 5, 7, 9, 12, 15, 20, 30)
-        if k <= train.sum()
-    ]
-    return best_on_validation(
-        task, (spread(m.predict_proba(task.place), m.classes_, task.n_classes) for m in tries)
-    )
-
-
-def coords_rbf(task):
-    """RBF-kernel ridge on one-hot labels over positions; bandwidth and ridge by validation ARI. No
-    gene is seen.
-
-    The kernel is cut at 4 bandwidths, so it is a sparse matrix and the solve (conjugate gradients)
-    stays linear in the number of spots.
-    """
-    # (n, C)
-    train, onehot = task.split.train, np.eye(task.n_classes)[task.labels[task.split.train]]
-    pitch = data.lattice_pitch(task.place[task.slide_of == 0])
-    seen, pieces = (
-        cKDTree(task.place[train]),
-        np.array_split(task.place, len(task.place) // 50_000 + 1),
-    )
-
-    def predict(bandwidth, ridge):
-        def kernel(a, b):
-            d = a.sparse_distance_matrix(b, 4 * bandwidth, output_type="coo_matrix").tocsr()
-            d.data = np.exp(-0.5 * (d.data / bandwidth) ** 2)
-            return d
-
-        square = kernel(seen, seen) + ridge * sp.identity(len(onehot))
-        # (n, C)
-        weights = np.stack([cg(square, y, rtol=1e-6, maxiter=300)[0] for y in onehot.T], 1)
-        # (N, C)
-        score = np.clip(
-            np.concatenate([kernel(cKDTree(piece), seen) @ weights for piece in pieces]), 1e-6, None
-        )
-        return score / score.sum(1, keepdims=True)
-
-    return best_on_validation(task, (predict(b * pitch, r) for b in (2.0, 3.0) for r in (0.1, 0.3)))
-
-
-def expr_lr(task):
-    """Logistic regression on 50 principal components of a spot's own expression."""
-    return logistic(task, task.pcs)
-
-
-def smoothed_lr(task):
-    """Logistic regression on 50 principal components averaged over a spot and its 36 nearest
-    spots."""
-    return logistic(task, data.neighbour_mean(task.pcs, task.table(SMOOTHED)))
-
-
-def logistic(task, x):
-    """Multinomial logistic regression, fitted on training rows; inverse regularisation by
-    validation ARI. x (N, D) -> (N, C)."""
-    train = task.split.train
-    x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-9)
-
-    def predict(c):
-        with warnings.catch_warnings():
-            # 300 steps are enough for a baseline; the score says so itself
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model = LogisticRegression(C=c, max_iter=300).fit(x[train], task.labels[train])
-        return spread(model.predict_proba(x), model.classes_, task.n_classes)
-
-    return best_on_validation(task, (predict(c) for c in (0.003, 0.03, 0.3)))
-
-
-def best_on_validation(task, candidates):
-    """The candidate (N, C) with the best ARI on the validation spots; the first on ties or where
-    there is no validation spot."""
-    val = task.split.val
-    candidates = list(candidates)
-    if not val.any():
-        return candidates[0]
-    return max(
-        candidates, key=lambda p: metrics.clustering(task.labels[val], p[val].argmax(1))["ari"]
-    )
-
-
-def spread(prob, classes, n_classes):
-    """Columns of the classes that a model saw -> columns of all classes: (N, len(classes)) -> (N,
-    C)."""
-    out = np.zeros((len(prob), n_classes))
-    out[:, classes] = prob
-    return out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -756,7 +420,7 @@ class Task:
             if len(slides) == 1
             else np.concatenate([(s.xy - s.xy.mean(0)) / s.xy.std(0) for s in slides])
         )
-        self.library = agreed_library(config, slides)
+        self.library = agreed_library(config.library, slides)
         # Visium's where the slide does not tell
         pitch_um = data.lattice_pitch(slides[0].xy) * (slides[0].um_per_px or 0) or 100.0
         self.reach = receptive_field(config, pitch_um)
@@ -776,6 +440,11 @@ class Task:
             )
         else:
             self.split = data.holdout_split(slides, self.labels, config.split, config.split_seed)
+
+    @cached_property
+    def pitch(self):
+        """Lattice pitch of the scored slide, in the units of place."""
+        return data.lattice_pitch(self.place[self.slide_of == 0])
 
     def table(self, k):
         """(N, k) rows of the k nearest spots, never across slides."""
@@ -812,23 +481,16 @@ class Task:
 
     @cached_property
     def z(self):
-        """z-scores of all spots: (N, G) float32, or with --tile the same behind `ZScores`."""
-        parts = [ZScores(self.config, self.expression, s, self.library) for s in self.slides]
-        return ZScores.joined(parts) if self.config.tile else np.concatenate([p[:] for p in parts])
+        """z-scores of all spots: (N, G) float32, or with --tile the same behind `ScaledRows`."""
+        parts = [scaled_slide(self.config, self.expression, s, self.library) for s in self.slides]
+        if self.config.tile:
+            return ScaledRows(parts)
+        return np.concatenate([ScaledRows([part])[:] for part in parts])
 
     @cached_property
     def pcs(self):
-        """(N, 50) principal components of the z-scores, fitted on training rows, for the linear
-        baselines."""
-        rows = np.flatnonzero(self.split.train)
-        fit = rows[:: len(rows) // MOST_FOR_PCA + 1] if self.config.tile else rows
-        pca = PCA(
-            min(50, len(fit) - 1, self.z.shape[1]), svd_solver="randomized", random_state=0
-        ).fit(self.z[fit])
-        step = self.config.tile or len(self.labels)
-        return np.concatenate(
-            [pca.transform(self.z[i : i + step]) for i in range(0, len(self.labels), step)]
-        )
+        """(N, 50) principal components of the z-scores, for the linear baselines."""
+        return baselines.principal_components(self.z, self.split.train, self.config.tile)
 
     @cached_property
     def image(self):
@@ -842,58 +504,17 @@ class Task:
         return ((f - self.image_scale[0]) / self.image_scale[1]).astype(np.float32)
 
 
-def agreed_library(config, slides):
-    """`given` if the flag says so and every slide came with library sizes, else `own`: slides
-    normalised in two ways would differ by that alone."""
-    return (
-        "given"
-        if config.library == "given" and all(s.library_size is not None for s in slides)
-        else "own"
+def scaled_slide(config, expression, slide, library):
+    """A slide as a part of `ScaledRows`, in the gene order of `expression`; library `given` or
+    `own`, as agreed for the run."""
+    own_scale = config.scale == "slice" or (
+        config.scale == "auto" and config.split in ("slice", "donor")
     )
-
-
-class ZScores:
-    """z-scores (N, G) in the gene order of `expression`, kept sparse: indexing makes float32 rows.
-    library `given` or `own`, as agreed for the run."""
-
-    def __init__(self, config, expression, slide, library):
-        own = config.scale == "slice" or (
-            config.scale == "auto" and config.split in ("slice", "donor")
-        )
-        # (N, G) CSR
-        self.x, present = expression.log1p(
-            slide.counts, slide.genes, slide.library_size if library == "given" else None
-        )
-        self.shape, scaler = (
-            self.x.shape,
-            data.Standardise(expression.clip).fit(self.x) if own else expression.scaler,
-        )
-        self.start, self.scalers, self.absent = [0], [scaler], [~present]
-
-    @classmethod
-    def joined(cls, parts):
-        """One of several slides, stacked."""
-        out = copy.copy(parts[0])
-        out.x = sp.vstack([p.x for p in parts]).tocsr() if len(parts) > 1 else out.x
-        out.shape, out.start = (
-            out.x.shape,
-            np.cumsum([0] + [p.shape[0] for p in parts])[:-1].tolist(),
-        )
-        out.scalers, out.absent = [p.scalers[0] for p in parts], [p.absent[0] for p in parts]
-        return out
-
-    def __getitem__(self, rows):
-        rows = np.arange(self.shape[0])[rows]
-        z, slide = (
-            np.empty((len(rows), self.shape[1]), np.float32),
-            np.searchsorted(self.start, rows, side="right") - 1,
-        )
-        for i, (scaler, absent) in enumerate(zip(self.scalers, self.absent)):
-            if (here := slide == i).any():
-                z[here] = scaler.transform(self.x[rows[here]])
-                # a gene that the slide lacks is at the mean
-                z[np.ix_(here, absent)] = 0
-        return z  # (len(rows), G)
+    x, present = expression.log1p(
+        slide.counts, slide.genes, slide.library_size if library == "given" else None
+    )  # (N, G) CSR, (G,)
+    scaler = data.Standardise(expression.clip).fit(x) if own_scale else expression.scaler
+    return x, scaler, ~present
 
 
 def image_features(config, slide):
@@ -934,7 +555,7 @@ def receptive_field(config, pitch_um=100.0):
     k-neighbourhood, or half the image crop if that is more."""
     graph = rings(config.k) * hops(config)
     if config.mode == "smoothed_lr":
-        graph = rings(SMOOTHED)
+        graph = rings(baselines.SMOOTHED)
     crop = int(np.ceil(config.crop_um / pitch_um / 2 - 1e-3)) if config.mode in IMAGE_MODES else 0
     return float(max(1, graph, crop))
 
@@ -974,72 +595,28 @@ def build(config, dim_in, n_classes, dim_image):
     )
 
 
-class Tile:
-    """Some spots of a run and all that they look at: rows (n,), the tile's own `n_own` first, their
-    graph, x (n, dim_in) and image (n, D) on the device.
-
-    What a model says about the tile's own spots is what it says about them in the whole, up to
-    rounding (a test holds it to 1e-5).
-    """
-
-    def __init__(self, rows, n_own, table, x, image, device, whole=False):
-        self.rows, self.n_own, self.graph, self.device = (
-            rows,
-            n_own,
-            Neighbours(table, device),
-            device,
-        )
-        self.sources, self.at, self.kept = (x, image), slice(None) if whole else rows, None
-        if whole:
-            self.kept = self.inputs()
-
-    def inputs(self):
-        """x, graph, image for the model; those of one tile among many are made dense each time
-        anew."""
-        if self.kept:
-            return self.kept
-        x, image = (
-            None if v is None else torch.as_tensor(v[self.at], device=self.device)
-            for v in self.sources
-        )
-        return x, self.graph, image
-
-
-def tiles(x, image, table, places, config, device, size):
-    """Yield the `Tile`s of a run: one of all spots (size 0), or compact ones of at most `size`
-    spots with a halo. places: the coordinates (n, 2) of each slide, stacked as x."""
-    n = len(table)
-    if not size or size >= n:
-        yield Tile(np.arange(n), n, table, x, image, device, whole=True)
-        return
-    start, pad = 0, np.full(n, -1)
-    for xy in places:
-        for own in data.median_tiles(xy, size):
-            rows, near = data.with_halo(table, own + start, hops(config), pad)
-            yield Tile(rows, len(own), near, x, image, device)
-        start += len(xy)
-
-
-def prediction_size(config, device):
-    """Spots of a tile in prediction: those of --tile, else on a CPU AT_ONCE, whose arrays are used
-    again where larger ones would go back to the system."""
-    return config.tile or (AT_ONCE if torch.device(device).type == "cpu" else 0)
-
-
 def train(task, device):
     """Training with early stopping on validation ARI, a step a tile. Returns the best model (eval
     mode), prob (N, C), extras, history."""
     c = task.config
     image, table = task.image, task.table(c.k)
-    cut = partial(tiles, task.x, image, table, [s.xy for s in task.slides], c, device)
-    parts = list(cut(c.tile))
-    shown = parts if c.tile or len(table) <= AT_ONCE else list(cut(prediction_size(c, device)))
-    labels, fit = (torch.as_tensor(v, device=device) for v in (task.labels, task.split.train))
-    chosen, val = (
-        [fit[t.rows] & (torch.arange(len(t.rows), device=device) < t.n_own) for t in parts],
-        task.split.val,
+    tiles_of = partial(
+        make_tiles,
+        (task.x, image),
+        table,
+        [s.xy for s in task.slides],
+        hops=hops(c),
+        device=device,
     )
-    batches = [(t, rows, labels[t.rows][rows]) for t, rows in zip(parts, chosen) if rows.any()]
+    train_tiles, size = list(tiles_of(size=c.tile)), prediction_size(c.tile, device)
+    is_one_size = size == c.tile or len(table) <= size
+    predict_tiles = train_tiles if is_one_size else list(tiles_of(size=size))
+    labels, fit = (torch.as_tensor(v, device=device) for v in (task.labels, task.split.train))
+    loss_rows = [
+        fit[t.rows] & (torch.arange(len(t.rows), device=device) < t.n_own) for t in train_tiles
+    ]
+    batches = [(t, r, labels[t.rows][r]) for t, r in zip(train_tiles, loss_rows) if r.any()]
+    val = task.split.val
     model = build(c, task.x.shape[1], task.n_classes, 0 if image is None else image.shape[1]).to(
         device
     )
@@ -1057,7 +634,9 @@ def train(task, device):
         losses = []
         for tile, rows, true in run.shuffled(batches):
             with run.autocast(c, device):
-                loss = loss_of(model(*tile.inputs())[0][rows], true)
+                tile_x, tile_image = tile.inputs()
+                logits = model(tile_x, tile.graph, tile_image)[0]
+                loss = loss_of(logits[rows], true)
             losses.append(loss.item())
             if not np.isfinite(losses[-1]):
                 raise DataError(
@@ -1067,7 +646,7 @@ def train(task, device):
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        prob = predict(model, shown, len(labels), c)[0]
+        prob = predict(model, predict_tiles, len(labels), c)[0]
         score = metrics.clustering(task.labels[val], prob[val].argmax(1))["ari"]
         schedule.step(score)
         history.append((np.mean(losses), score))
@@ -1077,7 +656,7 @@ def train(task, device):
         if since >= c.patience:
             break
     model.load_state_dict(state)
-    return model, *predict(model, shown, len(labels), c), np.array(history)
+    return model, *predict(model, predict_tiles, len(labels), c), np.array(history)
 
 
 @torch.no_grad()
@@ -1088,7 +667,8 @@ def predict(model, parts, n, config):
     out = {}
     for tile in parts:
         with run.autocast(config, tile.device):
-            logits, extra = model(*tile.inputs())
+            x, image = tile.inputs()
+            logits, extra = model(x, tile.graph, image)
         for name, value in {"prob": logits, **extra}.items():
             if value is not None:
                 # first to the CPU: some devices have no float64
@@ -1158,44 +738,12 @@ def load(config):
 def variant(config):
     """Folder name of the run: split, mode, fusion, and every other flag that is not at its
     default."""
-    named = {"random": "random", "blocks": f"blocks{config.fold}"}.get(
+    split = {"random": "random", "blocks": f"blocks{config.fold}"}.get(
         config.split, f"{config.split}-{config.train or 'all'}".replace(",", "+")
     )
-    words = [named, config.mode] + [config.fusion] * (
-        config.mode in {"full", "gcn_full", "embedding", "multimodal"}
-    )
-    told = {
-        "data",
-        "slice",
-        "seed",
-        "device",
-        "threads",
-        "deterministic",
-        "runs",
-        "mode",
-        "fusion",
-        "split",
-        "fold",
-        "train",
-        "cache",
-        "predict",
-        "min_shared",
-    }
-    default = Config()
-    words += [
-        f"{name}={short(name, value)}"
-        for name, value in vars(config).items()
-        if name not in told and value != getattr(default, name)
-    ]
-    return "-".join(words)
-
-
-def short(name, value):
-    """A flag's value in a folder name: of a path its last part and 8 hex digits of the whole, for
-    files of one name in two folders differ."""
-    if name not in ("embedding", "encoder", "labels"):
-        return str(value)
-    return f"{Path(value).name}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+    words = [split, config.mode] + [config.fusion] * (config.mode in FUSED_MODES)
+    told = ("split", "fold", "train", "mode", "fusion", "min_shared")
+    return run.variant(config, words, told, files=("embedding", "encoder", "labels"))
 
 
 def score(task, prob, lattice):
@@ -1218,19 +766,19 @@ def boundary_distance(slide, labels):
     )
 
 
-def baselines(task, distance):
+def score_baselines(task, distance):
     """{name: prob (N, C)}, {name: scores} of the baselines that the task has inputs for, the
     trivial ones first; prints each."""
     prob, scores = {}, {}
     for name in BASELINES:
         if name in GENE_FREE or task.config.mode not in GENE_FREE:
-            prob[name] = globals()[name](task)
+            prob[name] = BASELINES[name](task)
             scores[name] = score(task, prob[name], distance)
-            print(line(name, scores[name]), flush=True)
+            print(score_row(name, scores[name]), flush=True)
     return prob, scores
 
 
-def line(name, s):
+def score_row(name, s):
     """One row of the printed table."""
     return f"{name:<14}" + "  ".join(
         f"{k} {s[k]:.3f}"
@@ -1279,7 +827,7 @@ def main(argv=None):
             )
         )
     record.lap("read")
-    prob, others = baselines(task, distance)
+    prob, others = score_baselines(task, distance)
     record.lap("baselines")
     arrays = {
         "barcodes": slides[0].barcodes,
@@ -1305,7 +853,7 @@ def main(argv=None):
         found["val_ari"] = history[:, 1].max()
     found |= {f"gain_over_{name}": found["ari"] - others[name]["ari"] for name in others}
     print(
-        line(config.mode, found)
+        score_row(config.mode, found)
         + f"  gain over coords_knn {found['gain_over_coords_knn']:+.3f}, coords_rbf "
         f"{found['gain_over_coords_rbf']:+.3f}"
     )
@@ -1314,7 +862,7 @@ def main(argv=None):
         "pred": p[here].argmax(1),
         "coords_knn": prob["coords_knn"][here].argmax(1),
     }
-    draw(record, slides[0], arrays, history)
+    figures.draw_gat_fusion(record, slides[0], arrays, history)
     record.finish(
         found,
         others,
@@ -1331,18 +879,10 @@ def main(argv=None):
 
 
 def used_files(config, slides):
-    """Files whose content can change a number of this run, each once: counts, positions, labels,
-    frozen vectors, images."""
-    files = []
-    for s in slides:
-        files += [s.source, *s.tables]
-        if config.mode in EMBEDDING_MODES:
-            files.append(str(data.slice_path(config.embedding, s)))
-        if config.mode in IMAGE_MODES and Path(config.encoder).suffix in (".npy", ".npz"):
-            files.append(str(data.slice_path(config.encoder, s)))
-        elif config.mode in IMAGE_MODES:
-            files.append(s.image_file if s.patches is None else s.patches.path)
-    return [f for f in dict.fromkeys(files) if f]
+    """Files whose content can change a number of this run."""
+    encoder = config.encoder if config.mode in IMAGE_MODES else ""
+    more = [config.embedding] if config.mode in EMBEDDING_MODES else []
+    return input_files(slides, encoder, more)
 
 
 def checkpoint(task, model):
@@ -1407,8 +947,8 @@ def read_checkpoint(config):
 
 
 def predict_inputs(config, saved, slide):
-    """x (N, dim_in), an array or `ZScores`, and standardised image features (N, D) or None of a new
-    slide; genes aligned by name. Raises DataError where they do not fit."""
+    """x (N, dim_in), an array or `ScaledRows`, and standardised image features (N, D) or None of a
+    new slide; genes aligned by name. Raises DataError where they do not fit."""
     if config.mode in EMBEDDING_MODES:
         x = data.read_embedding(config.embedding, slide)
         if x.shape[1] != saved["dim_in"]:
@@ -1436,7 +976,7 @@ def predict_inputs(config, saved, slide):
                 "trained on given ones"
             )
         config.library = "own" if slide.library_size is None else library
-        x = ZScores(config, expression, slide, config.library)
+        x = ScaledRows([scaled_slide(config, expression, slide, config.library)])
     if config.mode not in IMAGE_MODES:
         return x, None
     with run.checkpoint_fits(config.predict):
@@ -1468,14 +1008,13 @@ def predict_slide(config, start):
         model.load_state_dict(saved["weights"])
     p, extra = predict(
         model,
-        tiles(
-            x,
-            image,
+        make_tiles(
+            (x, image),
             table,
             [slide.xy],
-            config,
+            prediction_size(config.tile, record.device),
+            hops(config),
             record.device,
-            prediction_size(config, record.device),
         ),
         slide.n_spots,
         config,
@@ -1509,8 +1048,8 @@ def predict_slide(config, start):
         found = metrics.classification(labels, p) | metrics.boundary_accuracy(
             labels, p.argmax(1), boundary_distance(slide, labels)
         )
-        print(line("predict", found))
-    draw(record, slide, arrays, None)
+        print(score_row("predict", found))
+    figures.draw_gat_fusion(record, slide, arrays, None)
     record.finish(
         found,
         {},
@@ -1522,54 +1061,6 @@ def predict_slide(config, start):
         spots_of_absent_classes=absent,
     )
     return 0
-
-
-def draw(record, slide, arrays, history):
-    """Figures: truth / prediction / error / coordinates-only on the tissue; loss and validation
-    ARI; attention of the last layer."""
-    panels = [("truth", arrays["labels"]), ("prediction", arrays["pred"])]
-    if "coords_knn" in arrays:
-        panels.append(("coordinates only, no gene", arrays["coords_knn"]))
-    wrong = (arrays["labels"] != arrays["pred"]) & arrays["test"]
-    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(4.4 * (len(panels) + 1), 4.4))
-    size, xy = max(0.5, 12000 / slide.n_spots), slide.xy
-    palette = plt.get_cmap("tab10")
-    for axis, (title, codes) in zip(axes, panels):
-        for c, name in enumerate(arrays["classes"]):
-            axis.scatter(*xy[codes == c].T, s=size, color=palette(c % 10), label=name, linewidths=0)
-        axis.set_title(title)
-    axes[-1].scatter(*xy.T, s=size, color="0.88", linewidths=0)
-    axes[-1].scatter(*xy[arrays["test"]].T, s=size, color="0.65", linewidths=0)
-    axes[-1].scatter(*xy[wrong].T, s=size * 1.5, color="crimson", linewidths=0)
-    axes[-1].set_title(f"errors: {wrong.sum()} of {arrays['test'].sum()} test spots")
-    figure.legend(
-        *axes[1].get_legend_handles_labels(),
-        loc="lower center",
-        ncols=len(arrays["classes"]),
-        markerscale=4,
-        frameon=False,
-    )
-    for axis in axes:
-        axis.set(aspect="equal", xticks=[], yticks=[])
-        axis.invert_yaxis()
-    record.figure("tissue", figure)
-    if history is not None:
-        figure, axis = plt.subplots(figsize=(5, 3))
-        axis.plot(history[:, 0], color="0.4", label="training cross-entropy")
-        axis.plot(history[:, 1], color="crimson", label="validation ARI")
-        axis.set_xlabel("epoch")
-        axis.legend()
-        record.figure("training", figure)
-    if "attention" in arrays:
-        alpha = arrays["attention"].mean(1)  # (N, k)
-        entropy = -(alpha * np.log(np.maximum(alpha, 1e-12))).sum(1) / np.log(alpha.shape[1])
-        figure, axis = plt.subplots(figsize=(5, 4.4))
-        shown = axis.scatter(*xy.T, s=size, c=entropy, linewidths=0)
-        figure.colorbar(shown, label="attention entropy / log k (1 = plain mean)")
-        axis.set(aspect="equal", xticks=[], yticks=[])
-        axis.invert_yaxis()
-        record.figure("attention", figure)
-    plt.close("all")
 
 
 if __name__ == "__main__":

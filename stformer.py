@@ -1,10 +1,12 @@
 """Gene expression from H&E patches by a transformer whose patches and pathway tokens meet in four
 switchable quadrants.
 
-    features (S, F) --Linear--> h (S, D)     learned tokens T (P, D), one a pathway
-    L layers over [T; h], query first:  p2p  T reads T     p2h  T reads h     h2p  h reads T     h2h
-    h reads its neighbours in the tissue score_ip = tau cos(h_i, T_p)  (S, P)     genes = W score +
-    b  (S, G), W begun as the gene sets
+    features (S, F) --Linear--> h (S, D)        learned tokens T (P, D), one a pathway
+    L layers over [T; h], query first:
+        p2p  T reads T        p2h  T reads h
+        h2p  h reads T        h2h  h reads its neighbours in the tissue
+    score_ip = tau cos(h_i, T_p)  (S, P)
+    genes = W score + b  (S, G), W begun as the gene sets
 
 With h2h off or local a layer costs O(S (P + k) D): nothing is S x S. Every run scores the model
 beside the predictors it has to beat (train mean, ridge, kNN, one linear layer, attention pooling)
@@ -20,20 +22,14 @@ on the same slides; see docs/stformer.md.
 """
 
 import copy
-import hashlib
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
-from sklearn.neighbors import KNeighborsRegressor
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -41,11 +37,8 @@ from torch.utils.checkpoint import checkpoint
 import data
 import metrics
 from data import DataError
-from evaluation import hest
-from plainst import run
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from evaluation import bags, baselines, figures, hest
+from plainst import jobs, run
 
 QUADRANTS = ("p2p", "p2h", "h2p", "h2h")
 # layers, width, heads
@@ -58,8 +51,10 @@ PRESETS = {
 }
 # most spots of an attention block; rows from which work is done in pieces
 BLOCK, MANY = 64, 16384
-# baselines that know slides only, not spots
-BAGS = ("abmil", "transmil")
+# columns of the printed table
+COLUMNS = (
+    *("pcc_mean", "pcc_pooled", "variance_ratio_median", "rmse", "slide_mean_rmse", "rate_pcc"),
+)
 
 
 @dataclass
@@ -255,29 +250,12 @@ def in_blocks(place, table, ring, size=BLOCK):
     return tuple(map(torch.tensor, (rows_of, keys_of, ring_of, slot)))
 
 
-def features(config, slide):
-    """(S, F) float32 frozen image features. Raises DataError on NaN."""
-    encoder = config.encoder.replace("{sample}", slide.sample)
-    x = data.image_features(
-        slide,
-        encoder,
-        cache=config.cache or Path(config.data) / ".features",
-        device=str(run.pick_device(config.device)),
-    )
-    if not np.isfinite(x).all():
-        raise DataError(
-            f"the features of slide {slide.sample} from {encoder} hold NaN or infinity in "
-            f"{(~np.isfinite(x)).any(1).sum()} spots: make them again"
-        )
-    return torch.tensor(x)
-
-
 def to_sample(config, slide, genes=None):
     """Slide -> Sample; without `genes` there is no target (prediction)."""
     out = Sample(
         slide.sample,
         slide.patient,
-        features(config, slide),
+        hest.slide_features(config, slide),
         *neighbourhood(slide, config.rings),
         slide=slide,
     )
@@ -285,13 +263,7 @@ def to_sample(config, slide, genes=None):
         out.y, out.counts, out.library, out.measured = map(
             torch.from_numpy, hest.target_expression(slide, genes, config.target)
         )
-        out.scored = out.library >= config.min_counts
-        if out.scored.sum() < 2:
-            raise DataError(
-                f"slide {slide.sample} has {out.scored.sum()} spot with {config.min_counts} "
-                "counts or more: "
-                "leave it out, or lower --min_counts"
-            )
+        out.scored = torch.from_numpy(hest.enough_counts(slide, config.min_counts))
     return out
 
 
@@ -704,52 +676,22 @@ class Scaler:
 
     @classmethod
     def fit(cls, samples, by="train"):
-        x = torch.cat([s.x[s.scored] for s in samples]).double()
-
-        # of value(sample) (n, G) over scored spots and measured genes
-        def total(value):
-            return sum(value(s)[s.scored].sum(0, dtype=torch.float64) * s.measured for s in samples)
-
-        n = total(lambda s: torch.ones_like(s.y)).clamp(min=1)  # (G,)
-        mean = total(lambda s: s.y) / n
-        centre = {
-            s.name: (mean if by == "train" else s.y[s.scored].mean(0, dtype=torch.float64)).float()
-            for s in samples
-        }
-        # over the training spots, or within slides
-        std = (total(lambda s: (s.y - centre[s.name]).square()) / n).sqrt()
-        rate = total(lambda s: s.counts / s.library[:, None] * 1e4) / n
-        return cls(
-            {
-                "x_mean": x.mean(0).float(),
-                "x_std": x.std(0, correction=0).clamp(min=1e-6).float(),
-                "y_mean": mean.float(),
-                "y_std": torch.where(std > 1e-6, std, 1.0).float(),
-                "rate": rate.clamp(min=1e-3).float(),
-            }
-        )
+        mean, std = hest.mean_and_std([s.x[s.scored] for s in samples])
+        return cls({"x_mean": mean, "x_std": std} | hest.target_statistics(samples, by))
 
     def features(self, sample, scale):
         """The sample with z-scored features: by the training spots, or by all its own spots."""
-        out, x, t = copy.copy(sample), sample.x, self.tensors
-        views = {
-            "train": (x - t["x_mean"]) / t["x_std"],
-            "slide": (x - x.mean(0)) / x.std(0, correction=0).clamp(min=1e-6),
-        }
-        out.x = torch.cat([views["train"], views["slide"]], 1) if scale == "both" else views[scale]
-        return out
+        mean, std = self.tensors["x_mean"], self.tensors["x_std"]
+        return replace(sample, x=hest.scaled_features(sample.x, mean, std, scale))
 
     def to(self, device):
         return Scaler({k: v.to(device) for k, v in self.tensors.items()})
 
-    def z(self, y, mask, by):
+    def standardise_targets(self, y, mask, by):
         """Targets (B, S, G) in units of their spread over the training spots, or z-scored within
         each slide over the mask."""
-        if by == "train":
-            return (y - self.tensors["y_mean"]) / self.tensors["y_std"]
-        n = mask.sum(1, keepdim=True).clamp(min=1)
-        d = (y - (y * mask).sum(1, keepdim=True) / n) * mask
-        return d / ((d.square().sum(1, keepdim=True) / n).sqrt() + 1e-3)
+        mean, std = self.tensors["y_mean"], self.tensors["y_std"]
+        return hest.standardise_targets(y, mask, mean, std, by)
 
     def mean_counts(self, out, library):
         """mu (B, S, G) of the negative binomial: library / 10,000 x training rate x softplus, which
@@ -778,7 +720,8 @@ def loss_of(out, batch, scaler, config, member=None, bag=False):
     """The training loss of a batch; targets and predictions are in units of the genes' spread, so
     all genes count alike."""
     mask = batch["scored"]
-    true = scaler.z(batch["y"], mask, "train" if bag else config.target_scale)
+    by = "train" if bag else config.target_scale
+    true = scaler.standardise_targets(batch["y"], mask, by)
     if bag:
         mean, there = bag_mean(true, mask)
         return masked_mse(out["genes"], mean, there)
@@ -947,177 +890,38 @@ def train_one(
     return model, history
 
 
-def inner_folds(samples, n):
-    """[(fit, val)], n at most: each leaves out other patients, or slides where there is one
-    patient, or tiles of an only slide."""
-    if n < 1:
-        return []
-    names = (
-        [s.patient for s in samples]
-        if len({s.patient for s in samples}) > 1
-        else [s.name for s in samples]
-    )
-    groups = sorted(set(names), key=names.index)
-    if len(groups) == 1:
-        s, out = samples[0], []
-        # (S, 2) tiles of 4 x 4 pitches
-        tile = torch.div(s.place - s.place.amin(0), 4, rounding_mode="floor").long()
-        for f in range(min(n, 5)):
-            held = (tile[:, 0] + 2 * tile[:, 1]) % 5 == f
-            fit, val = copy.copy(s), copy.copy(s)
-            fit.scored, val.scored = s.scored & ~held, s.scored & held
-            if fit.scored.sum() > 1 and val.scored.sum() > 1:
-                out.append(([fit], [val]))
-        if not out:
-            raise DataError(
-                f"slide {s.name} is too small to train on alone: give more training slides"
-            )
-        return out
-    folds = min(len(groups), max(n, 2))
-    held = [set(groups[f::folds]) for f in range(folds)]
-    return [
-        (
-            [s for s, g in zip(samples, names) if g not in h],
-            [s for s, g in zip(samples, names) if g in h],
-        )
-        for h in held
-    ]
-
-
-def smooth(curve, reach=2):
-    """Mean over `reach` epochs before and after: the best epoch of a few slides is then not the
-    luckiest one."""
-    kernel = np.ones(2 * reach + 1)
-    return (
-        np.convolve(curve, kernel, "same") / np.convolve(np.ones_like(curve), kernel, "same")
-        if len(curve) >= len(kernel)
-        else np.asarray(curve)
-    )
-
-
-def processes():
-    """Rank of this process and number of processes under torchrun; 0 and 1 without it."""
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if joined else (0, 1)
-
-
-def say(text):
-    """Print, in the first process only."""
-    if processes()[0] == 0:
-        print(text, flush=True)
-
-
-def exchange(done, first, make, epochs, device):
-    """Give done[first:] of `train` to all processes, each from the one that trained it: histories
-    of `epochs` pairs and, with `make`, weights.
-
-    Jobs seed themselves, so two processes end with the numbers of one, bit for bit.
-    """
-    world = processes()[1]
-    for number in range(first, len(done) if world > 1 else first):
-        history = torch.zeros(epochs, 2, dtype=torch.float64, device=device)
-        weights = (
-            {k: w.clone() for k, w in make().to(device).state_dict().items()}
-            if make is not None
-            else {}
-        )
-        if done[number] is not None:
-            history, weights = (
-                history.copy_(torch.tensor(done[number]["history"], dtype=torch.float64)),
-                done[number]["weights"],
-            )
-        for tensor in (history, *weights.values()):
-            torch.distributed.broadcast(tensor, number % world)
-        done[number] = {"weights": weights, "history": [tuple(h) for h in history.tolist()]}
-
-
 def train(make, samples, scaler, config, device, member=None, bag=False, latest=None, origin=None):
     """Cross-validation inside the training slides chooses the number of epochs; then `members`
     models are trained on all of them. Under torchrun the folds, and then the members, are shared
     out to the processes.
 
     Returns models, histories of the folds and the members, the best mean validation score (nan
-    without folds). latest: path of latest.pt or None;
-    origin: what the run is made of (checksum of its files, slides, genes), which must not change
-    between a checkpoint and --resume.
+    without folds). latest: path of latest.pt or None; origin: see `jobs.Jobs`.
     """
-    saved = {"done": [], "going": None}
-    if latest is not None and config.resume:
-        saved = load_checkpoint(latest)
-        if saved["config"] != resumable(config):
-            raise DataError(
-                f"{latest} was written with other flags: use the same flags, or leave --resume away"
-            )
-        if saved.get("data") != origin:
-            raise DataError(
-                f"{latest} was written from other files, slides or genes: use the same, or "
-                "leave --resume away"
-            )
-    done, jobs, epochs, best = (
-        list(saved["done"]),
-        inner_folds(samples, config.folds),
-        config.epochs,
-        float("nan"),
-    )
-    n_folds, (rank, world) = len(jobs), processes()
-    for number, (fit, val) in enumerate(jobs + [(samples, [])] * config.members):
-        if number == n_folds and n_folds:
-            exchange(done, 0, None, epochs, device)
-            # (epochs,)
-            curve = smooth(
-                np.mean([[score for _, score in h["history"]] for h in done[:n_folds]], axis=0)
-            )
-            epochs, best = int(curve.argmax()) + 1, float(curve.max())
-        if number < len(done):
-            continue
-        if number % world != rank:
-            done.append(None)  # another process trains it
-            continue
-
-        def save(state):
-            run.write_atomically(
-                latest,
-                lambda f: torch.save(
-                    {"config": resumable(config), "data": origin, "done": done, "going": state}, f
-                ),
-            )
-
-        model, history = train_one(
-            make,
-            fit,
-            val,
-            scaler,
-            config,
-            device,
-            epochs,
-            number,
-            member,
-            bag,
-            saved["going"] if number == len(saved["done"]) else None,
-            save if latest is not None else None,
+    queue = jobs.Jobs(config, latest, origin, "stformer checkpoint", is_shared=True)
+    folds = hest.inner_folds(samples, config.folds, lambda s: s.place)
+    if config.folds and not folds:
+        raise DataError(
+            f"slide {samples[0].name} is too small to train on alone: give more training slides"
         )
-        done.append(
-            {"weights": model.state_dict() if number >= n_folds else {}, "history": history}
-        )
-    exchange(done, n_folds, make, epochs, device)
-    models = [make().to(device) for _ in done[n_folds:]]
-    for model, job in zip(models, done[n_folds:]):
+
+    def train_on(fit, val, epochs):
+        given = (make, fit, val, scaler, config, device, epochs)
+        return partial(train_one, *given, member=member, bag=bag)
+
+    for fit, val in folds:
+        queue.do(train_on(fit, val, config.epochs))
+    epochs, best = config.epochs, float("nan")
+    if folds:
+        queue.exchange(0, epochs, device)
+        epochs, best = hest.best_epochs(queue.histories()[: len(folds)])
+    for _ in range(config.members):
+        queue.do(train_on(samples, [], epochs), keep_weights=True)
+    queue.exchange(len(folds), epochs, device, make)
+    models = [make().to(device) for _ in range(config.members)]
+    for model, job in zip(models, queue.done[len(folds) :]):
         model.load_state_dict(job["weights"])
-    return models, [job["history"] for job in done], best
-
-
-def resumable(config):
-    """The flags that must not change between a checkpoint and --resume."""
-    return {
-        k: v
-        for k, v in vars(config).items()
-        if k not in ("resume", "save_every", "runs", "device", "threads", "cache", "predict")
-    }
-
-
-def load_checkpoint(path):
-    """A file of ours. Raises DataError for anything else."""
-    return run.read_checkpoint(path, "stformer checkpoint", ["config"])
+    return models, queue.histories(), best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1125,180 +929,30 @@ def load_checkpoint(path):
 # --------------------------------------------------------------------------------------------------
 
 
-class OneLinear(nn.Module):
-    """One linear layer from features to genes, trained as the model is (HE2RNA style: Schmauch et
-    al. 2020, without its top-k pooling)."""
-
-    def __init__(self, dim_in, n_genes):
-        super().__init__()
-        self.genes = nn.Linear(dim_in, n_genes)
-
-    def forward(self, x, **_):
-        """x (B, S, F) -> genes (B, S, G)."""
-        return {"genes": self.genes(x)}
-
-
-class ABMIL(nn.Module):
-    """Gated attention pooling, Ilse et al. 2018, Eq. 9: a_i = softmax_i w (tanh(V h_i) * sigmoid(U
-    h_i)); genes = linear(sum_i a_i h_i)."""
-
-    def __init__(self, dim_in, n_genes, dim=256, dropout=0.25):
-        super().__init__()
-        self.embed = nn.Sequential(nn.Linear(dim_in, dim), nn.ReLU(), nn.Dropout(dropout))
-        self.v, self.u, self.w = (
-            nn.Linear(dim, dim // 2),
-            nn.Linear(dim, dim // 2),
-            nn.Linear(dim // 2, 1),
-        )
-        self.genes = nn.Linear(dim, n_genes)
-
-    def forward(self, x, valid, **_):
-        """x (B, S, F), valid (B, S) -> genes (B, G) of the slide's mean."""
-        h = self.embed(x)  # (B, S, D)
-        # (B, S, 1)
-        a = (
-            self.w(self.v(h).tanh() * self.u(h).sigmoid())
-            .masked_fill(~valid[..., None], float("-inf"))
-            .softmax(1)
-        )
-        return {"genes": self.genes((a * h).sum(1))}
-
-
-def pseudo_inverse(a, steps=6):
-    """Moore-Penrose inverse of softmax matrices (..., m, m) by the iteration of Xiong et al. 2021,
-    Sec. 3.2."""
-    eye = torch.eye(a.shape[-1], device=a.device, dtype=a.dtype)
-    z = a.transpose(-1, -2) / (a.abs().sum(-2).amax(-1) * a.abs().sum(-1).amax(-1))[..., None, None]
-    for _ in range(steps):
-        az = a @ z
-        z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
-    return z
-
-
-def nystrom_attention(q, k, v, landmarks=64):
-    """softmax(q kl') pinv(softmax(ql kl')) softmax(ql k') v, landmarks = segment means (Xiong et
-    al. 2021, Eq. 13): O(S m d). q, k, v (H, S, d) -> (H, S, d)."""
-    m, s = min(landmarks, q.shape[1]), q.shape[1]
-    q = q * q.shape[-1] ** -0.5
-    # (S,)
-    segment = torch.div(torch.arange(s, device=q.device) * m, s, rounding_mode="floor")
-    size = torch.bincount(segment, minlength=m)[:, None]
-    # (H, m, d)
-    ql, kl = (
-        torch.zeros(len(a), m, a.shape[-1], device=a.device, dtype=a.dtype).index_add(1, segment, a)
-        / size
-        for a in (q, k)
-    )
-    inner = (ql @ kl.transpose(1, 2)).softmax(-1)  # (H, m, m)
-    return (q @ kl.transpose(1, 2)).softmax(-1) @ (
-        pseudo_inverse(inner) @ ((ql @ k.transpose(1, 2)).softmax(-1) @ v)
-    )
-
-
-class TransMIL(nn.Module):
-    """Shao et al. 2021: class token, Nystrom attention, PPEG (depthwise 7, 5, 3 convolutions on the
-    sequence as a square), Nystrom attention."""
-
-    def __init__(self, dim_in, n_genes, dim=128, heads=8, landmarks=64):
-        super().__init__()
-        self.heads, self.landmarks = heads, landmarks
-        self.embed = nn.Sequential(nn.Linear(dim_in, dim), nn.ReLU())
-        self.cls = nn.Parameter(torch.randn(dim) * dim**-0.5)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
-        self.qkv, self.out = (
-            nn.ModuleList(nn.Linear(dim, n * dim, bias=n == 1) for _ in range(2)) for n in (3, 1)
-        )
-        self.ppeg = nn.ModuleList(
-            nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim) for size in (7, 5, 3)
-        )
-        self.genes = nn.Linear(dim, n_genes)
-
-    def attention(self, h, i):
-        # (H, S, d) each
-        q, k, v = (
-            self.qkv[i](self.norms[i](h)).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
-        )
-        return h + self.out[i](
-            nystrom_attention(q, k, v, self.landmarks).transpose(0, 1).flatten(1)
-        )
-
-    def forward(self, x, valid, **_):
-        """x (B, S, F), valid (B, S) -> genes (B, G) of the slide's mean."""
-        return {
-            "genes": torch.stack([self.genes(self.slide(x[b, valid[b]])) for b in range(len(x))])
-        }
-
-    def slide(self, x):
-        """(S, F) -> (D,), the class token after the second attention."""
-        h = self.embed(x)
-        side = int(np.ceil(len(h) ** 0.5))
-        # the first spots again, to fill the square as in the paper
-        h = torch.cat([h, h[: side * side - len(h)]])
-        h = self.attention(torch.cat([self.cls[None], h]), 0)  # (1 + side^2, D)
-        square = h[1:].T.view(1, -1, side, side)
-        square = square + sum(conv(square) for conv in self.ppeg)
-        return self.norms[2](self.attention(torch.cat([h[:1], square[0].flatten(1).T]), 1)[0])
-
-
-def official_ridge(x, y, pca=None):
-    """Ridge of the HEST benchmark (Jaume et al. 2024): alpha = 100 / (dim x genes), no intercept,
-    lsqr; after z-score + PCA, or on x as it is."""
-    dim = min(pca or x.shape[1], *x.shape)
-    ridge = Ridge(
-        alpha=100 / (dim * y.shape[1]),
-        fit_intercept=False,
-        solver="lsqr",
-        max_iter=1000,
-        random_state=0,
-    )
-    return (
-        ridge if pca is None else make_pipeline(StandardScaler(), PCA(dim, random_state=0), ridge)
-    ).fit(x, y)
-
-
 def classical_baselines(raw, fit, test):
     """{name: [prediction (S, G) per test sample]} of the predictors without a network. raw:
-    unscaled samples by name; a gene that a training slide lacks stands there at the mean of the
-    others. fit, test: names."""
-
-    # mean over the spot and the places of its table
-    def beside(s):
-        w = (s.ring >= 0).float()[..., None]
-        return torch.cat(
-            [(s.x[i] * v).sum(1) / v.sum(1) for i, v in zip(s.table.split(4096), w.split(4096))]
-        )
-
-    own = {n: raw[n].x.double().numpy() for n in [*fit, *test]}
-    near = {n: beside(raw[n]).double().numpy() for n in [*fit, *test]}
-    both = {n: np.concatenate([own[n], near[n]], 1) for n in own}
-    rows = {n: raw[n].scored.numpy() for n in fit}
-    # (N, G)
-    mask = np.concatenate([np.tile(raw[n].measured.numpy(), (rows[n].sum(), 1)) for n in fit])
-    y = np.concatenate([raw[n].y.double().numpy()[rows[n]] for n in fit])
-    mean = (y * mask).sum(0) / np.maximum(mask.sum(0), 1)
-    y = np.where(mask, y, mean)
-
-    def predictions(x, make):
-        model = make(np.concatenate([x[n][rows[n]] for n in fit]), y)
-        return [model.predict(x[n]) for n in test]
-
-    knn = min(30, len(y))
+    unscaled samples by name; fit, test: names."""
+    features = {n: raw[n].x.double().numpy() for n in [*fit, *test]}
+    near = {
+        n: baselines.neighbour_mean(raw[n].x, raw[n].table, raw[n].ring >= 0).double().numpy()
+        for n in [*fit, *test]
+    }
+    samples = [raw[n] for n in fit]
+    x, x_near = (hest.scored_rows(samples, [a[n] for n in fit]) for a in (features, near))
+    y = hest.scored_rows(samples, [s.y.double() for s in samples])
+    measured = np.concatenate(
+        [np.tile(s.measured.numpy(), (int(s.scored.sum()), 1)) for s in samples]
+    )
+    y, mean = hest.fill_unmeasured(y, measured)
+    tests, tests_near = ([a[n] for n in test] for a in (features, near))
     return {
-        "train_mean": [np.tile(mean, (len(own[n]), 1)) for n in test],
-        "ridge_pca256": predictions(own, lambda x, y: official_ridge(x, y, 256)),
-        "ridge_raw": predictions(own, official_ridge),
-        "ridge_neighbour": predictions(near, official_ridge),
-        "ridge_own_and_neighbour": predictions(both, official_ridge),
-        "knn": predictions(
-            own,
-            lambda x, y: make_pipeline(
-                StandardScaler(), KNeighborsRegressor(knn, weights="distance")
-            ).fit(x, y),
-        ),
+        "train_mean": [np.tile(mean, (len(t), 1)) for t in tests],
+        **baselines.feature_baselines(x, y, tests),
+        **baselines.neighbour_baselines(x, x_near, y, tests, tests_near),
     }
 
 
-def flat(config):
+def baseline_flags(config):
     """The flags for a predictor without pathways: a linear layer predicts values, not a
     likelihood's parameters."""
     out = copy.copy(config)
@@ -1308,38 +962,29 @@ def flat(config):
 
 
 def trained_baselines(samples, test, scaler, config, device):
-    """{name: [prediction per test sample]} of one linear layer (dense) and of ABMIL and TransMIL,
-    which give all spots the slide's mean; and the linear layers themselves."""
-    dim_in, n_genes = samples[0].x.shape[1], samples[0].y.shape[1]
-    plain = flat(config)
-    brief = copy.copy(plain)
-    brief.folds, brief.members, brief.batch = 0, 1, 1
-    out = {}
-    for name, make in (("linear", OneLinear), ("abmil", ABMIL), ("transmil", TransMIL)):
-        c, bag = (brief, True) if name in BAGS else (plain, False)
-        if name == "linear":
-            c = copy.copy(c)
-            # one layer from zero needs larger steps
-            c.lr = max(c.lr, 1e-2)
-        models, *_ = train(
-            lambda make=make: make(dim_in, n_genes), samples, scaler, c, device, bag=bag
-        )
-        found = [predict(models, s, scaler, c)[0] for s in test]
-        out[name] = [np.tile(p, (len(s.x), 1)) if bag else p for p, s in zip(found, test)]
-        if name == "linear":
-            layers = models
-    return out, layers
+    """{name: [prediction per test sample]} of the networks of `bags`, trained as the model is; and
+    the linear layers."""
+
+    def train_network(name, make):
+        is_bag, flags = name in bags.BAGS, baseline_flags(config)
+        if is_bag:
+            flags.folds, flags.members, flags.batch = 0, 1, 1
+        else:
+            flags.lr = max(flags.lr, 1e-2)  # one layer from zero needs larger steps
+        models, *_ = train(make, samples, scaler, flags, device, bag=is_bag)
+        return models, [predict(models, s, scaler, flags)[0] for s in test]
+
+    predictions, models = bags.trained_baselines(samples, test, train_network)
+    return predictions, models["linear"]
 
 
 def with_linear(pairs, linear, config):
     """[(genes (S, G), scores)] of the transformers -> genes averaged with those of the linear
     layers. A bag's answer (global mode) stays as it is."""
     w = 0.0 if config.mode == "global" else config.linear_weight
-    return (
-        [((1 - w) * genes + w * flat, scores) for (genes, scores), flat in zip(pairs, linear)]
-        if w
-        else pairs
-    )
+    if not w:
+        return pairs
+    return [((1 - w) * genes + w * layer, s) for (genes, s), layer in zip(pairs, linear)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1350,36 +995,8 @@ def with_linear(pairs, linear, config):
 def variant(config):
     """Folder name of the run: split where it is not the folder's own, preset, and every other flag
     that is not at its default."""
-    told = {
-        "data",
-        "slice",
-        "seed",
-        "device",
-        "threads",
-        "deterministic",
-        "runs",
-        "split",
-        "fold",
-        "patient",
-        "preset",
-        "cache",
-        "predict",
-        "save_every",
-        "resume",
-    }
     words = [config.split] * (config.split != "folds") + [config.preset]
-    default = Config()
-    for name, value in vars(config).items():
-        if name not in told and value != getattr(default, name):
-            text = str(value)
-            plain = "".join(
-                c if c.isalnum() or c in "._+" else "_" for c in Path(text).name.replace(",", "+")
-            )
-            words.append(
-                f"{name}-{plain}"
-                + (f"_{hashlib.sha256(text.encode()).hexdigest()[:8]}" if "/" in text else "")
-            )
-    return "-".join(words)
+    return run.variant(config, words, ("split", "fold", "patient", "preset"))
 
 
 def build(config, dim_in, n_genes, n_pathways):
@@ -1420,80 +1037,21 @@ def shuffled_pairs(sample, seed):
     return out
 
 
-def true_rates(root, samples, genes):
-    """[log mean counts (S, G) without noise] of a task that simulate.py wrote (truth.npz beside
-    it), None for any other."""
-    if not (Path(root) / "truth.npz").is_file():
-        return None
-    there, weights, *programs = data.read_npz(
-        Path(root) / "truth.npz", "genes", "weights", *(f"z_{s.name}" for s in samples)
-    )
-    column = [there.tolist().index(g) for g in genes]
-    return [z @ weights[:, column] for z in programs]
-
-
 def score(samples, predictions, rates=None):
-    """metrics.pcc_summary over the scored spots of the samples, and how well the slide's mean is
-    met: slide_mean_rmse, slide_mean_pcc (over genes);
-    rate_pcc: pcc_mean against the noise-free rates of simulated slides."""
-    rows = [s.scored.numpy() for s in samples]
-    true, pred = (
-        np.concatenate([np.asarray(a, np.float32)[r] for a, r in zip(side, rows)])
-        for side in ([s.y.numpy() for s in samples], predictions)
-    )
-    mask = np.concatenate(
-        [np.tile(s.measured.numpy(), (r.sum(), 1)) for s, r in zip(samples, rows)]
-    )
-    slide = np.repeat([s.name for s in samples], [r.sum() for r in rows])
-    found = metrics.pcc_summary(true, pred, slide, mask)
-    if rates is not None:
-        found["rate_pcc"] = metrics.pcc_summary(
-            np.concatenate([v[r] for v, r in zip(rates, rows)]), pred, slide, mask
-        )["pcc_mean"]
-    means = [
-        (s.y.numpy()[r].mean(0)[s.measured], np.asarray(p)[r].mean(0)[s.measured])
-        for s, p, r in zip(samples, predictions, rows)
-    ]
-    found["slide_mean_rmse"] = float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in means]))
-    found["slide_mean_pcc"] = float(
-        np.mean([metrics.pcc(a[:, None], b[:, None])[0] for a, b in means])
-    )
-    return found
-
-
-def line(name, s):
-    """One row of the printed table."""
-    shown = (
-        "pcc_mean",
-        "pcc_pooled",
-        "variance_ratio_median",
-        "rmse",
-        "slide_mean_rmse",
-        "rate_pcc",
-    )
-    return f"{name:<24}" + "  ".join(f"{k} {s[k]:6.3f}" for k in shown if k in s)
+    """Scores across the scored spots of the samples, and of the slide's mean."""
+    scores = hest.score(samples, predictions, rates)
+    return scores | hest.slide_mean_scores(samples, predictions)
 
 
 def load(config, train_names, test_names):
     """Samples by name (features unscaled), genes; prints what was filtered."""
-    slides = {
-        n: data.load_hest(
-            config.data, n, patches=Path(config.encoder).suffix not in (".npy", ".npz")
-        )
-        for n in [*train_names, *test_names]
-    }
-    genes = hest.target_genes(
-        config.genes, [slides[n] for n in train_names], config.data, config.min_counts
-    )
+    need = not hest.has_feature_files(config.encoder)
+    slides = hest.load_slides(config.data, [*train_names, *test_names], need)
+    fit = [slides[n] for n in train_names]
+    genes = hest.target_genes(config.genes, fit, config.data, config.min_counts)
     samples = {n: to_sample(config, slides[n], genes) for n in slides}
-    for s in samples.values():
-        low, absent = int((~s.scored).sum()), int((~s.measured).sum())
-        if low or absent:
-            say(
-                f"{s.name}: {low} of {len(s.x)} spots have fewer than {config.min_counts} "
-                "counts and are not scored; "
-                f"{absent} genes are not on its panel"
-            )
+    for sample in samples.values():
+        hest.say_what_is_left_out(sample, config.min_counts)
     return samples, genes
 
 
@@ -1521,7 +1079,7 @@ def main(argv=None):
             "several processes write no checkpoints: leave --save_every and --resume away, "
             "or start one process"
         )
-    say(
+    run.say(
         f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; "
         f"{len(genes)} genes, "
         f"{raw[test_names[0]].x.shape[1]} features, "
@@ -1540,10 +1098,10 @@ def main(argv=None):
     )
     trained, linear = trained_baselines(fit, test, scaler, config, record.device)
     predictions = classical_baselines(raw, train_names, test_names) | trained
-    rates = true_rates(config.data, test, genes)
+    rates = hest.simulated_rates(config.data, test, genes, normalised=False)
     others = {name: score(test, p, rates) for name, p in predictions.items()}
     for name, s in others.items():
-        say(line(name, s))
+        run.say(hest.table_row(name, s, COLUMNS))
 
     def make():
         model = build(config, fit[0].x.shape[1], len(genes), len(sets) or config.pathways)
@@ -1552,9 +1110,8 @@ def main(argv=None):
         return model
 
     bag = config.mode == "global"
-    checksum = data.file_checksum(
-        *used_files(config, [raw[n].slide for n in [*train_names, *test_names]])
-    )
+    slides = [raw[n].slide for n in [*train_names, *test_names]]
+    checksum = data.file_checksum(*hest.input_files(config, slides, config.gene_sets))
     models, histories, val = train(
         make,
         fit,
@@ -1577,8 +1134,9 @@ def main(argv=None):
     found |= {f"gain_over_{name}": found["pcc_mean"] - others[name]["pcc_mean"] for name in others}
     if member is not None and not bag:
         found["pathway_pcc"] = pathway_agreement(test, pairs, member)
-    say(
-        line("stformer", found) + f"  gain over ridge {found['gain_over_ridge_raw']:+.3f} (raw), "
+    run.say(
+        hest.table_row("stformer", found, COLUMNS)
+        + f"  gain over ridge {found['gain_over_ridge_raw']:+.3f} (raw), "
         f"{found['gain_over_ridge_pca256']:+.3f} (PCA 256)"
     )
     arrays = arrays_of(test, genes_found, pairs, genes, sets)
@@ -1605,17 +1163,6 @@ def main(argv=None):
         else "training slides",
     )
     return 0
-
-
-def used_files(config, slides):
-    """Files whose content can change a number of this run: counts, patches or features, gene
-    sets."""
-    files = [config.gene_sets]
-    for s in slides:
-        if Path(config.encoder).suffix in (".npy", ".npz"):
-            files.append(config.encoder.replace("{sample}", s.sample))
-        files += [s.source, s.patches.path if s.patches is not None else s.image_file]
-    return [str(f) for f in dict.fromkeys(files) if f]
 
 
 def check(config):
@@ -1657,24 +1204,13 @@ def pathway_agreement(samples, pairs, member):
     return float(np.mean(found)) if found else float("nan")
 
 
-def arrays_of(samples, genes_found, pairs, genes, sets):
+def arrays_of(samples, predictions, pairs, genes, sets):
     """What arrays.npz holds: spots of all test slides one below the other."""
-    out = {
-        "slide": np.repeat([s.name for s in samples], [len(s.x) for s in samples]),
-        "barcodes": np.concatenate([s.slide.barcodes for s in samples]),
-        "xy": np.concatenate([s.slide.xy for s in samples]),
-        "genes": np.array(genes),
-        "gene_sets": np.array(sets, dtype=str),
-        "pred": np.concatenate(genes_found).astype(np.float32),
-    }
-    if samples[0].y is not None:
-        out |= {
-            "true": np.concatenate([s.y.numpy() for s in samples]),
-            "scored": np.concatenate([s.scored.numpy() for s in samples]),
-        }
+    arrays = hest.spot_arrays(samples, predictions, genes)
+    arrays["gene_sets"] = np.array(sets, dtype=str)
     if pairs[0][1] is not None and pairs[0][1].ndim == 2:
-        out["pathway_scores"] = np.concatenate([scores for _, scores in pairs])
-    return out
+        arrays["pathway_scores"] = np.concatenate([scores for _, scores in pairs])
+    return arrays
 
 
 def state_of(config, models, linear, scaler, genes, sets):
@@ -1693,25 +1229,14 @@ def state_of(config, models, linear, scaler, genes, sets):
 def predict_folder(config, start):
     """Predict the genes of slides that have no counts with a saved model; one folder of results for
     all of them."""
-    saved = load_checkpoint(config.predict)
+    saved = run.read_checkpoint(config.predict, "stformer checkpoint", ["config"])
     known = run.saved_flags(config.predict, Config, saved["config"], check)
     with run.checkpoint_fits(config.predict):
         scaler, genes, sets, weights, linear = (
             saved[k] for k in ("scaler", "genes", "gene_sets", "weights", "linear")
         )
         dim_in = len(scaler["x_mean"])
-    known.data, known.slice, known.cache, known.device = (
-        config.data,
-        config.slice,
-        config.cache,
-        config.device,
-    )
-    known.encoder = config.encoder if config.encoder != Config.encoder else known.encoder
-    slides = data.load_patch_folder(
-        known.data, known.slice, Path(known.encoder).suffix not in (".npy", ".npz")
-    )
-    if Path(slides[0].source).suffix == ".npz":
-        known.encoder = str(Path(known.data) / "{sample}.npz")
+    slides = hest.new_slides(config, known)
     record = run.Run(
         "stformer",
         config,
@@ -1721,12 +1246,7 @@ def predict_folder(config, start):
     )
     samples = [to_sample(known, s) for s in slides]
     for s in samples:
-        if s.x.shape[1] != dim_in:
-            raise DataError(
-                f"slide {s.name} has {s.x.shape[1]} features ({known.encoder}), the "
-                f"checkpoint {config.predict} was trained on {dim_in}: "
-                "make the features with the encoder of the training run"
-            )
+        hest.check_width(s.x, dim_in, s.name, known.encoder, config.predict)
     with run.checkpoint_fits(config.predict):
         if {value.shape for name, value in scaler.items() if not name.startswith("x_")} != {
             (len(genes),)
@@ -1741,12 +1261,14 @@ def predict_folder(config, start):
             )
             for _ in weights
         ]
-        layers = [OneLinear(samples[0].x.shape[1], len(genes)).to(record.device) for _ in linear]
+        layers = [
+            bags.OneLinear(samples[0].x.shape[1], len(genes)).to(record.device) for _ in linear
+        ]
         for model, w in zip(models + layers, weights + linear):
             model.load_state_dict(w)
     pairs = with_linear(
         [predict(models, s, scaler, known) for s in samples],
-        [predict(layers, s, scaler, flat(known))[0] for s in samples],
+        [predict(layers, s, scaler, baseline_flags(known))[0] for s in samples],
         known,
     )
     found = [
@@ -1759,109 +1281,28 @@ def predict_folder(config, start):
         {},
         arrays_of(samples, found, pairs, genes, sets),
         sum(w.numel() for w in models[0].parameters()),
-        checksum=data.file_checksum(*used_files(known, slides)),
+        checksum=data.file_checksum(*hest.input_files(known, slides, known.gene_sets)),
         checkpoint=config.predict,
     )
     return 0
 
 
-def maps(rows, xy):
-    """Figure of maps: rows of (title, values (S,)), each on its own colour scale from the 2nd to
-    the 98th percentile."""
-    figure, axes = plt.subplots(
-        len(rows),
-        max(map(len, rows)),
-        figsize=(2.6 * max(map(len, rows)), 2.7 * len(rows)),
-        squeeze=False,
-    )
-    for line_of_axes, row in zip(axes, rows):
-        for axis in line_of_axes:
-            axis.set_axis_off()
-        for axis, (title, values) in zip(line_of_axes, row):
-            low, high = np.nanpercentile(values, (2, 98))
-            axis.scatter(
-                *xy.T,
-                c=values,
-                s=max(0.3, 5000 / len(xy)),
-                linewidths=0,
-                vmin=low,
-                vmax=high if high > low else low + 1,
-                cmap="viridis",
-            )
-            axis.set_title(title, fontsize=8)
-            axis.set_aspect("equal")
-            axis.invert_yaxis()
-    return figure
-
-
 def draw(record, samples, predictions, pairs, genes, sets, histories, bag):
     """Figures of the first slide: true and predicted maps of the five best and the five worst
     genes, pathway maps; training curves."""
-    s, pred, scores = samples[0], np.asarray(predictions[0]), pairs[0][1]
-    xy = s.slide.xy
-    if s.y is None:
-        order = np.argsort(-pred.std(0))[:10]
-        record.figure(
-            "genes",
-            maps(
-                [
-                    [(genes[j], pred[:, j]) for j in row]
-                    for row in (order[:5], order[5:])
-                    if len(row)
-                ],
-                xy,
-            ),
-        )
-    else:
-        true = np.where(s.scored.numpy()[:, None], s.y.numpy(), np.nan)
-        r = metrics.pcc(s.y.numpy()[s.scored], pred[s.scored])
-        r = np.where(s.measured.numpy(), np.nan_to_num(r), np.nan)
-        order = [j for j in np.argsort(-r) if np.isfinite(r[j])]
-        best, worst = order[:5], order[-5:]
-        record.figure(
-            "genes",
-            maps(
-                [
-                    [
-                        (
-                            f"{genes[j]} {what}"
-                            + (f", r {r[j]:.2f}" if what == "predicted" else ""),
-                            v[:, j],
-                        )
-                        for j in side
-                    ]
-                    for side in (best, worst)
-                    for what, v in (("true", true), ("predicted", pred))
-                ],
-                xy,
-            ),
-        )
+    scores = pairs[0][1]
+    record.figure("genes", figures.gene_maps(samples[0], predictions[0], genes))
     if scores is not None and not bag:
-        order = np.argsort(-scores.std(0))[:10]
-        name = [n.removeprefix("HALLMARK_").lower()[:24] for n in sets] or [
-            f"token {j}" for j in range(scores.shape[1])
-        ]
-        record.figure(
-            "pathways",
-            maps(
-                [
-                    [(name[j], scores[:, j]) for j in row]
-                    for row in (order[:5], order[5:])
-                    if len(row)
-                ],
-                xy,
-            ),
-        )
+        names = [n.removeprefix("HALLMARK_").lower()[:24] for n in sets]
+        names = names or [f"token {j}" for j in range(scores.shape[1])]
+        maps = figures.most_varied_maps(scores, names, samples[0].slide.xy)
+        record.figure("pathways", maps)
     if histories:
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3))
-        for i, h in enumerate(histories):
-            for axis, values in zip(axes, zip(*h)):
-                axis.plot(values, label=f"fold {i}" if np.isfinite(values[-1]) else None)
-        axes[0].set(title="training loss", xlabel="epoch")
-        axes[1].set(title="validation score", xlabel="epoch")
-        axes[1].legend(fontsize=7) if np.isfinite(histories[0][-1][1]) else None
-        record.figure("training", figure)
-    plt.close("all")
+        losses = {f"job {i}": [row[0] for row in h] for i, h in enumerate(histories)}
+        curves = {f"fold {i}": [row[1] for row in h] for i, h in enumerate(histories)}
+        curves = {name: v for name, v in curves.items() if np.isfinite(v[-1])}
+        record.figure("training", figures.training_curves(losses, curves, "validation score"))
+    figures.close()
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import statistics
 import numpy as np
 import torch
 
-import cmrcnet
 import data
 import gat_fusion
 import multist
 from bench import peers
 from bench.timing import shown, timed
+from plainst import neighbour_sums
+from plainst.retrieval import exact_topk
 
 
 def best(function, options):
@@ -28,7 +29,7 @@ def hot_loops(options):
     xy, d, heads = np.random.default_rng(0).random((n, 2)), 128, 4
     x = torch.randn(n, d, generator=generator)
     table, layer = (
-        gat_fusion.Neighbours(data.knn_table(xy, k)),
+        neighbour_sums.Neighbours(data.knn_table(xy, k)),
         gat_fusion.GraphAttention(d, d, heads, 0.0),
     )
     places = n * (k + 1)
@@ -61,7 +62,7 @@ def hot_loops(options):
     keys, queries = (torch.randn(rows, 256, generator=generator) for rows in (m, q))
     yield (
         f"cmrcnet exact retrieval, {q:,} x {m:,} x 256",
-        lambda: cmrcnet.exact_topk(queries, keys, 50),
+        lambda: exact_topk(queries, keys, 50),
         2 * q * m * 256,
         4 * (m * 256 * 3 + 2 * q * m),
     )

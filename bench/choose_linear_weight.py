@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import metrics  # noqa: E402
 import stformer as st  # noqa: E402
-from evaluation import hest  # noqa: E402
+from evaluation import bags, hest  # noqa: E402
 from plainst import run  # noqa: E402
 
 WEIGHTS = (0, 0.25, 0.5, 0.75, 1)
@@ -58,7 +58,7 @@ def curve(config):
     samples = [scaler.features(raw[n], config.scale) for n in names]
     flat, width, curves = copy.copy(config), samples[0].x.shape[1], {w: [] for w in WEIGHTS}
     flat.lr = 1e-2
-    for i, (fit, val) in enumerate(st.inner_folds(samples, config.folds)):
+    for i, (fit, val) in enumerate(hest.inner_folds(samples, config.folds, lambda s: s.place)):
         deep = [
             predictions(
                 lambda: st.build(config, width, len(genes), config.pathways),
@@ -70,7 +70,9 @@ def curve(config):
             )
             for m in range(3)
         ]
-        line = predictions(lambda: st.OneLinear(width, len(genes)), fit, val, scaler, flat, 900 + i)
+        line = predictions(
+            lambda: bags.OneLinear(width, len(genes)), fit, val, scaler, flat, 900 + i
+        )
         for w in WEIGHTS:
             curves[w].append(
                 [
@@ -84,7 +86,7 @@ def curve(config):
                     for e in range(config.epochs)
                 ]
             )
-    found = {w: float(st.smooth(np.mean(c, 0)).max()) for w, c in curves.items()}
+    found = {w: float(hest.smooth(np.mean(c, 0)).max()) for w, c in curves.items()}
     print(part, {w: round(v, 3) for w, v in found.items()}, flush=True)
     return found
 

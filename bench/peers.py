@@ -23,6 +23,7 @@ import cmrcnet
 import gat_fusion
 import multist
 from data import DataError
+from plainst import neighbour_sums
 
 
 def dev(name):
@@ -83,7 +84,7 @@ def graph_layers(table):
     """{layer: {name: function of x (N, 128)}}, ours first, all with the same weights. The peers'
     work that one graph needs only once is done here."""
     n, k = table.shape
-    graph, edges = gat_fusion.Neighbours(table), edge_index(table)
+    graph, edges = neighbour_sums.Neighbours(table), edge_index(table)
     loops = with_loops(edges, n)
     gat, gcn = gat_fusion.GraphAttention(128, 128, 4, 0.0), gat_fusion.GraphConvolution(128, 128)
     default, ready = copied_gat(gat), copied_gat(gat, add_self_loops=False)
@@ -102,7 +103,7 @@ def graph_layers(table):
     ordered = torch.cat([weights[:, 0, 1:].flatten(), weights[:, 0, 0]])
     their_sum, our_sum = (
         dev("torch_geometric.nn").SimpleConv(aggr="sum"),
-        gat_fusion.weighted_neighbour_sum,
+        neighbour_sums.weighted_neighbour_sum,
     )
     return {
         "graph attention": {
@@ -118,7 +119,7 @@ def graph_layers(table):
         },
         "weighted kNN gather": {
             "weighted_neighbour_sum": lambda x: our_sum(
-                x[:, None], weights.detach().requires_grad_(), graph.own
+                x[:, None], weights.detach().requires_grad_(), graph.with_self
             )[:, 0],
             "SimpleConv, edge weights": lambda x: their_sum(
                 x, loops, ordered.detach().requires_grad_()

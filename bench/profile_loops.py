@@ -47,7 +47,10 @@ METHODS = {
 SYNC = ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "masked_select", "equal")
 
 # none of them calls another
-LOADING = ("collate", "image", "images", "expression", "pick", "turned", "batches")
+LOADING = (
+    *("collate", "image", "images", "expression", "batches", "turned"),
+    *("sample_batch", "random_orientation"),
+)
 GRAPHS = ("knn_table", "normalised_knn_graph", "lattice_table", "lattice_pitch", "neighbour_tables")
 
 

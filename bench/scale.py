@@ -120,14 +120,13 @@ def one_gat_fusion(folder, n, n_genes=1000):
         "inference",
         lambda: gat_fusion.predict(
             model,
-            gat_fusion.tiles(
-                task.x,
-                None,
+            gat_fusion.make_tiles(
+                (task.x, None),
                 table,
                 [task.slides[0].xy],
-                config,
+                gat_fusion.prediction_size(config.tile, "cpu"),
+                gat_fusion.hops(config),
                 "cpu",
-                gat_fusion.prediction_size(config, "cpu"),
             ),
             n,
             config,

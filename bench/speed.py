@@ -29,7 +29,6 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import cmrcnet  # noqa: E402
 import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import metrics  # noqa: E402
@@ -38,7 +37,8 @@ from bench import peers  # noqa: E402
 from bench.ceilings import ceilings  # noqa: E402
 from bench.timing import compare, markdown, shown, timed  # noqa: E402
 from data import DataError  # noqa: E402
-from plainst import run, simulate  # noqa: E402
+from plainst import neighbour_sums, run, simulate  # noqa: E402
+from plainst.retrieval import TILE, InvertedFile, exact_topk  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -127,7 +127,7 @@ def epoch_of(model, loss, evaluate):
 
 def fusion_epochs(x, labels, table):
     """{name: one epoch} of gat_fusion full, ours and with torch_geometric's layers."""
-    graph, rows = gat_fusion.Neighbours(table), labels >= 0
+    graph, rows = neighbour_sums.Neighbours(table), labels >= 0
     ours = gat_fusion.GatFusion("full", x.shape[1], int(labels.max()) + 1)
     models = {
         "gat_fusion full": ours,
@@ -360,14 +360,14 @@ def exact_rows(queries, keys, k, options, name):
         return torch.cat(
             [
                 (F.normalize(q, dim=1) @ unit.T).topk(k).indices
-                for q in part.split(max(1, cmrcnet.TILE // len(keys)))
+                for q in part.split(max(1, TILE // len(keys)))
             ]
         )
 
     return compare(
         f"exact, {len(part):,} queries x {len(keys):,} {name} x {keys.shape[1]}, k = {k}",
         {
-            "exact_topk": lambda: cmrcnet.exact_topk(part, keys, k)[1],
+            "exact_topk": lambda: exact_topk(part, keys, k)[1],
             "sklearn brute force": lambda: brute.kneighbors(
                 F.normalize(part, dim=1).numpy(), return_distance=False
             ),
@@ -391,15 +391,15 @@ def retrieval(options, scratch):
         if not rows:
             rows += exact_rows(queries, keys, k, options, name)
         exact, part = (
-            cmrcnet.exact_topk(queries[::10], keys, k)[1],
+            exact_topk(queries[::10], keys, k)[1],
             queries[: max(1, len(queries) // 5)],
         )
-        build_s, index = timed(lambda keys=keys: cmrcnet.InvertedFile(keys), options.threads)
+        build_s, index = timed(lambda keys=keys: InvertedFile(keys), options.threads)
         curve, recall = [], 0.0
         for probe in (1, 8) if options.quick else (1, 4, 8, 16, 32, 64, 96, 128, 192):
             if recall > 0.99:
                 break
-            exact_s = timed(partial(cmrcnet.exact_topk, part, keys, k), options.threads)[0]
+            exact_s = timed(partial(exact_topk, part, keys, k), options.threads)[0]
             exact_s *= len(queries) / len(part)
             s, (_, found) = timed(partial(index.topk, queries, k, probe), options.threads)
             recall = metrics.recall_at_k(found[::10].numpy(), exact.numpy())

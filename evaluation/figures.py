@@ -1,4 +1,4 @@
-"""Every picture: what a method or the report computed, drawn. Nothing here computes a score."""
+"""Every picture: of a run, and of the report over many runs."""
 
 import io
 import textwrap
@@ -8,11 +8,255 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from sklearn.decomposition import PCA
+
+import metrics
+from evaluation.cells import detected_genes
+from plainst.readers.checked import NPZ_ERRORS, DataError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from plainst.readers.checked import NPZ_ERRORS, DataError  # noqa: E402
+# --------------------------------------------------------------------------------------------------
+# spatia
+# --------------------------------------------------------------------------------------------------
+
+
+def rgb_picture(x):
+    """(C, S, S) uint8 -> (S, S, 3): the channels as red, green, blue; one channel is grey."""
+    x = x[:3] if len(x) > 1 else x.repeat(3, 0)
+    empty = np.zeros((3 - len(x), *x.shape[1:]), x.dtype)
+    return np.concatenate([x, empty]).transpose(1, 2, 0)
+
+
+def draw_generated(dataset, expression, probes, generated):
+    """Real above generated cells, by fifths of the gene that goes with the area of the others.
+
+    expression (n, G), probes (n, 3) of the real pictures, generated (n, C, S, S) -> figure.
+    """
+    rows = dataset.rows["test"]
+    area = np.repeat(probes[:, 1:2], expression.shape[1], 1)
+    r = np.nan_to_num(metrics.pcc(expression, area))
+    gene = int(np.argmax(np.where(detected_genes(dataset), np.abs(r), -1)))
+    fifths = np.array_split(np.argsort(expression[:, gene], kind="stable"), 5)
+    figure, axes = plt.subplots(10, 8, figsize=(8, 10.5))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, fifth in enumerate(fifths):
+        places = np.linspace(0, len(fifth) - 1, min(8, len(fifth))).astype(int)
+        for j, cell in enumerate(fifth[places]):
+            axes[2 * i, j].imshow(rgb_picture(dataset.cells.crops[rows[cell]]))
+            axes[2 * i + 1, j].imshow(rgb_picture(generated[cell]))
+        title = f"{dataset.cells.genes[gene]}, fifth {i + 1}: real above, generated below"
+        axes[2 * i, 0].set_title(title, fontsize=7, loc="left")
+    return figure
+
+
+def draw_embedding(dataset, z, losses):
+    """The embedding z (N, d) of the scored cells as colours in the tissue and as two components,
+    and the loss of every stage, {name: values} -> figure."""
+    rows = dataset.rows["test"]
+    section, xy, labels = (
+        a[rows] for a in (dataset.cells.section, dataset.cells.xy, dataset.cells.labels)
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4))
+    colour = PCA(3).fit_transform(z[rows])
+    low, high = np.percentile(colour, 2, 0), np.percentile(colour, 98, 0)
+    colour = np.clip((colour - low) / (high - low + 1e-9), 0, 1)
+    is_shown = section == section[0]
+    axes[0].scatter(*xy[is_shown].T, c=colour[is_shown], s=8, linewidths=0)
+    axes[0].set(title="first three components of z as colours", aspect="equal")
+    axes[0].invert_yaxis()
+    has_labels = (labels >= 0).any()
+    style = {"c": labels, "cmap": "tab10"} if has_labels else {"c": colour}
+    axes[1].scatter(*PCA(2).fit_transform(z[rows]).T, s=6, linewidths=0, **style)
+    axes[1].set_title("z, two components" + (", coloured by class" if has_labels else ""))
+    for name, values in losses.items():
+        smooth = np.convolve(values, np.ones(20) / 20, "valid") if len(values) > 60 else values
+        axes[2].plot(np.linspace(0, 1, len(smooth)), smooth, label=name)
+    axes[2].set(title="loss of the stages", xlabel="share of the steps")
+    axes[2].legend()
+    return figure
+
+
+def draw_cells(record, dataset, arrays, z, losses):
+    """Both figures of a run on cells, kept in `record`: generated beside real cells where there are
+    any, the embedding z (N, d) and the losses."""
+    if "generated" in arrays:
+        real = arrays["expression"], arrays["probes_real"]
+        record.figure("generated", draw_generated(dataset, *real, arrays["generated"]))
+    record.figure("embedding", draw_embedding(dataset, z, losses))
+    plt.close("all")
+
+
+# --------------------------------------------------------------------------------------------------
+# Genes from H&E
+# --------------------------------------------------------------------------------------------------
+
+
+def maps(rows, xy):
+    """Figure of maps: rows of (title, values (S,)), each on its own colour scale from the 2nd to
+    the 98th percentile."""
+    n_columns = max(map(len, rows))
+    size = (2.6 * n_columns, 2.7 * len(rows))
+    figure, axes = plt.subplots(len(rows), n_columns, figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row_of_axes, row in zip(axes, rows):
+        for axis, (title, values) in zip(row_of_axes, row):
+            low, high = np.nanpercentile(values, (2, 98))
+            axis.scatter(
+                *xy.T,
+                c=values,
+                s=max(0.3, 5000 / len(xy)),
+                linewidths=0,
+                vmin=low,
+                vmax=high if high > low else low + 1,
+                cmap="viridis",
+            )
+            axis.set_title(title, fontsize=8)
+            axis.set_aspect("equal")
+            axis.invert_yaxis()
+    return figure
+
+
+def most_varied_maps(values, names, xy):
+    """Maps of the ten columns of values (S, C) that vary most, five a row."""
+    order = np.argsort(-values.std(0))[:10]
+    halves = [order[:5], order[5:]] if len(order) > 5 else [order]
+    return maps([[(names[j], values[:, j]) for j in half] for half in halves], xy)
+
+
+def gene_maps(sample, predicted, genes, n_targets=None):
+    """True and predicted maps of the five best and the five worst of the first n_targets genes of a
+    slide; without truth of the genes that vary most."""
+    xy, predicted = sample.slide.xy, np.asarray(predicted)
+    if sample.y is None:
+        return most_varied_maps(predicted, genes, xy)
+    true, scored = np.asarray(sample.y), np.asarray(sample.scored)
+    r = np.nan_to_num(metrics.pcc(true[scored], predicted[scored]))
+    r = np.where(np.asarray(sample.measured), r, np.nan)[:n_targets]
+    order = [j for j in np.argsort(-r) if np.isfinite(r[j])]
+    shown = np.where(scored[:, None], true, np.nan)
+    rows = []
+    for side in (order[:5], order[-5:]):
+        rows.append([(f"{genes[j]} true", shown[:, j]) for j in side])
+        rows.append([(f"{genes[j]} predicted, r {r[j]:.2f}", predicted[:, j]) for j in side])
+    return maps(rows, xy)
+
+
+def gene_gene_maps(true, predicted):
+    """Correlations between genes beside each other: true, predicted (N, G)."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4))
+    for axis, title, x in zip(axes, ("true", "predicted"), (true, predicted)):
+        axis.imshow(np.corrcoef(x[:, x.std(0) > 0].T), vmin=-1, vmax=1, cmap="RdBu_r")
+        axis.set_title(f"gene-gene correlation, {title}")
+    return figure
+
+
+def training_curves(losses, scores, title, guess=None):
+    """Losses {label: [one an epoch]} beside validation scores {label: the same}; guess: the loss of
+    random guessing, drawn as a line on a logarithmic axis."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3))
+    for axis, curves in zip(axes, (losses, scores)):
+        for label, values in curves.items():
+            axis.plot(values, label=label)
+        if curves:
+            axis.legend(fontsize=7)
+    if guess is not None:
+        axes[0].axhline(guess, color="gray", linestyle=":", label="log(batch): guessing")
+        axes[0].set_yscale("log")
+        axes[0].legend(fontsize=7)
+    axes[0].set(xlabel="epoch", title="training loss")
+    axes[1].set(xlabel="epoch", title=title)
+    return figure
+
+
+def close():
+    """Forget all figures of pyplot; those that a run keeps are saved when it finishes."""
+    plt.close("all")
+
+
+# gat_fusion
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_gat_fusion(record, slide, arrays, history):
+    """The pictures of a gat_fusion run: truth, prediction, errors and coordinates-only on the
+    tissue; with a history (epochs, 2), loss and validation ARI; with `attention`, that of the last
+    layer.
+
+    arrays: as in the record, labels, pred, test (N,) and classes, perhaps coords_knn (N,) and
+    attention (N, heads, k).
+    """
+    record.figure("tissue", draw_layers(slide.xy, arrays))
+    if history is not None:
+        record.figure("training", draw_history(history))
+    if "attention" in arrays:
+        record.figure("attention", draw_attention(slide.xy, arrays["attention"]))
+    plt.close("all")
+
+
+def dot_size(xy):
+    """Area of a spot's dot in a panel of 4.4 inches."""
+    return max(0.5, 12000 / len(xy))
+
+
+def as_tissue(axis):
+    """Axes of a slide: equal units, y down, no ticks."""
+    axis.set(aspect="equal", xticks=[], yticks=[])
+    axis.invert_yaxis()
+
+
+def draw_layers(xy, arrays):
+    """Truth, prediction, the vote of coordinates if it is there, and the errors, side by side."""
+    panels = [("truth", arrays["labels"]), ("prediction", arrays["pred"])]
+    if "coords_knn" in arrays:
+        panels.append(("coordinates only, no gene", arrays["coords_knn"]))
+    is_wrong = (arrays["labels"] != arrays["pred"]) & arrays["test"]
+    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(4.4 * (len(panels) + 1), 4.4))
+    size, palette = dot_size(xy), plt.get_cmap("tab10")
+    for axis, (title, codes) in zip(axes, panels):
+        for c, name in enumerate(arrays["classes"]):
+            axis.scatter(*xy[codes == c].T, s=size, color=palette(c % 10), label=name, linewidths=0)
+        axis.set_title(title)
+    axes[-1].scatter(*xy.T, s=size, color="0.88", linewidths=0)
+    axes[-1].scatter(*xy[arrays["test"]].T, s=size, color="0.65", linewidths=0)
+    axes[-1].scatter(*xy[is_wrong].T, s=size * 1.5, color="crimson", linewidths=0)
+    axes[-1].set_title(f"errors: {is_wrong.sum()} of {arrays['test'].sum()} test spots")
+    figure.legend(
+        *axes[1].get_legend_handles_labels(),
+        loc="lower center",
+        ncols=len(arrays["classes"]),
+        markerscale=4,
+        frameon=False,
+    )
+    for axis in axes:
+        as_tissue(axis)
+    return figure
+
+
+def draw_history(history):
+    """Loss and validation ARI (epochs, 2) over the epochs."""
+    figure, axis = plt.subplots(figsize=(5, 3))
+    axis.plot(history[:, 0], color="0.4", label="training cross-entropy")
+    axis.plot(history[:, 1], color="crimson", label="validation ARI")
+    axis.set_xlabel("epoch")
+    axis.legend()
+    return figure
+
+
+def draw_attention(xy, attention):
+    """Entropy of the mean attention of the heads (N, heads, k) over the k neighbours, on the
+    tissue."""
+    alpha = attention.mean(1)  # (N, k)
+    entropy = -(alpha * np.log(np.maximum(alpha, 1e-12))).sum(1) / np.log(alpha.shape[1])
+    figure, axis = plt.subplots(figsize=(5, 4.4))
+    dots = axis.scatter(*xy.T, s=dot_size(xy), c=entropy, linewidths=0)
+    figure.colorbar(dots, label="attention entropy / log k (1 = plain mean)")
+    as_tissue(axis)
+    return figure
+
 
 # --------------------------------------------------------------------------------------------------
 # Report

@@ -20,8 +20,8 @@ def read_embedding(path, slide):
     """(N, D) float32 frozen vectors of a slide's spots: .npz with `embedding` and `barcodes`
     (joined by barcode), or .npy in row order.
 
-    `{slice}` in the path stands for the slide's sample name. Raises DataError for a file that is
-    damaged or does not fit the slide.
+    `{slice}` or `{sample}` in the path stands for the slide's sample name. Raises DataError for a
+    file that is damaged or does not fit the slide.
     """
     path, names = slice_path(path, slide), None
     try:
@@ -74,8 +74,34 @@ def read_embedding(path, slide):
 
 
 def slice_path(path, slide):
-    """Path with `{slice}` replaced by the slide's sample name."""
-    return Path(str(path).replace("{slice}", slide.sample))
+    """Path with `{slice}` or `{sample}` replaced by the slide's sample name."""
+    return Path(str(path).replace("{slice}", slide.sample).replace("{sample}", slide.sample))
+
+
+def is_features_file(encoder):
+    """Whether the flag names a file of features, not a model that makes them."""
+    return Path(encoder).suffix in (".npy", ".npz")
+
+
+def input_files(slides, encoder="", more=()):
+    """Paths of all files whose content can change a number of a run, each once, as strings.
+
+    Of each slide its counts, positions, labels and patches (which decide what spots there are);
+    with `encoder` (empty where the run looks at no picture) the file of features that it names, or
+    else the image of a slide without patches; then `more`, of which `{slice}` or `{sample}` stands
+    for one file a slide, and an empty name for none.
+    """
+    files = []
+    for slide in slides:
+        files += [slide.source, *slide.tables]
+        if slide.patches is not None:
+            files.append(slide.patches.path)
+        if is_features_file(encoder):
+            files.append(slice_path(encoder, slide))
+        elif encoder and slide.patches is None:
+            files.append(slide.image_file)
+        files += [slice_path(path, slide) for path in more if path]
+    return list(dict.fromkeys(str(path) for path in files if path))
 
 
 def crops(slide, rows, side_um):
@@ -216,7 +242,7 @@ def image_features(slide, encoder="handmade", crop_um=310.0, cache=None, device=
     used where it has them, else crops of `crop_um` from its image. Cached as an .npz under `cache`,
     keyed by image, its scale, positions, encoder and crop.
     """
-    if Path(encoder).suffix in (".npy", ".npz"):
+    if is_features_file(encoder):
         return read_embedding(encoder, slide)
     if slide.patches is None:
         # complain before the encoder is loaded
@@ -288,3 +314,31 @@ def save_features(path, embedding, barcodes):
             f"({error.strerror}); name a folder with --cache",
             stacklevel=3,
         )
+
+
+def read_tensors(path, remedy="give a timm or transformers ViT-B/32 file"):
+    """{name: tensor} of a .safetensors file (extra [pretrained]) or of a torch file of tensors.
+    Raises DataError, which ends with `remedy`."""
+    import torch
+
+    from plainst import run
+
+    if Path(path).suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise DataError(
+                f"{path} needs the package safetensors: install the extra [pretrained], or give a "
+                ".pt file"
+            ) from error
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(
+                f"{path} is not a checkpoint of tensors ({reason}): {remedy}"
+            ) from error
+    state = run.read_checkpoint(path, "checkpoint of tensors", remedy=remedy)
+    state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+    return {k: v for k, v in state.items() if torch.is_tensor(v)}

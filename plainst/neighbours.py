@@ -1,4 +1,8 @@
-"""Graphs as (N, k) tables of neighbour rows, -1 where there is none, and tiles of a slide."""
+"""Graphs as (N, k) tables of neighbour rows, -1 where there is none, and tiles of a slide.
+
+Here they are numpy. `plainst.neighbour_sums` has the sums over a table in torch, `plainst.tiles`
+the tiles as tensors.
+"""
 
 import numpy as np
 import scipy.sparse as sp

@@ -18,6 +18,7 @@ import gat_fusion  # noqa: E402
 import multist  # noqa: E402
 from bench import gpu_check, peers, timing  # noqa: E402
 from bench import speed as bench  # noqa: E402
+from plainst.neighbour_sums import Neighbours  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +126,7 @@ def test_swapped_models_equal_ours(table):
     torch.manual_seed(0)
     x = torch.randn(150, 20)
     ours = gat_fusion.GatFusion("full", 20, 4).eval()
-    peer, graph = peers.peer_fusion(ours, table).eval(), gat_fusion.Neighbours(table)
+    peer, graph = peers.peer_fusion(ours, table).eval(), Neighbours(table)
     x.requires_grad_()
     a, b = (m(x, graph)[0] for m in (ours, peer))
     assert torch.allclose(a, b, atol=1e-5)

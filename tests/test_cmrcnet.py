@@ -21,7 +21,8 @@ import cmrcnet as cm  # noqa: E402
 import data  # noqa: E402
 import metrics  # noqa: E402
 from data import DataError  # noqa: E402
-from plainst import simulate  # noqa: E402
+from evaluation import baselines, hest  # noqa: E402
+from plainst import retrieval, simulate  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -342,7 +343,9 @@ def test_pairs_are_learned_and_retrieved():
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    index = cm.exact_topk(cm.embed(model, config, x=image), cm.embed(model, config, s=s), 5)[1]
+    index = retrieval.exact_topk(cm.embed(model, config, x=image), cm.embed(model, config, s=s), 5)[
+        1
+    ]
     assert (
         losses[-1] < losses[0] / 2
         and (index == torch.arange(256)[:, None]).any(1).float().mean() > 0.9
@@ -364,7 +367,7 @@ def test_exact_search_equals_brute_force_in_any_tiles():
     q, m = torch.randn(37, 8), torch.randn(210, 8)
     want = (F.normalize(q, dim=1) @ F.normalize(m, dim=1).T).sort(1, descending=True)
     for tile in (1, 210 * 5, 1 << 26):
-        value, index = cm.exact_topk(q, m, 7, tile)
+        value, index = retrieval.exact_topk(q, m, 7, tile)
         assert torch.equal(index, want.indices[:, :7]) and torch.allclose(value, want.values[:, :7])
 
 
@@ -372,8 +375,8 @@ def test_inverted_file_with_all_lists_is_exact_and_with_few_is_near():
     torch.manual_seed(0)
     keys = torch.randn(12, 16).repeat(150, 1) + 0.3 * torch.randn(1800, 16)
     q = keys[::7] + 0.1 * torch.randn(258, 16)
-    value, index = cm.exact_topk(q, keys, 10)
-    ivf = cm.InvertedFile(keys, 40)
+    value, index = retrieval.exact_topk(q, keys, 10)
+    ivf = retrieval.InvertedFile(keys, 40)
     assert sorted(ivf.order.tolist()) == list(range(1800)) and ivf.first[-1] == 1800
     all_values, all_index = ivf.topk(q, 10, 40, step=100)
     assert (
@@ -382,9 +385,9 @@ def test_inverted_file_with_all_lists_is_exact_and_with_few_is_near():
     )
     assert metrics.recall_at_k(ivf.topk(q, 10, 8)[1].numpy(), index.numpy()) > 0.9
     # a list has fewer than k keys: the rest is marked
-    few = cm.InvertedFile(keys[:30], 15).topk(q[:4], 10, 1)
+    few = retrieval.InvertedFile(keys[:30], 15).topk(q[:4], 10, 1)
     assert (few[1] == -1).any() and (few[0][few[1] == -1] == float("-inf")).all()
-    assert np.isfinite(cm.read_out(*few, np.ones((30, 2), "f"))).all()
+    assert np.isfinite(retrieval.read_out(*few, np.ones((30, 2), "f"))).all()
 
 
 def test_read_out_is_the_mean_of_the_neighbours():
@@ -395,16 +398,22 @@ def test_read_out_is_the_mean_of_the_neighbours():
         rng.random((5, 3)).astype("f"),
     )
     i, s = torch.from_numpy(index), torch.from_numpy(sim)
-    assert np.allclose(cm.read_out(s, i, values), values[index].mean(1), atol=1e-6)
-    assert np.allclose(cm.read_out(s, i, sp.csr_matrix(values)), values[index].mean(1), atol=1e-6)
+    assert np.allclose(retrieval.read_out(s, i, values), values[index].mean(1), atol=1e-6)
+    assert np.allclose(
+        retrieval.read_out(s, i, sp.csr_matrix(values)), values[index].mean(1), atol=1e-6
+    )
     w = np.exp(sim / 0.05) / np.exp(sim / 0.05).sum(1, keepdims=True)
     assert np.allclose(
-        cm.read_out(s, i, values, "softmax"), (values[index] * w[..., None]).sum(1), atol=1e-5
+        retrieval.read_out(s, i, values, "softmax"),
+        (values[index] * w[..., None]).sum(1),
+        atol=1e-5,
     )
     i[0, 1] = -1
-    assert np.allclose(cm.read_out(s, i, values)[0], values[index[0, [0, 2]]].mean(0), atol=1e-6)
+    assert np.allclose(
+        retrieval.read_out(s, i, values)[0], values[index[0, [0, 2]]].mean(0), atol=1e-6
+    )
     key = torch.randn(30, 8)
-    assert np.allclose(cm.read_out(*cm.exact_topk(key, key, 1), values), values)
+    assert np.allclose(retrieval.read_out(*retrieval.exact_topk(key, key, 1), values), values)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -437,7 +446,7 @@ def test_gene_lists_and_inputs_come_from_training_slides_unless_oracle(task, mon
             slide.counts = sp.csr_matrix(slide.counts.toarray()[:, ::-1] * 7)
         return slide
 
-    monkeypatch.setattr(data, "load_hest", poisoned)
+    monkeypatch.setattr(hest, "load_hest", poisoned)
     got = cm.load(config_of(task), ["S1", "S2"], ["S3"])
     assert (
         got.inputs == want.inputs
@@ -461,7 +470,7 @@ def test_control_probes_are_no_genes():
             np.zeros((3, 2)),
         )
     ]
-    assert cm.shared_genes(slides) == ["A", "B"]
+    assert hest.shared_genes(slides) == ["A", "B"]
 
 
 def test_scaler_sees_scored_training_spots_and_scales_each_view(task):
@@ -506,17 +515,17 @@ def test_ridge_is_the_benchmarks_formula():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(80, 12)) + 2, rng.normal(size=(80, 4)) + 5
     want = x @ np.linalg.solve(x.T @ x + 100 / 48 * np.eye(12), x.T @ y)
-    assert np.allclose(cm.official_ridge(x, y).predict(x), want, atol=1e-2)
+    assert np.allclose(baselines.official_ridge(x, y).predict(x), want, atol=1e-2)
 
 
 def test_slide_accuracy():
     rng = np.random.default_rng(0)
     z, slide = rng.normal(size=(300, 8)), np.repeat([0, 1, 2], 100)
     assert (
-        abs(cm.slide_accuracy(z, slide) - 1 / 3) < 0.12
-        and cm.slide_accuracy(z + 5 * np.eye(8)[slide], slide) > 0.95
+        abs(hest.slide_accuracy(z, slide) - 1 / 3) < 0.12
+        and hest.slide_accuracy(z + 5 * np.eye(8)[slide], slide) > 0.95
     )
-    assert np.isnan(cm.slide_accuracy(z, slide * 0))
+    assert np.isnan(hest.slide_accuracy(z, slide * 0))
 
 
 # --------------------------------------------------------------------------------------- end to end

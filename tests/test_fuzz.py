@@ -260,10 +260,9 @@ def readers_of(root):
     import data
     import gat_fusion
     import multist
-    import spatia
     import stformer
     from evaluation import hest as hest_protocol
-    from plainst import download, run
+    from plainst import download, retrieval, run
     from plainst.readers import convert
 
     slide = data.load_slide(root / "vis")
@@ -281,8 +280,9 @@ def readers_of(root):
         return of_slide(data.load_hest(root / "hest", "S1", patches))
 
     def atlas_of():
-        keys, values, genes = cmrcnet.read_atlas(
-            root / "cmrcnet" / "atlas.h5", atlas, cmrcnet.Config(**atlas["config"])
+        encoder = cmrcnet.encoder_name(cmrcnet.Config(**atlas["config"]))
+        keys, values, genes = retrieval.read_atlas(
+            root / "cmrcnet" / "atlas.h5", encoder, atlas["inputs"], atlas["fingerprint"]
         )
         return {"keys": keys.numpy(), "values": values.toarray(), "genes": genes}
 
@@ -365,7 +365,11 @@ def readers_of(root):
         "gat_fusion --predict": lambda: predict(gat_fusion, "vis"),
         "cmrcnet --predict": lambda: predict(cmrcnet, "hest"),
         "stformer --predict": lambda: predict(stformer, "hest"),
-        "spatia": lambda: tensors(spatia.load_checkpoint(root / "spatia" / "latest.pt")),
+        "spatia": lambda: tensors(
+            run.read_checkpoint(
+                root / "spatia" / "latest.pt", "checkpoint", ["config", "done", "going"]
+            )
+        ),
     }
 
 

@@ -14,7 +14,11 @@ import data
 import gat_fusion as gf
 import metrics
 from data import DataError
-from plainst import run, simulate
+from plainst import run, simulate, tiles
+from plainst.features import input_files
+from plainst.layers import Dropout
+from plainst.neighbour_sums import Neighbours, neighbour_products, weighted_neighbour_sum
+from plainst.scaled import ScaledRows
 
 FULL = {"mode": "full", "fusion": "cross"}
 
@@ -33,7 +37,7 @@ def cortex(tmp_path_factory):
 
 @pytest.fixture
 def graph():
-    return gf.Neighbours(data.knn_table(np.random.default_rng(0).random((60, 2)), 5))
+    return Neighbours(data.knn_table(np.random.default_rng(0).random((60, 2)), 5))
 
 
 def config(root, **flags):
@@ -59,13 +63,13 @@ def with_holes(n=40, k=6, seed=1):
     table = data.knn_table(np.random.default_rng(seed).random((n, 2)), k)
     table[np.random.default_rng(seed).random(table.shape) < 0.3] = -1
     table[0] = -1
-    return gf.Neighbours(table)
+    return Neighbours(table)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999999])
 def test_dropout_drops_the_share_keeps_the_mean_and_passes_the_gradient_of_what_it_kept(p):
     torch.manual_seed(0)
-    drop, rounded = gf.Dropout(p), min(round(p * 65536), 65535) / 65536
+    drop, rounded = Dropout(p), min(round(p * 65536), 65535) / 65536
     # 399,797 numbers, not a multiple of the four of a draw
     x = torch.ones(401, 997, requires_grad=True)
     out = drop(x)
@@ -83,22 +87,22 @@ def test_dropout_drops_the_share_keeps_the_mean_and_passes_the_gradient_of_what_
             abs((lost * other).mean()) < 5 * p * (1 - p) / x.numel() ** 0.5
             for other in (lost.roll(1, 0), lost.roll(1, 1), lost.roll(4, 1))
         )
-    assert gf.Dropout(0.0)(x) is x and drop.eval()(x) is x
+    assert Dropout(0.0)(x) is x and drop.eval()(x) is x
 
 
 @pytest.mark.parametrize(
     "fast, slow, last",
     [
         (
-            gf.weighted_neighbour_sum,
+            weighted_neighbour_sum,
             lambda v, w, index: torch.einsum("nhk,nkhd->nhd", w, v[index]),
             6,
         ),
-        (gf.neighbour_products, lambda b, a, index: torch.einsum("nhd,nkhd->nhk", a, b[index]), 4),
+        (neighbour_products, lambda b, a, index: torch.einsum("nhd,nkhd->nhk", a, b[index]), 4),
     ],
 )
 def test_sum_and_products_over_neighbours_equal_the_gather_with_gradients(fast, slow, last):
-    table = with_holes().own
+    table = with_holes().with_self
     n, k = table.index.shape
     values = torch.randn(n, 3, 4, dtype=torch.float64, requires_grad=True)
     # weights, or queries
@@ -131,12 +135,12 @@ def test_norm_first_equals_its_layers_one_by_one():
 
 def test_weighted_sum_gradient_in_pieces():
     """More spots than one piece of the backward pass."""
-    table = gf.Neighbours(data.knn_table(np.random.default_rng(0).random((1300, 2)), 4)).others
+    table = Neighbours(data.knn_table(np.random.default_rng(0).random((1300, 2)), 4)).without_self
     values, weights = (
         torch.randn(1300, 2, 64, requires_grad=True),
         torch.rand(1300, 2, 4, requires_grad=True),
     )
-    gf.weighted_neighbour_sum(values, weights, table).square().sum().backward()
+    weighted_neighbour_sum(values, weights, table).square().sum().backward()
     near = values.detach()[table.index]
     out = torch.einsum("nhk,nkhd->nhd", weights.detach(), near)
     assert torch.allclose(weights.grad, 2 * torch.einsum("nhd,nkhd->nhk", out, near), atol=1e-4)
@@ -146,11 +150,11 @@ def test_weighted_sum_gradient_in_pieces():
 def test_graph_attention_equals_the_dense_equation(make, graph):
     graph = make() if make else graph
     layer = gf.GraphAttention(7, 12, heads=3).eval()
-    h = torch.randn(len(graph.own.index), 7)
+    h = torch.randn(len(graph.with_self.index), 7)
     w = layer.project(h).view(len(h), 3, 4)
     # (N, N, heads): row i, neighbour j
     e = F.leaky_relu((w * layer.u).sum(-1)[None] + (w * layer.v).sum(-1)[:, None], 0.2)
-    alpha = e.masked_fill(~dense_mask(graph.own)[..., None], float("-inf")).softmax(1)
+    alpha = e.masked_fill(~dense_mask(graph.with_self)[..., None], float("-inf")).softmax(1)
     expected = torch.einsum("ijh,jhd->ihd", alpha, w).flatten(1) + layer.bias
     out, attention = layer(h, graph)
     assert torch.allclose(out, expected, atol=1e-5)
@@ -165,7 +169,7 @@ def test_graph_attention_equals_torch_geometric(graph):
         peer.att_src.copy_(ours.u[None])
         peer.att_dst.copy_(ours.v[None])
         peer.bias.zero_()
-    table = graph.others.index
+    table = graph.without_self.index
     edges = torch.stack(
         [table.flatten(), torch.arange(len(table)).repeat_interleave(table.shape[1])]
     )
@@ -179,7 +183,7 @@ def test_graph_convolution_equals_the_normalised_adjacency():
     layer, h = gf.GraphConvolution(5, 8), torch.randn(36, 5)
     dense = torch.tensor(data.normalised_adjacency(data.table_to_csr(table)).toarray())
     assert torch.allclose(
-        layer(h, gf.Neighbours(table))[0], dense @ layer.project(h) + layer.bias, atol=1e-5
+        layer(h, Neighbours(table))[0], dense @ layer.project(h) + layer.bias, atol=1e-5
     )
 
 
@@ -189,7 +193,7 @@ def test_cross_attention_equals_torch_multihead_attention():
         gf.CrossAttentionLayer(16, 4, 0.0).eval(),
         torch.nn.MultiheadAttention(16, 4, batch_first=True),
     )
-    n = len(graph.own.index)
+    n = len(graph.with_self.index)
     z, s = torch.randn(n, 16), torch.randn(n, 16)
     with torch.no_grad():
         reference.in_proj_weight.copy_(
@@ -201,9 +205,13 @@ def test_cross_attention_equals_torch_multihead_attention():
         reference.out_proj.weight.copy_(layer.out.weight)
         reference.out_proj.bias.copy_(layer.out.bias)
         # (N, k, d)
-        keys = s[graph.others.index]
+        keys = s[graph.without_self.index]
         a, alpha = reference(
-            z[:, None], keys, keys, key_padding_mask=graph.others.empty, average_attn_weights=False
+            z[:, None],
+            keys,
+            keys,
+            key_padding_mask=graph.without_self.empty,
+            average_attn_weights=False,
         )
         zz = layer.norm1(z + a[:, 0])
         expected = layer.norm2(zz + layer.ffn(zz))
@@ -216,7 +224,7 @@ def test_isolated_spot_attends_to_itself():
     graph = with_holes()
     z, s = torch.randn(40, 16), torch.randn(40, 16)
     alpha = gf.CrossAttentionLayer(16, 4, 0.0)(z, s, graph)[1]
-    assert torch.equal(alpha[0, :, 0], torch.ones(4)) and graph.others.index[0, 0] == 0
+    assert torch.equal(alpha[0, :, 0], torch.ones(4)) and graph.without_self.index[0, 0] == 0
     assert gf.GraphAttention(16, 16)(z, graph)[1][0, :, 0].eq(1).all()
 
 
@@ -224,19 +232,19 @@ def test_padding_and_permutation_change_nothing():
     torch.manual_seed(0)
     table = data.knn_table(np.random.default_rng(2).random((50, 2)), 6)
     model, x = gf.GatFusion("full", 20, 4, dim=16, hidden=16).eval(), torch.randn(50, 20)
-    logits = model(x, gf.Neighbours(table))[0]
+    logits = model(x, Neighbours(table))[0]
     padded = np.concatenate([table, np.full((50, 5), -1)], 1)
-    assert torch.allclose(model(x, gf.Neighbours(padded))[0], logits, atol=1e-5)
+    assert torch.allclose(model(x, Neighbours(padded))[0], logits, atol=1e-5)
     order = np.random.default_rng(3).permutation(50)
     moved = np.argsort(order)[table[order]]
-    assert torch.allclose(model(x[order], gf.Neighbours(moved))[0], logits[order], atol=1e-5)
+    assert torch.allclose(model(x[order], Neighbours(moved))[0], logits[order], atol=1e-5)
 
 
 def test_receptive_field_is_what_is_claimed():
     """On a chain with its two nearest neighbours, `full --fusion cross` sees three hops and no
     more."""
     chain = np.stack([np.arange(15) * 1.0, np.arange(15) ** 2 * 1e-6], 1)
-    graph, x = gf.Neighbours(data.knn_table(chain, 2)), torch.randn(15, 20, requires_grad=True)
+    graph, x = Neighbours(data.knn_table(chain, 2)), torch.randn(15, 20, requires_grad=True)
     model = gf.GatFusion("full", 20, 3, dim=16, hidden=16).eval()
     model(x, graph)[0][7].sum().backward()
     assert np.flatnonzero(x.grad.abs().sum(1)).tolist() == [4, 5, 6, 7, 8, 9, 10]
@@ -371,7 +379,7 @@ def test_rbf_equals_dense_kernel_ridge(cortex):
                 "ari"
             ]
             best = (ari, p) if best is None or ari > best[0] else best
-    assert (gf.coords_rbf(task).argmax(1) == best[1].argmax(1)).mean() > 0.99
+    assert (gf.BASELINES["coords_rbf"](task).argmax(1) == best[1].argmax(1)).mean() > 0.99
 
 
 def trained(root, labels=None, poison=None, **flags):
@@ -439,7 +447,7 @@ def test_noise_genes_do_not_beat_coordinates(tmp_path):
     test = task.split.test
     floor = max(
         metrics.clustering(task.labels[test], f(task)[test].argmax(1))["ari"]
-        for f in (gf.coords_knn, gf.coords_rbf)
+        for f in (gf.BASELINES["coords_knn"], gf.BASELINES["coords_rbf"])
     )
     ari = metrics.clustering(task.labels[test], prob[test].argmax(1))["ari"]
     assert ari < floor + 0.02, (ari, floor)
@@ -451,7 +459,9 @@ def test_it_learns_the_simulated_layers(cortex):
     prob, task, _ = trained(cortex, split="slice", train="s2", epochs=60, dim=64, hidden=64)
     test = task.split.test
     ours = metrics.clustering(task.labels[test], prob[test].argmax(1))["ari"]
-    alone = metrics.clustering(task.labels[test], gf.expr_lr(task)[test].argmax(1))["ari"]
+    alone = metrics.clustering(task.labels[test], gf.BASELINES["expr_lr"](task)[test].argmax(1))[
+        "ari"
+    ]
     assert ours > 0.4 and ours > alone
 
 
@@ -825,6 +835,8 @@ def test_files_a_run_depends_on(cortex, real_data):
     )
     assert gf.used_files(config(cortex, mode="img_expr", encoder="f.npy"), [slide])[-1] == "f.npy"
     hest = data.load_hest(real_data / "her2st", "A2", counts=False)
+    names = input_files([hest, hest], "f/{sample}.npz", ["sets.gmt", ""])
+    assert [Path(f).name for f in names] == ["A2.h5ad", "A2.h5", "A2.npz", "sets.gmt"]
     assert [Path(f).suffix for f in gf.used_files(config(cortex, mode="img_expr"), [hest])] == [
         ".h5ad",
         ".h5",
@@ -833,11 +845,11 @@ def test_files_a_run_depends_on(cortex, real_data):
 
 def test_variants_of_files_with_one_name_differ():
     a, b = (gf.variant(gf.Config(mode="embedding", embedding=f"{d}/e.npz")) for d in "ab")
-    assert a != b and a.startswith("random-embedding-cross-embedding=e.npz-") and "/" not in a
+    assert a != b and a.startswith("random-embedding-cross-embedding-e.npz_") and "/" not in a
     assert gf.variant(gf.Config(encoder="x/resnet")) != gf.variant(gf.Config(encoder="y/resnet"))
     assert (
         gf.variant(gf.Config()) == "random-full-cross"
-        and gf.variant(gf.Config(k=18)) == "random-full-cross-k=18"
+        and gf.variant(gf.Config(k=18)) == "random-full-cross-k-18"
     )
 
 
@@ -1000,12 +1012,11 @@ def test_probabilities_are_float64_made_on_the_cpu(graph, monkeypatch):
     prob, _ = gf.predict(
         model,
         [
-            gf.Tile(
+            tiles.Tile(
                 rows,
                 60,
-                graph.own.index[:, 1:].numpy(),
-                np.ones((60, 20), np.float32),
-                None,
+                graph.with_self.index[:, 1:].numpy(),
+                (np.ones((60, 20), np.float32), None),
                 "cpu",
                 whole=True,
             )
@@ -1040,7 +1051,8 @@ def test_tiles_with_a_halo_say_what_the_whole_slide_says(mode, fusion):
     table[5] = -1  # a spot alone
     model = gf.build(c, 20, 3, 0)
     whole, parts = (
-        list(gf.tiles(x, None, table, [xy[:300], xy[300:]], c, "cpu", size)) for size in (0, 100)
+        list(tiles.make_tiles((x, None), table, [xy[:300], xy[300:]], size, gf.hops(c), "cpu"))
+        for size in (0, 100)
     )
     assert (
         len(whole) == 1
@@ -1054,7 +1066,7 @@ def test_tiles_with_a_halo_say_what_the_whole_slide_says(mode, fusion):
             (t.n_own, *data.with_halo(table, t.rows[: t.n_own], gf.hops(c) - 1, np.full(700, -1)))
             for t in parts
         ]
-        short = [gf.Tile(rows, n_own, near, x, None, "cpu") for n_own, rows, near in halos]
+        short = [tiles.Tile(rows, n_own, near, (x, None), "cpu") for n_own, rows, near in halos]
         assert abs(gf.predict(model, short, 700, c)[0] - p).max() > 1e-4
 
 
@@ -1103,16 +1115,16 @@ def test_training_on_tiles(cortex, tmp_path):
 
 def test_a_large_slide_is_predicted_in_tiles_and_trained_whole(cortex, monkeypatch):
     """On a CPU, above AT_ONCE spots: same predictions, same losses."""
-    out, sizes, tile = [], [], gf.Tile.__init__
+    out, sizes, tile = [], [], tiles.Tile.__init__
     monkeypatch.setattr(
-        gf.Tile,
+        tiles.Tile,
         "__init__",
         lambda self, rows, n_own, *more, **flags: (
             sizes.append(n_own) or tile(self, rows, n_own, *more, **flags)
         ),
     )
     for most in (20_000, 100):
-        monkeypatch.setattr(gf, "AT_ONCE", most)
+        monkeypatch.setattr(tiles, "AT_ONCE", most)
         run.seed_everything(0)
         c = config(cortex)
         _, prob, extra, history = gf.train(gf.Task(c, gf.load(c)), torch.device("cpu"))
@@ -1141,11 +1153,11 @@ def test_z_scores_of_several_slides_row_by_row(cortex):
     slides[1] = slides[1].select_genes(slides[1].genes[5:])
     c = gf.Config(scale="slice")
     e = data.Expression(200).fit(slides[0].counts, slides[0].genes)
-    parts = [gf.ZScores(c, e, s, "own") for s in slides]
+    parts = [gf.scaled_slide(c, e, s, "own") for s in slides]
     want = np.concatenate([e.transform(s.counts, s.genes, own_scale=True) for s in slides])
     rows = np.random.default_rng(0).permutation(len(want))[:50]
-    assert np.array_equal(gf.ZScores.joined(parts)[rows], want[rows]) and np.array_equal(
-        parts[1][:], want[slides[0].n_spots :]
+    assert np.array_equal(ScaledRows(parts)[rows], want[rows]) and np.array_equal(
+        ScaledRows(parts[1:])[:], want[slides[0].n_spots :]
     )
 
 
@@ -1174,7 +1186,7 @@ def test_real_floor(real_data):
         test = task.split.test
         found = [
             metrics.clustering(task.labels[test], f(task)[test].argmax(1))["ari"]
-            for f in (gf.coords_knn, gf.coords_rbf)
+            for f in (gf.BASELINES["coords_knn"], gf.BASELINES["coords_rbf"])
         ]
         assert found == pytest.approx([knn, rbf], abs=0.01)
 

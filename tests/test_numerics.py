@@ -247,7 +247,7 @@ def test_a_niche_of_one_cell_and_of_none():
     """One member: finite, and its own content counts. All members absent: what they hold changes
     nothing, and the gradient is finite."""
     torch.manual_seed(0)
-    reader, where = spatia.Reader(8, 2, 4, 1), torch.zeros(3, 1, 2)
+    reader, where = spatia.SetTransformer(8, 2, 4, 1), torch.zeros(3, 1, 2)
     one, other = torch.randn(3, 1, 8), torch.randn(3, 1, 8)
     assert torch.isfinite(reader(one, where)).all() and not torch.allclose(
         reader(one, where), reader(other, where)

@@ -1,6 +1,7 @@
 """spatia: token merging, paths, leak rules, hidden genes, processes, resume, simulated truth,
 records, bad input."""
 
+import copy
 import dataclasses
 import json
 import runpy
@@ -11,16 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import run  # noqa: E402
 
 import data  # noqa: E402
 import metrics  # noqa: E402
 import spatia as sp  # noqa: E402
 from data import DataError  # noqa: E402
-from plainst import simulate  # noqa: E402
+from evaluation import cells as tasks  # noqa: E402
+from plainst import (
+    run,  # noqa: E402
+    simulate,  # noqa: E402
+)
+from plainst.cell_data import random_orientation  # noqa: E402
+from plainst.stages import Stages  # noqa: E402
 
 SMALL = dataclasses.replace(
     sp.PRESETS["tiny"],
@@ -54,7 +62,7 @@ def small(request, monkeypatch):
     """Everything on a very small preset; figures only where the test is about them."""
     monkeypatch.setitem(sp.PRESETS, "tiny", SMALL)
     if "figures" not in request.node.name:
-        monkeypatch.setattr(sp, "draw", lambda *args: None)
+        monkeypatch.setattr(sp.figures, "draw_cells", lambda *args: None)
 
 
 def flags(path, tmp_path, *more):
@@ -77,16 +85,9 @@ def config_of(path, *more):
     return run.parse(sp.Config, ["--data", str(path), "--device", "cpu", *more])
 
 
-class Record:
-    """What a Session reads of a run.Run."""
-
-    def __init__(self, folder, rank=0, world=1):
-        self.folder, self.rank, self.world, self.device = (
-            Path(folder),
-            rank,
-            world,
-            torch.device("cpu"),
-        )
+def stages_of(config, folder):
+    """A checkpoint in `folder`; none is written without --save_every."""
+    return Stages(config, Path(folder) / "latest.pt", "spatia checkpoint", "", "cells")
 
 
 @pytest.fixture(scope="module")
@@ -249,8 +250,6 @@ def test_two_gaussians_are_recovered(path):
 
 def changed_field(field, images=(), counts=()):
     """The field with the pictures, or the counts, of some cells changed."""
-    import copy
-
     out = copy.copy(field)
     out.stored, out.counts = field.stored.clone(), field.counts.copy().tolil()
     for i in images:
@@ -381,10 +380,11 @@ def test_fitted_on_training_cells_only(trained, cells, tmp_path):
     )
     state = []
     for path in (cells, tmp_path / "cells.h5"):
-        session = sp.Session(config_of(path), Record(tmp_path), SMALL)
-        f = sp.load(session.config, SMALL, torch.device("cpu"))
+        config = config_of(path)
+        f = sp.load(config, SMALL, torch.device("cpu"))
         torch.manual_seed(0)
-        model, _ = sp.stage_a(session, f, sp.CellModel(f.shape, f.cells.n_genes, SMALL))
+        model = sp.CellModel(f.shape, f.cells.n_genes, SMALL)
+        sp.stage_a(config, SMALL, stages_of(config, tmp_path), f, model)
         state.append((f.normalise.state(), model.state_dict()))
     assert all(torch.equal(state[0][1][k], state[1][1][k]) for k in state[0][1])
     assert (
@@ -428,16 +428,14 @@ def test_gene_tokens_start_at_the_principal_components():
         (400, 48)
     )
     plain = sp.GeneTok(48, SMALL)
-    gene, z = sp.copy.deepcopy(plain).start(x), torch.tensor(x, dtype=torch.float32)
+    gene, z = copy.deepcopy(plain).init_from_pca(x), torch.tensor(x, dtype=torch.float32)
     assert torch.equal(gene.latents, plain.latents)
     scores = (x - x.mean(0)) @ np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:8].T
 
     def explained(model):
         with torch.no_grad():
             token = model(z, torch.zeros(400, 1)).mean(1).numpy()
-        fit = sp.make_pipeline(sp.StandardScaler(), sp.RidgeCV(sp.ALPHAS)).fit(
-            token[:300], scores[:300]
-        )
+        fit = make_pipeline(StandardScaler(), RidgeCV(tasks.ALPHAS)).fit(token[:300], scores[:300])
         return fit.score(token[300:], scores[300:])
 
     assert explained(gene) > 0.9 > explained(plain) + 0.2
@@ -501,14 +499,14 @@ def test_info_nce_is_the_symmetric_cross_entropy():
 
 def test_eight_orientations():
     x = torch.arange(16.0).view(1, 1, 4, 4).expand(8, -1, -1, -1).clone()
-    y = sp.turned(x.clone(), torch.arange(8))
+    y = random_orientation(x.clone(), torch.arange(8))
     assert torch.equal(y[0], x[0]) and len({tuple(v.flatten().tolist()) for v in y}) == 8
     assert all(sorted(v.flatten().tolist()) == list(range(16)) for v in y)
 
 
-def test_reader_ignores_absent_members_and_bears_none(trained):
+def test_set_transformer_ignores_absent_members_and_bears_none(trained):
     torch.manual_seed(0)
-    reader = sp.Reader(16, 2, 2, 1)
+    reader = sp.SetTransformer(16, 2, 2, 1)
     tokens, where, there = (
         torch.randn(2, 4, 16),
         torch.randn(2, 4, 2),
@@ -535,14 +533,15 @@ def test_a_small_field_is_learned(cells, tmp_path, monkeypatch):
         sp.PRESETS, "tiny", dataclasses.replace(SMALL, steps=(60, 100, 40), lr=(3e-3, 1e-2, 2e-3))
     )
     size = sp.PRESETS["tiny"]
-    session = sp.Session(config_of(cells), Record(tmp_path), size)
-    field = sp.load(session.config, size, torch.device("cpu"))
+    config = config_of(cells)
+    shared = config, size, stages_of(config, tmp_path), sp.load(config, size, torch.device("cpu"))
+    field = shared[-1]
     torch.manual_seed(0)
-    cell, a = sp.stage_a(session, field, sp.CellModel(field.shape, field.cells.n_genes, size))
-    context, b = sp.stage_b(session, field, cell, sp.ContextModel(field.cells.n_genes, size))
+    cell, a = sp.stage_a(*shared, sp.CellModel(field.shape, field.cells.n_genes, size))
+    context, b = sp.stage_b(*shared, cell, sp.ContextModel(field.cells.n_genes, size))
     conditions = sp.Conditions(field, cell)
     generator, c = sp.stage_c(
-        session, field, conditions, sp.Generator(field.shape, field.cells.n_genes, size, cell.gene)
+        *shared, conditions, sp.Generator(field.shape, field.cells.n_genes, size, cell.gene)
     )
     for losses, factor in ((a, 0.85), (b, 0.98), (c, 0.85)):
         assert np.mean(losses[-20:]) < factor * np.mean(losses[:10]), (losses[:10], losses[-20:])
@@ -571,7 +570,7 @@ def test_end_to_end_record_and_figures(cells, tmp_path, capsys):
         / "run.json"
     )
     m, b = record["metrics"], record["baselines"]
-    assert {f"cond_pcc_{p}" for p in sp.PROBES} | {
+    assert {f"cond_pcc_{p}" for p in tasks.PROBES} | {
         "fd_generated",
         "fd_floor",
         "fd_retrieval",
@@ -620,7 +619,7 @@ def test_end_to_end_record_and_figures(cells, tmp_path, capsys):
         and arrays["z"].shape == (n, SMALL.dim)
     )
     want = metrics.pcc(arrays["probes_real"], arrays["probes_generated"].mean(0))
-    assert np.allclose(np.nan_to_num(want), [m[f"cond_pcc_{p}"] for p in sp.PROBES], atol=1e-6)
+    assert np.allclose(np.nan_to_num(want), [m[f"cond_pcc_{p}"] for p in tasks.PROBES], atol=1e-6)
     saved = torch.load(path.with_name("model.pt"), weights_only=True)
     assert len(saved["genes"]) == 48 and {"cell", "context", "generator", "normaliser"} <= set(
         saved
@@ -640,7 +639,7 @@ def test_same_seed_same_numbers_and_resume(cells, tmp_path, capsys, monkeypatch)
     """Interrupted in each of the stages and resumed, a run has the weights of a run that was
     not."""
     for name in ("task_generation", "task_imputation", "task_image_to_genes", "task_labels"):
-        monkeypatch.setattr(sp, name, lambda *args: ({}, {}))
+        monkeypatch.setattr(tasks, name, lambda *args: tasks.TaskResult())
     sp.main(flags(cells, tmp_path, "--save_every", "3"))
     path, _ = last_record(capsys)
     full = torch.load(path.with_name("model.pt"), weights_only=True)
@@ -663,8 +662,8 @@ def test_same_seed_same_numbers_and_resume(cells, tmp_path, capsys, monkeypatch)
         assert same_weights(full, again), stop
     with pytest.raises(DataError, match="other flags"):
         latest = next((tmp_path / "1").rglob("latest.pt"))
-        sp.Session(config_of(cells, "--resume", "--no-mae"), Record(latest.parent), SMALL)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="another cell file"):
+        stages_of(config_of(cells, "--resume", "--no-mae"), latest.parent)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other cells"):
         patch.setattr(sp.data, "file_checksum", lambda *paths: "of cells that changed")
         sp.main(flags(cells, tmp_path / "1", "--save_every", "3", "--resume"))
 
@@ -713,13 +712,11 @@ def test_variants_run(cells, tmp_path, capsys, more):
 
 def test_generated_pictures_do_not_depend_on_what_is_generated_beside_them(trained, tmp_path):
     config, field, cell, generator, _ = trained
-    session = sp.Session(
-        dataclasses.replace(config, ode_steps=2, guidance=0.5), Record(tmp_path), SMALL
-    )
-    conditions = sp.Conditions(field, cell)
+    config = dataclasses.replace(config, ode_steps=2, guidance=0.5)
+    shared = config, SMALL, field, sp.Conditions(field, cell), generator
     rows = field.rows["test"]
-    a = sp.generate(session, field, conditions, generator, rows, 2, chunk=16)
-    b = sp.generate(session, field, conditions, generator, rows[:16], 1, chunk=16)
+    a = sp.generate(*shared, rows, 2, chunk=16)
+    b = sp.generate(*shared, rows[:16], 1, chunk=16)
     assert (
         a.shape == (2, len(rows), 2, 16, 16)
         and np.abs(a[0, :16].astype(int) - b[0]).max() <= 1
@@ -739,14 +736,8 @@ def test_guidance_acts_early_only(trained, tmp_path, monkeypatch):
         ),
     )
     for w in (0.0, 1.0, 3.0):
-        sp.generate(
-            sp.Session(dataclasses.replace(config, guidance=w), Record(tmp_path), SMALL),
-            field,
-            conditions,
-            generator,
-            rows,
-            1,
-        )
+        changed = dataclasses.replace(config, guidance=w)
+        sp.generate(changed, SMALL, field, conditions, generator, rows, 1)
     plain, one, three = seen
     assert all(torch.equal(v[1], plain[1]) for v in (one, three)) and not torch.allclose(
         one[0], plain[0]
@@ -759,21 +750,20 @@ def test_decoder_channels_count_by_inverse_variance(trained, tmp_path, monkeypat
     x = field.images(field.rows["train"])
     var = x.var((0, 2, 3))
     torch.testing.assert_close(
-        field.weight.flatten() * var, (field.weight.flatten() * var).mean().expand(2)
+        field.channel_weight.flatten() * var,
+        (field.channel_weight.flatten() * var).mean().expand(2),
     )
     losses, conditions = [], sp.Conditions(field, cell)
     monkeypatch.setattr(
         sp,
         "optimise",
-        lambda session, number, model, groups, loss_of, ema=0: loss_of(
+        lambda config, size, stages, number, model, groups, loss_of, ema=0: loss_of(
             torch.Generator().manual_seed(0), 16
         ).item(),
     )
     for weight in ((2.0, 0.0), (0.0, 2.0), (1.0, 1.0)):
-        monkeypatch.setattr(field, "weight", torch.tensor(weight)[:, None, None])
-        losses.append(
-            sp.stage_c(sp.Session(config, Record(tmp_path), SMALL), field, conditions, generator)
-        )
+        monkeypatch.setattr(field, "channel_weight", torch.tensor(weight)[:, None, None])
+        losses.append(sp.stage_c(config, SMALL, None, field, conditions, generator))
     assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4) and losses[
         0
     ] != pytest.approx(losses[1], rel=1e-3)
@@ -784,21 +774,21 @@ def test_two_processes_sum_to_one(cells, tmp_path):
     script = tmp_path / "go.py"
     script.write_text(
         f"import sys, json; sys.path.insert(0, {str(Path(sp.__file__).parent)!r}); import "
-        "dataclasses, torch, spatia as sp, run\n"
+        "dataclasses, torch, spatia as sp; from plainst import run\n"
         f"size = dataclasses.replace(sp.PRESETS['tiny'], dim=16, image_layers=1, "
         "gene_layers=0, latents=3, niche=5, tissue=4, decoder_dim=16,"
         f" decoder_layers=1, steps=(4, 4, 4), batch=(16, 16, 8))\n"
         f"config = run.parse(sp.Config, ['--data', {str(cells)!r}, '--device', 'cpu', "
         f"'--runs', {str(tmp_path)!r}, '--rho', '0.5'])\n"
-        f"record = run.Run('spatia', config, 'x', 'y'); s = sp.Session(config, record, size); "
-        "f = sp.load(config, size, record.device)\n"
-        f"torch.manual_seed(0); cell, a = sp.stage_a(s, f, sp.CellModel(f.shape, "
-        "f.cells.n_genes, size))\n"
-        f"context, b = sp.stage_b(s, f, cell, sp.ContextModel(f.cells.n_genes, size))\n"
+        f"record = run.Run('spatia', config, 'x', 'y'); f = sp.load(config, size, record.device)\n"
+        f"stages = sp.Stages(config, record.folder / 'latest.pt', 'checkpoint', '', 'cells')\n"
+        f"shared = config, size, stages, f; torch.manual_seed(0)\n"
+        f"cell, a = sp.stage_a(*shared, sp.CellModel(f.shape, f.cells.n_genes, size))\n"
+        f"context, b = sp.stage_b(*shared, cell, sp.ContextModel(f.cells.n_genes, size))\n"
         f"conditions = sp.Conditions(f, cell); torch.manual_seed(1)\n"
-        f"g, c = sp.stage_c(s, f, conditions, sp.Generator(f.shape, f.cells.n_genes, size, "
+        f"g, c = sp.stage_c(*shared, conditions, sp.Generator(f.shape, f.cells.n_genes, size, "
         "cell.gene))\n"
-        f"made = sp.generate(s, f, conditions, g, f.rows['test'][:20], 1, chunk=8)\n"
+        f"made = sp.generate(config, size, f, conditions, g, f.rows['test'][:20], 1, chunk=8)\n"
         f"if record.rank == 0: open(sys.argv[1], 'w').write(json.dumps([a, b, c, "
         "made.ravel().tolist()]))\n"
         f"if record.world > 1: torch.distributed.barrier(); "
@@ -836,13 +826,14 @@ def test_gradients_are_summed_not_averaged(cells, tmp_path):
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         seen = []
 
-        def once(session, number, model, groups, loss_of, ema=0.0, seen=seen):
+        def once(config, size, stages, number, model, groups, loss_of, ema=0.0, seen=seen):
             seen.append(loss_of(torch.Generator().manual_seed(5), 8).item())
             return model, seen
 
         conditions_cell = sp.CellModel(field.shape, field.cells.n_genes, SMALL)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sp, "optimise", once)
+            patch.setattr(run, "processes", lambda rank=rank, world=world: (rank, world))
             torch.manual_seed(0)
             cell = conditions_cell.eval()
             torch.manual_seed(1)
@@ -855,12 +846,7 @@ def test_gradients_are_summed_not_averaged(cells, tmp_path):
                 torch.nn.init.normal_(
                     p, std=0.1, generator=torch.Generator().manual_seed(p.numel())
                 )
-            sp.stage_c(
-                sp.Session(config, Record(tmp_path, rank, world), SMALL),
-                field,
-                sp.Conditions(field, cell),
-                generator,
-            )
+            sp.stage_c(config, SMALL, None, field, sp.Conditions(field, cell), generator)
         losses.append(seen[0])
     assert abs(losses[0] - losses[1] - losses[2]) < 1e-5
 
@@ -872,19 +858,19 @@ def test_low_rank_recovers_low_rank_data():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 3)) @ rng.normal(size=(3, 20)) + 0.05 * rng.normal(size=(400, 20))
     genes = np.arange(20) < 4
-    found = sp.low_rank(x[:300], np.where(genes, 0, x[300:]), genes, 3)
+    found = tasks.pca_impute(x[:300], np.where(genes, 0, x[300:]), genes, 3)
     assert metrics.pcc(x[300:, genes], found).min() > 0.98
 
 
 def test_every_value_is_hidden_once_and_neighbours_hide_others(trained):
     _, field, *_ = trained
-    when, gene, cell = sp.hiding(field, 0)
-    assert when.shape == (240, 48) and when.min() == 0 and when.max() == sp.ROUNDS - 1
-    share = torch.stack([(when == r).float().mean(1) for r in range(sp.ROUNDS)])
+    when, gene, cell = tasks.imputation_folds(field, 0)
+    assert when.shape == (240, 48) and when.min() == 0 and when.max() == tasks.ROUNDS - 1
+    share = torch.stack([(when == r).float().mean(1) for r in range(tasks.ROUNDS)])
     assert (share - 0.2).abs().max() < 0.02
     f = 2
     assert (
-        when.numpy()[np.arange(240), np.flatnonzero(gene == f)[0]] == (f + cell) % sp.ROUNDS
+        when.numpy()[np.arange(240), np.flatnonzero(gene == f)[0]] == (f + cell) % tasks.ROUNDS
     ).all()
 
 
@@ -954,8 +940,7 @@ def test_ca1_split_and_ridge_are_the_published_anchor(real_data, tmp_path):
     field = sp.load(config_of(tmp_path / "cells.h5"), SMALL, torch.device("cpu"))
     fit, rows = field.rows["train"], field.rows["test"]
     assert (len(fit), len(rows)) == (1593, 645)
-    p = [sp.probes(field.cells.crops[r], field.cells.channels) for r in (fit, rows)]
-    found = metrics.pcc(
-        p[1], sp.ridge(sp.table(field, "train")[:, :-1], p[0], sp.table(field, "test")[:, :-1])
-    )
+    x = [field.expression_matrix(part)[:, :-1] for part in ("train", "test")]
+    p = [tasks.channel_coverage(field.cells.crops[r], field.cells.channels) for r in (fit, rows)]
+    found = metrics.pcc(p[1], tasks.ridge(x[0], p[0], x[1]))
     assert np.allclose(found, [0.35, 0.75, 0.57], atol=0.03), found

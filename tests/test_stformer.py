@@ -21,7 +21,7 @@ import metrics
 import stformer as st
 from conftest import ROOT
 from data import DataError
-from evaluation import hest
+from evaluation import bags, baselines, hest
 from plainst import simulate
 
 COMBINATIONS = [c for r in range(1, 5) for c in itertools.combinations(st.QUADRANTS, r)]
@@ -317,7 +317,9 @@ def test_targets_in_units_of_the_slide_or_of_the_training_spots():
     over slides and genes."""
     y, mask = torch.randn(2, 9, 4) * 3 + 5, torch.rand(2, 9, 4) < 0.7
     mask[:, :2] = True
-    z = st.Scaler({"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}).z(y, mask, "slide")
+    z = st.Scaler(
+        {"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}
+    ).standardise_targets(y, mask, "slide")
     for b, g in np.ndindex(2, 4):
         use = mask[b, :, g]
         column = y[b, use, g]
@@ -330,9 +332,9 @@ def test_targets_in_units_of_the_slide_or_of_the_training_spots():
             and not z[b, ~use, g].any()
         )
     assert torch.allclose(
-        st.Scaler({"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}).z(
-            y, mask, "train"
-        ),
+        st.Scaler(
+            {"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}
+        ).standardise_targets(y, mask, "train"),
         (y - torch.arange(4.0)) / 2,
     )
 
@@ -408,7 +410,7 @@ def test_official_ridge_is_the_normal_equation():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(80, 12)) + 2, rng.normal(size=(80, 4)) + 5
     alpha = 100 / (12 * 4)
-    found = st.official_ridge(x, y).predict(x)
+    found = baselines.official_ridge(x, y).predict(x)
     assert np.allclose(found, x @ np.linalg.solve(x.T @ x + alpha * np.eye(12), x.T @ y), atol=1e-2)
     z = (x - x.mean(0)) / x.std(0)
     by_hand = Ridge(alpha=100 / (5 * 4), fit_intercept=False, solver="cholesky")
@@ -416,7 +418,9 @@ def test_official_ridge_is_the_normal_equation():
 
     scores = PCA(5, random_state=0).fit_transform(z)
     assert np.allclose(
-        st.official_ridge(x, y, 5).predict(x), by_hand.fit(scores, y).predict(scores), atol=1e-2
+        baselines.official_ridge(x, y, 5).predict(x),
+        by_hand.fit(scores, y).predict(scores),
+        atol=1e-2,
     )
 
 
@@ -450,11 +454,18 @@ def test_scaler_leaves_low_counts_and_unmeasured_genes_out():
 
 def test_inner_folds_leave_patients_out_then_slides_then_tiles():
     slides = [dataclasses.replace(sample_of(40, seed=i), patient=p) for i, p in enumerate("AABCC")]
-    for fit, val in st.inner_folds(slides, 5):
+
+    def place(sample):
+        return sample.place
+
+    for fit, val in hest.inner_folds(slides, 5, place):
         assert not {s.patient for s in fit} & {s.patient for s in val} and len(fit) + len(val) == 5
-    assert len(st.inner_folds(slides, 5)) == 3 and st.inner_folds(slides, 0) == []
-    assert [[s.name for s in val] for _, val in st.inner_folds(slides[:2], 5)] == [["s0"], ["s1"]]
-    for (fit,), (val,) in st.inner_folds([sample_of(400)], 3):
+    assert len(hest.inner_folds(slides, 5, place)) == 3 and hest.inner_folds(slides, 0, place) == []
+    assert [[s.name for s in val] for _, val in hest.inner_folds(slides[:2], 5, place)] == [
+        ["s0"],
+        ["s1"],
+    ]
+    for (fit,), (val,) in hest.inner_folds([sample_of(400)], 3, place):
         assert not (fit.scored & val.scored).any() and (fit.scored | val.scored).all()
 
 
@@ -472,19 +483,19 @@ def test_nystrom_attention_with_a_landmark_per_token_is_attention(monkeypatch):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 12, 8, dtype=torch.float64) * 0.5 for _ in range(3))
     exact = (q @ k.transpose(1, 2) / 8**0.5).softmax(-1) @ v
-    assert (st.nystrom_attention(q, k, v, 12) - exact).abs().max() < 0.05
+    assert (bags.nystrom_attention(q, k, v, 12) - exact).abs().max() < 0.05
     a = torch.softmax(torch.randn(3, 6, 6, dtype=torch.float64) * 2, -1)
-    assert torch.allclose(st.pseudo_inverse(a, 40), torch.linalg.pinv(a), atol=1e-6)
+    assert torch.allclose(bags.pseudo_inverse(a, 40), torch.linalg.pinv(a), atol=1e-6)
     # six steps of the iteration are what the .05 is for
-    monkeypatch.setattr(st, "pseudo_inverse", torch.linalg.pinv)
+    monkeypatch.setattr(bags, "pseudo_inverse", torch.linalg.pinv)
     assert torch.allclose(
-        st.nystrom_attention(3 * q, k, v, 12),
+        bags.nystrom_attention(3 * q, k, v, 12),
         (3 * q @ k.transpose(1, 2) / 8**0.5).softmax(-1) @ v,
         atol=1e-6,
     )
 
 
-@pytest.mark.parametrize("kind", [st.ABMIL, st.TransMIL])
+@pytest.mark.parametrize("kind", [bags.ABMIL, bags.TransMIL])
 def test_bags_ignore_padding_and_learn_a_slide_mean(kind):
     torch.manual_seed(0)
     a, b = sample_of(70, seed=1), sample_of(90, seed=2)
@@ -614,7 +625,7 @@ def test_end_to_end_record_resume_and_predict(task, tmp_path, capsys, monkeypatc
     }
     assert {f.parent.name for f in read} >= {"adata", "patches"} and len({f.stem for f in read}) > 2
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="other flags"):
-        patch.setattr(st, "resumable", lambda config: {"lr": -1.0})
+        patch.setattr(st.run, "resumable", lambda config: {"lr": -1.0})
         st.main(
             flags(
                 task,
@@ -707,7 +718,7 @@ def test_batches_are_collated_once_and_padding_is_known(task):
             ),
         )
         st.train_one(
-            lambda: st.OneLinear(8, 5),
+            lambda: bags.OneLinear(8, 5),
             [a, b],
             [a],
             st.Scaler.fit([a, b]),
