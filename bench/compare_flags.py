@@ -106,9 +106,10 @@ def one(method, folder, turns, flags):
     with (
         mock.patch.object(run, "progress", loops),
         mock.patch.object(torch.Tensor, "backward", lambda *a, **k: loops.backward(*a, **k)),
+        redirect_stdout(io.StringIO()),
+        suppress(Enough),
     ):
-        with redirect_stdout(io.StringIO()), suppress(Enough):
-            importlib.import_module(method).main(words)
+        importlib.import_module(method).main(words)
     return loops.found
 
 

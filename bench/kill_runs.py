@@ -99,14 +99,14 @@ PASSING = re.compile(r"(\.tmp|\.part|\.part\.json|\.lock)(/|$)")
 
 def inputs(folder):
     """Small data of every kind, written once."""
-    for kind, name, *flags in (
-        ("cortex", "cortex", "--n_spots", "200", "--n_genes", "120", "--n_slices", "2"),
-        ("hest", "hest", "--n_spots", "60", "--patch_size", "32"),
-        ("cells", "cells.h5", *"--n_cells 200 --n_genes 48 --n_sections 3 --size 16".split()),
+    for kind, name, flags in (
+        ("cortex", "cortex", "--n_spots 200 --n_genes 120 --n_slices 2"),
+        ("hest", "hest", "--n_spots 60 --patch_size 32"),
+        ("cells", "cells.h5", "--n_cells 200 --n_genes 48 --n_sections 3 --size 16"),
     ):
         if not (folder / name).exists():
             with contextlib.redirect_stdout(None):
-                simulate.main([kind, str(folder / name), *flags])
+                simulate.main([kind, str(folder / name), *flags.split()])
     rng, image = np.random.default_rng(0), np.zeros((400, 400), np.int32)
     (folder / "ca1").mkdir(exist_ok=True)
     rows = []
@@ -159,10 +159,11 @@ def serve(folder):
     """-> (address, process id) of a server of the files in `folder`, in a process of its own."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     server.folder, address = folder, f"http://127.0.0.1:{server.server_address[1]}"
-    if pid := os.fork():
-        server.server_close()
-        return address, pid
-    server.serve_forever()
+    pid = os.fork()
+    if not pid:
+        server.serve_forever()
+    server.server_close()
+    return address, pid
 
 
 # -------------------------------------------------------------------------------- what stands there
@@ -346,12 +347,12 @@ class Job:
 
     def finish(self, what, run):
         """Run to the end and compare."""
-        if not self.done(self.folder):
-            if status := run():
-                self.faults.append(
-                    f"{self.name}, {what}: exit status {status} after the restart, see "
-                    f"{self.out / 'log'}"
-                )
+        status = 0 if self.done(self.folder) else run()
+        if status:
+            self.faults.append(
+                f"{self.name}, {what}: exit status {status} after the restart, see "
+                f"{self.out / 'log'}"
+            )
         self.check(what + ", finished", complete=True)
 
     def undisturbed(self):
@@ -439,8 +440,7 @@ def killer(folder, n):
         if event == "open":
             path, mode, flags = args
             if isinstance(path, int) or not (
-                isinstance(mode, str)
-                and set(mode) & set("wax+")
+                (isinstance(mode, str) and set(mode) & set("wax+"))
                 or flags & (os.O_WRONLY | os.O_RDWR)
             ):
                 return

@@ -202,7 +202,8 @@ def data_folder(folder):
     if real:
         for name in ("dlpfc", "her2st"):
             (folder / name).symlink_to(Path(real, name).resolve())
-        return convert.from_ca1(Path(real, "ca1"), folder / "cells.h5")
+        convert.from_ca1(Path(real, "ca1"), folder / "cells.h5")
+        return
     simulate.write_visium(
         simulate.simulate_cortex(3600, 3000, sample="151673"), folder / "dlpfc" / "151673"
     )
@@ -236,9 +237,12 @@ def main(argv=None):
                 *flags.replace("CACHE", str(folder / "features")).split(),
                 *options.flags.split(),
             ]
-            with mock.patch.object(run, "progress", loops), redirect_stdout(io.StringIO()):
-                with suppress(Enough):
-                    importlib.import_module(method).main(words)
+            with (
+                mock.patch.object(run, "progress", loops),
+                redirect_stdout(io.StringIO()),
+                suppress(Enough),
+            ):
+                importlib.import_module(method).main(words)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from evaluation.cells import detected_genes
 from plainst.readers.checked import NPZ_ERRORS, DataError
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 # --------------------------------------------------------------------------------------------------
 # spatia

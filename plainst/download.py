@@ -535,6 +535,7 @@ def get(args):
             return get_dlpfc(folder, args.slices)
         for item in PLAIN[args.dataset]:
             folder.get(item)
+    return None
 
 
 def main(argv=None):

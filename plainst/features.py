@@ -120,7 +120,7 @@ def crops(slide, rows, side_um):
             f"slide {slide.sample} has no physical scale (no lattice, no microns_per_pixel): "
             "give image features as a file with --encoder"
         )
-    half = max(1, int(round(side_um / slide.um_per_px * slide.image_scale / 2)))
+    half = max(1, round(side_um / slide.um_per_px * slide.image_scale / 2))
     centre = np.rint(slide.xy[rows] * slide.image_scale).astype(int)  # (n, 2)
     height, width = slide.image.shape[:2]
     step = np.arange(-half, half + 1)

@@ -13,12 +13,12 @@ import torch
 pytest.importorskip("torch_geometric")
 pytest.importorskip("scanpy")
 
-import data  # noqa: E402
-import gat_fusion  # noqa: E402
-import multist  # noqa: E402
-from bench import gpu_check, peers, timing  # noqa: E402
-from bench import speed as bench  # noqa: E402
-from plainst.neighbour_sums import Neighbours  # noqa: E402
+import data
+import gat_fusion
+import multist
+from bench import gpu_check, peers, timing
+from bench import speed as bench
+from plainst.neighbour_sums import Neighbours
 
 
 @pytest.fixture(autouse=True)

@@ -480,8 +480,8 @@ class Child:
             path.unlink(missing_ok=True)
             path.write_bytes(self.bytes[name.removesuffix(" --predict")])
         assert not answer["problem"], answer["problem"]
-        assert (
-            answer["error"] is None or "\n" not in answer["error"] and len(answer["error"]) < 2000
+        assert answer["error"] is None or (
+            "\n" not in answer["error"] and len(answer["error"]) < 2000
         ), answer["error"]
         return answer
 
@@ -690,10 +690,8 @@ def change(path, where, how, k):
         node = holder[key]
         value = np.asarray(node[()] if isinstance(node, h5py.Dataset) else node)
         if how in ARRAY_CHANGES:
-            if (
-                not value.size
-                or value.ndim == 0
-                and how in ("turned", "empty", "shorter", "longer", "backwards")
+            if not value.size or (
+                value.ndim == 0 and how in ("turned", "empty", "shorter", "longer", "backwards")
             ):
                 return
             value = value.astype("S") if value.dtype.kind in "OU" else value
@@ -878,13 +876,11 @@ def test_changed_tables(child, name):
             assert (
                 wrong <= (how in ("cell", "latin"))
                 or how == "column gone"
-                or how == "cut"
-                and answer["warned"]
-                and wrong == 1
+                or (how == "cut" and answer["warned"] and wrong == 1)
             ), (how, wrong)
         if answer["error"] is None and name == "positions" and how != "cell":
             same = answer["arrays"]["xy"] == child.good[name]["arrays"]["xy"]
-            assert same or how == "cut" and answer["warned"], how
+            assert same or (how == "cut" and answer["warned"]), how
 
     check()
 

@@ -157,7 +157,7 @@ def read_array(node, kinds: str, shape: tuple | None = None) -> np.ndarray:
     """Dataset -> array of one of the numpy kinds, and of `shape` where that is given. Raises
     ValueError."""
     check_stored_size(node)
-    if node.dtype.kind not in kinds or shape is not None and node.shape != shape:
+    if node.dtype.kind not in kinds or (shape is not None and node.shape != shape):
         raise ValueError(
             f"{node.name} is {node.dtype} of shape {node.shape}"
             + (f" instead of {shape}" if shape is not None else "")
