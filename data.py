@@ -43,7 +43,6 @@ from plainst.neighbours import (
 from plainst.readers import (
     hest_genes,
     hest_samples,
-    hest_split,
     is_one_slide,
     list_slices,
     load_h5ad,
@@ -58,11 +57,10 @@ from plainst.readers.checked import (
     open_h5,
     read_array,
     read_gene_list,
-    read_json,
     read_npz,
 )
 from plainst.readers.convert import from_ca1, from_xenium
-from plainst.readers.crops import Cells, CropStack, load_cells, write_cells
+from plainst.readers.crops import Cells, load_cells, write_cells
 from plainst.readers.slides import Patches, Slide
 from plainst.readers.visium import read_10x_h5
 
@@ -261,13 +259,9 @@ class Expression:
         """(N, n_components) float32 principal components of the z-scores, fitted on `fit_rows`,
         without densifying (N, n_top)."""
         x = self.scaler.scaled(self.log1p(counts, genes, library_size)[0])
-        rows = (
-            np.arange(x.shape[0])
-            if fit_rows is None
-            else np.flatnonzero(fit_rows)
-            if fit_rows.dtype == bool
-            else fit_rows
-        )
+        rows = np.arange(x.shape[0]) if fit_rows is None else fit_rows
+        if rows.dtype == bool:
+            rows = np.flatnonzero(rows)
         return truncated_pca(x, n_components, rows, seed)
 
     def state(self):
@@ -289,10 +283,8 @@ class Expression:
         each other."""
         out = cls(*(state[k] for k in ("n_top_genes", "flavor", "min_spots", "target_sum", "clip")))
         out.genes, out.scaler = np.array(state["genes"]), Standardise(state["clip"])
-        out.scaler.mean, out.scaler.std = (
-            np.array(state["mean"], float),
-            np.array(state["std"], float),
-        )
+        out.scaler.mean = np.array(state["mean"], float)
+        out.scaler.std = np.array(state["std"], float)
         if not all(isinstance(gene, str) for gene in state["genes"]):
             raise ValueError("a gene is no name")
         if not out.genes.shape == out.scaler.mean.shape == out.scaler.std.shape or not (

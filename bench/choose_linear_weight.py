@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import metrics  # noqa: E402
-import stformer as st  # noqa: E402
-from evaluation import bags, hest  # noqa: E402
-from plainst import run  # noqa: E402
+import metrics
+import stformer as st
+from evaluation import bags, hest
+from plainst import run
 
 WEIGHTS = (0, 0.25, 0.5, 0.75, 1)
 

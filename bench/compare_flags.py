@@ -1,11 +1,11 @@
 """What --bf16, --compile and one thread do to a training loop: python bench/compare_flags.py
 [method ...] [--turns N] [--limit S] (make compare-flags).
 
-Every method runs with its default flags and --dropout 0 until the loops of profile_loops.py have
-made a few turns (a step, or an epoch where it counts epochs). Every variant is a process of its
-own; the default is run twice, first and last, so the second tells the noise. Seconds of the first
-two turns together (they compile, from an empty cache), the median of the others, and how far the
-losses of the first and of the last turn are from the default's. Compiled code draws the random
+Every method runs with its default flags and --dropout 0 until the loops of bench/profile_loops.py
+have made a few turns (a step, or an epoch where it counts epochs). Every variant is a process of
+its own; the default is run twice, first and last, so the second tells the noise. Seconds of the
+first two turns together (they compile, from an empty cache), the median of the others, and how far
+the losses of the first and of the last turn are from the default's. Compiled code draws the random
 numbers that eager code draws. Only a method's first loop begins with the same weights in all
 variants: a later one begins with what the loops before made. Real data where PLAINST_DATA says so,
 else simulated. Writes flags.json after every method; ends with 1 where a program failed, whose last
@@ -32,9 +32,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from profile_loops import METHODS, Enough, data_folder  # noqa: E402
-
+from bench.profile_loops import METHODS, Enough, data_folder  # noqa: E402
 from plainst import run  # noqa: E402
 
 VARIANTS = {
@@ -108,9 +106,10 @@ def one(method, folder, turns, flags):
     with (
         mock.patch.object(run, "progress", loops),
         mock.patch.object(torch.Tensor, "backward", lambda *a, **k: loops.backward(*a, **k)),
+        redirect_stdout(io.StringIO()),
+        suppress(Enough),
     ):
-        with redirect_stdout(io.StringIO()), suppress(Enough):
-            importlib.import_module(method).main(words)
+        importlib.import_module(method).main(words)
     return loops.found
 
 
@@ -201,7 +200,9 @@ def text(row):
 
 def main(argv=None):
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="compare_flags.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="bench/compare_flags.py", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("methods", nargs="*", default=list(METHODS), help="which methods")
     parser.add_argument("--turns", type=int, default=5, help="turns that are timed, after two")
     parser.add_argument(

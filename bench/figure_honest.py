@@ -17,13 +17,12 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import report  # noqa: E402
-
 from data import DataError  # noqa: E402
+from evaluation import report  # noqa: E402
 from plainst import run  # noqa: E402
 
 SPLITS = {
@@ -52,9 +51,8 @@ def values_of(records, slices=()):
     slices: pairs (split, slice); a split that is named in one shows only the slices named with it.
     """
     out, named = {}, {split for split, _ in slices}
-    for (split, leaks), rows in report.rows_of(
-        [r for r in records if r["method"] == "gat_fusion"]
-    ).items():
+    records = [r for r in records if r["method"] == "gat_fusion"]
+    for (split, leaks), rows in report.rows_of(records, report.layer_entry).items():
         if split in SPLITS and not (split == "blocks" and leaks):
             for name, parts in rows.items():
                 found = [

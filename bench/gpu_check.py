@@ -25,10 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plainst import (  # noqa: E402
-    run,  # noqa: E402
-    simulate,  # noqa: E402
-)
+from plainst import run, simulate  # noqa: E402
 
 TOLERANCE = 0.05
 SEEDS = (0, 1)
@@ -180,7 +177,7 @@ def table(results):
 
 def main(argv=None):
     """Exit status: 0 passed or no CUDA device, 1 failed."""
-    parser = argparse.ArgumentParser(prog="gpu_check.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="bench/gpu_check.py", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--out", type=Path, default=Path("runs/gpu_check"), help="folder of the record"
     )

@@ -19,6 +19,7 @@ latest.pt, which must load. Exit status 1 where one does not.
 import argparse
 import contextlib
 import http.server
+import importlib
 import json
 import os
 import pickle
@@ -42,139 +43,52 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from plainst import simulate  # noqa: E402
 
-QUICK = ["--seed", "3", "--threads", "1", "--device", "cpu", "--runs", "runs"]
-CKPT = ["--save_every", "1", "--cache", "features"]
-JOBS = {  # name: (program, flags, has --resume); {data}: simulated inputs, {url}: the server
+QUICK = "--seed 3 --threads 1 --device cpu --runs runs"
+CHECKPOINTS = "--save_every 1 --cache features"
+# name: (program, flags, has --resume); {data}: simulated inputs, {url}: the server
+JOBS = {
     "gat_fusion": (
         "gat_fusion",
-        [
-            "--data",
-            "{data}/cortex",
-            "--slice",
-            "sim1",
-            "--mode",
-            "multimodal",
-            "--epochs",
-            "6",
-            "--dim",
-            "16",
-            "--hidden",
-            "16",
-            "--cache",
-            "features",
-            *QUICK,
-        ],
+        "--data {data}/cortex --slice sim1 --mode multimodal --epochs 6 --dim 16 --hidden 16 "
+        f"--cache features {QUICK}",
         False,
     ),
     "multist": (
         "multist",
-        [
-            "--data",
-            "{data}/cortex",
-            "--slice",
-            "sim1",
-            "--epochs",
-            "12",
-            "--dec_epochs",
-            "4",
-            "--dec_update",
-            "2",
-            "--fusion_epochs",
-            "1",
-            "--n_init",
-            "1",
-            "--permutations",
-            "20",
-            *QUICK,
-        ],
+        "--data {data}/cortex --slice sim1 --epochs 12 --dec_epochs 4 --dec_update 2 "
+        f"--fusion_epochs 1 --n_init 1 --permutations 20 {QUICK}",
         False,
     ),
     "stformer": (
         "stformer",
-        [
-            "--data",
-            "{data}/hest",
-            "--epochs",
-            "3",
-            "--folds",
-            "2",
-            "--members",
-            "1",
-            "--rings",
-            "1",
-            *CKPT,
-            *QUICK,
-        ],
+        f"--data {{data}}/hest --epochs 3 --folds 2 --members 1 --rings 1 {CHECKPOINTS} {QUICK}",
         True,
     ),
     "cmrcnet": (
         "cmrcnet",
-        [
-            "--data",
-            "{data}/hest",
-            "--epochs",
-            "3",
-            "--val",
-            "groups",
-            "--folds",
-            "2",
-            "--dim",
-            "32",
-            "--snn",
-            "64",
-            "--n_hvg",
-            "20",
-            "--batch",
-            "16",
-            "--k",
-            "10",
-            "--backbone",
-            "features",
-            "--markers",
-            "none",
-            *CKPT,
-            *QUICK,
-        ],
+        "--data {data}/hest --epochs 3 --val groups --folds 2 --dim 32 --snn 64 --n_hvg 20 "
+        f"--batch 16 --k 10 --backbone features --markers none {CHECKPOINTS} {QUICK}",
         True,
     ),
     "spatia": (
         "spatia",
-        [
-            "--data",
-            "{data}/cells.h5",
-            "--steps_a",
-            "4",
-            "--steps_b",
-            "4",
-            "--steps_c",
-            "4",
-            "--draws",
-            "1",
-            "--ode_steps",
-            "2",
-            "--save_every",
-            "2",
-            *QUICK,
-        ],
+        "--data {data}/cells.h5 --steps_a 4 --steps_b 4 --steps_c 4 --draws 1 --ode_steps 2 "
+        f"--save_every 2 {QUICK}",
         True,
     ),
     "simulate-cortex": (
-        "simulate",
-        ["cortex", "cortex", "--n_spots", "300", "--n_genes", "60", "--n_slices", "2"],
+        "plainst simulate",
+        "cortex cortex --n_spots 300 --n_genes 60 --n_slices 2",
         False,
     ),
-    "simulate-hest": ("simulate", ["hest", "hest", "--n_spots", "40", "--patch_size", "32"], False),
+    "simulate-hest": ("plainst simulate", "hest hest --n_spots 40 --patch_size 32", False),
     "simulate-cells": (
-        "simulate",
-        ["cells", "field/cells.h5", "--n_cells", "200", "--n_genes", "48"],
+        "plainst simulate",
+        "cells field/cells.h5 --n_cells 200 --n_genes 48",
         False,
     ),
-    "convert": ("data", ["ca1", "{data}/ca1", "cells.h5"], False),
-    "download": (
-        "download",
-        ["ca1", "--out", "ca1", "--mirror", "{url}", "--backoff", "0.01"],
-        False,
-    ),
+    "convert": ("plainst convert", "ca1 {data}/ca1 cells.h5", False),
+    "download": ("plainst download", "ca1 --out ca1 --mirror {url} --backoff 0.01", False),
 }
 # what a kill may leave: nothing of ours reads it as finished
 PASSING = re.compile(r"(\.tmp|\.part|\.part\.json|\.lock)(/|$)")
@@ -185,25 +99,14 @@ PASSING = re.compile(r"(\.tmp|\.part|\.part\.json|\.lock)(/|$)")
 
 def inputs(folder, served_rows=150_000):
     """Small data of every kind, written once; `served_rows` lines and numbers to download."""
-    for kind, name, *flags in (
-        ("cortex", "cortex", "--n_spots", "200", "--n_genes", "120", "--n_slices", "2"),
-        ("hest", "hest", "--n_spots", "60", "--patch_size", "32"),
-        (
-            "cells",
-            "cells.h5",
-            "--n_cells",
-            "200",
-            "--n_genes",
-            "48",
-            "--n_sections",
-            "3",
-            "--size",
-            "16",
-        ),
+    for kind, name, flags in (
+        ("cortex", "cortex", "--n_spots 200 --n_genes 120 --n_slices 2"),
+        ("hest", "hest", "--n_spots 60 --patch_size 32"),
+        ("cells", "cells.h5", "--n_cells 200 --n_genes 48 --n_sections 3 --size 16"),
     ):
         if not (folder / name).exists():
             with contextlib.redirect_stdout(None):
-                simulate.main([kind, str(folder / name), *flags])
+                simulate.main([kind, str(folder / name), *flags.split()])
     rng, image = np.random.default_rng(0), np.zeros((400, 400), np.int32)
     (folder / "ca1").mkdir(exist_ok=True)
     rows = []
@@ -256,10 +159,11 @@ def serve(folder):
     """-> (address, process id) of a server of the files in `folder`, in a process of its own."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     server.folder, address = folder, f"http://127.0.0.1:{server.server_address[1]}"
-    if pid := os.fork():
-        server.server_close()
-        return address, pid
-    server.serve_forever()
+    pid = os.fork()
+    if not pid:
+        server.serve_forever()
+    server.server_close()
+    return address, pid
 
 
 # -------------------------------------------------------------------------------- what stands there
@@ -279,8 +183,8 @@ def leftovers(folder):
 
 
 def unit(name):
-    """The folder that is renamed as a whole and holds this file (simulate.py: a slice, a task
-    folder), else the file itself."""
+    """The simulated slice or task folder that is renamed as a whole and holds this file, else the
+    file itself."""
     parts = Path(name).parts
     return "/".join(parts[:2]) if parts[0] == "cortex" else "hest" if parts[0] == "hest" else name
 
@@ -381,8 +285,11 @@ class Job:
     """One program in one folder after another."""
 
     def __init__(self, name, out, data, url):
-        self.name, (self.program, flags, self.can_resume), self.out = name, JOBS[name], out / name
-        self.flags = [f.format(data=data, url=url) for f in flags]
+        program, flags, self.can_resume = JOBS[name]
+        self.name, self.out = name, out / name
+        # a module at the top, or a command of the package
+        self.module, *self.command = program.split()
+        self.flags = [f.format(data=data, url=url) for f in flags.split()]
         shutil.rmtree(self.out, ignore_errors=True)
         self.calm, self.folder, self.faults, self.kills = (
             self.out / "calm",
@@ -392,30 +299,39 @@ class Job:
         )
 
     def words(self, folder):
-        """The command line without the interpreter; --resume where a checkpoint lies."""
+        """The words behind the program's name; --resume where a checkpoint lies."""
         flags = (
             [*self.flags, "--resume"]
             if self.can_resume and next(folder.rglob("latest.pt"), None)
             else list(self.flags)
         )
-        # simulate.py refuses to overwrite a folder: the user deletes it or is done
-        if self.program == "simulate" and (folder / flags[1]).is_dir():
+        # the simulator refuses to overwrite a folder: the user deletes it or is done
+        if self.command == ["simulate"] and (folder / flags[1]).is_dir():
             for written in (folder / flags[1]).iterdir() if flags[0] == "cortex" else ():
                 shutil.rmtree(written)
-        return [str(ROOT / f"{self.program}.py"), *flags]
+        return [*self.command, *flags]
 
     def start(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
+        program = [str(ROOT / f"{self.module}.py")] if not self.command else ["-m", self.module]
         with open(self.out / "log", "ab") as log:
             return subprocess.Popen(
-                [sys.executable, *self.words(folder)], cwd=folder, stdout=log, stderr=log
+                [sys.executable, *program, *self.words(folder)],
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=log,
+                stderr=log,
             )
 
+    def load(self):
+        """The module whose `main` takes the words of the command line."""
+        return importlib.import_module("plainst.__main__" if self.command else self.module)
+
     def done(self, folder):
-        """simulate.py refuses a folder that is there, so such a folder that is there must be
+        """The simulator refuses a folder that is there, so such a folder that is there must be
         whole."""
         return (
-            self.program == "simulate"
+            self.command == ["simulate"]
             and not faults(folder, self.calm, True)
             and finished_files(folder)
         )
@@ -431,12 +347,12 @@ class Job:
 
     def finish(self, what, run):
         """Run to the end and compare."""
-        if not self.done(self.folder):
-            if status := run():
-                self.faults.append(
-                    f"{self.name}, {what}: exit status {status} after the restart, see "
-                    f"{self.out / 'log'}"
-                )
+        status = 0 if self.done(self.folder) else run()
+        if status:
+            self.faults.append(
+                f"{self.name}, {what}: exit status {status} after the restart, see "
+                f"{self.out / 'log'}"
+            )
         self.check(what + ", finished", complete=True)
 
     def undisturbed(self, fork):
@@ -508,7 +424,7 @@ class Job:
                 os.dup2(log, 1), os.dup2(log, 2)
                 os.chdir(folder)
                 writes = killer(folder, n)
-                status = __import__(self.program).main(words[1:]) or 0
+                status = self.load().main(words) or 0
                 count.write_text(str(writes["here"]))
             finally:
                 os._exit(status)
@@ -527,8 +443,7 @@ def killer(folder, n):
         if event == "open":
             path, mode, flags = args
             if isinstance(path, int) or not (
-                isinstance(mode, str)
-                and set(mode) & set("wax+")
+                (isinstance(mode, str) and set(mode) & set("wax+"))
                 or flags & (os.O_WRONLY | os.O_RDWR)
             ):
                 return
@@ -573,7 +488,7 @@ def main(argv=None):
         for name in options.only:
             job = Job(name, out, out / "data", url)
             # before the forks: a killed copy need not load it again
-            __import__(job.program)
+            job.load()
             job.undisturbed(fork=not options.kills)
             if options.kills:
                 job.random_kills(options.kills, random.Random(f"{options.seed} {name}"))

@@ -1,10 +1,10 @@
 """Break one random line at a time and see whether the tests notice: python bench/mutate.py [--n 20]
-[--seed 0] [--only gat_fusion ...] (make mutate).
+[--seed 0] [--only gat_fusion.py ...] (make mutate).
 
 A mutant differs from a module in one operator, comparison, number or `not`, outside of figures and
-printed text. It is made in a copy of the checkout and the module's own test file is run until its
-first failure. A mutant that survives is shown: either a test is missing or the change makes no
-difference.
+printed text. It is made in a copy of the checkout and the tests that know the module (TESTS) are
+run until their first failure. A mutant that survives is shown: either a test is missing or the
+change makes no difference.
 """
 
 import argparse
@@ -16,34 +16,34 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = [
-    "cells",
-    "cmrcnet",
-    "data",
-    "download",
-    "gat_fusion",
-    "metrics",
-    "multist",
-    "readers",
-    "report",
-    "run",
-    "simulate",
-    "spatia",
-    "stformer",
-]
-MORE_TESTS = {
-    "gat_fusion": ["numerics"],
-    "multist": ["numerics"],
-    "stformer": ["numerics"],
-    "cmrcnet": ["numerics"],
-    "spatia": ["numerics"],
-    "readers": ["data"],
-    "data": ["gat_fusion"],
-    "run": ["restart"],
+# file or folder, the tests that know it: the first pattern that fits counts
+TESTS = {
+    "data.py": ["data", "gat_fusion"],
+    "metrics.py": ["metrics"],
+    "gat_fusion.py": ["gat_fusion", "numerics"],
+    "multist.py": ["multist", "numerics"],
+    "stformer.py": ["stformer", "numerics"],
+    "cmrcnet.py": ["cmrcnet", "numerics"],
+    "spatia.py": ["spatia", "numerics"],
+    "plainst/run.py": ["run", "restart"],
+    "plainst/download.py": ["download"],
+    "plainst/features.py": ["data"],
+    "plainst/neighbours.py": ["data", "gat_fusion"],
+    "plainst/simulate/*": ["simulate"],
+    "plainst/readers/convert.py": ["cells"],
+    "plainst/readers/crops.py": ["cells"],
+    "plainst/readers/*": ["readers", "data"],
+    "evaluation/hest.py": ["stformer", "cmrcnet"],
+    "evaluation/report.py": ["report"],
+    # what no line above names is called by methods
+    "*": ["gat_fusion", "multist", "stformer", "cmrcnet", "spatia"],
 }
+# pictures, and a line that hands words on
+LEFT_OUT = ("evaluation/figures.py", "plainst/__main__.py")
 # functions of pictures, printed text and flags
 SKIPPED = (
     "draw",
@@ -129,12 +129,29 @@ def broken(source, number):
     return ast.unparse(tree), statement.lineno, before, ast.unparse(node)
 
 
-def caught(folder, module, text, limit):
-    """Whether the tests of `module` fail (or hang) with `text` in its place."""
-    path = folder / f"{module}.py"
+def sources():
+    """Paths below the checkout, as text, of every module that a method is made of."""
+    rooms = [
+        ROOT.glob("*.py"),
+        *((ROOT / room).rglob("*.py") for room in ("plainst", "evaluation")),
+    ]
+    paths = sorted(path.relative_to(ROOT).as_posix() for room in rooms for path in room)
+    return [path for path in paths if path not in LEFT_OUT]
+
+
+def tests_of(source):
+    """Test files of the module at this path: those of TESTS, and one of its own name."""
+    known = next(names for pattern, names in TESTS.items() if fnmatch(source, pattern))
+    names = dict.fromkeys([Path(source).stem, *known])
+    return [f"tests/test_{n}.py" for n in names if (ROOT / "tests" / f"test_{n}.py").exists()]
+
+
+def caught(folder, source, text, limit):
+    """Whether the tests of the module `source` fail (or hang) with `text` in its place."""
+    path = folder / source
     whole = path.read_text()
     path.write_text(text)
-    files = [f"tests/test_{m}.py" for m in [module, *MORE_TESTS.get(module, [])]]
+    files = tests_of(source)
     try:
         found = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
@@ -153,10 +170,12 @@ def caught(folder, module, text, limit):
 
 def main(argv=None):
     """Print a line a mutant and the share that was caught."""
-    parser = argparse.ArgumentParser(prog="mutate.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="bench/mutate.py", description=__doc__.split("\n")[0])
     parser.add_argument("--n", type=int, default=20, help="mutants")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--only", nargs="*", default=MODULES, choices=MODULES, help="modules")
+    parser.add_argument(
+        "--only", nargs="*", default=sources(), choices=sources(), metavar="FILE", help="modules"
+    )
     parser.add_argument(
         "--limit",
         type=float,
@@ -164,8 +183,8 @@ def main(argv=None):
         help="seconds of tests after which a mutant counts as caught",
     )
     options = parser.parse_args(argv)
-    sources = {m: (ROOT / f"{m}.py").read_text() for m in options.only}
-    every = [(m, i) for m in options.only for i in range(len(places(ast.parse(sources[m]))))]
+    texts = {path: (ROOT / path).read_text() for path in options.only}
+    every = [(path, i) for path, text in texts.items() for i in range(len(places(ast.parse(text))))]
     chosen, n_caught = random.Random(options.seed).sample(every, min(options.n, len(every))), 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "main")
@@ -174,12 +193,12 @@ def main(argv=None):
             folder,
             ignore=shutil.ignore_patterns(".venv", ".git", "runs", "datasets", "__pycache__"),
         )
-        for module, number in chosen:
-            text, lineno, before, after = broken(sources[module], number)
-            found = caught(folder, module, text, options.limit)
+        for source, number in chosen:
+            text, lineno, before, after = broken(texts[source], number)
+            found = caught(folder, source, text, options.limit)
             n_caught += found
             print(
-                f"{'caught  ' if found else 'SURVIVED'} {module}.py:{lineno}: {before} -> {after}",
+                f"{'caught  ' if found else 'SURVIVED'} {source}:{lineno}: {before} -> {after}",
                 flush=True,
             )
     print(f"{n_caught} of {len(chosen)} caught ({len(every)} places)")

@@ -1,7 +1,7 @@
-"""What bench.py measures against: torch_geometric's layers with our weights, scanpy's
+"""What bench/speed.py measures against: torch_geometric's layers with our weights, scanpy's
 preprocessing, reading by hand; and the embeddings to search.
 
-Needs requirements-dev.txt; nothing but bench.py and its tests imports this file.
+Needs requirements-dev.txt; nothing but the benches and their tests import this file.
 """
 
 import copy
@@ -34,7 +34,8 @@ def dev(name):
             return __import__(name, fromlist=["_"])
     except ImportError as error:
         raise DataError(
-            f"this part of bench.py needs {name.split('.')[0]}: pip install -r requirements-dev.txt"
+            f"this part of bench/speed.py needs {name.split('.')[0]}: "
+            "pip install -r requirements-dev.txt"
         ) from error
 
 

@@ -31,12 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cells  # noqa: E402
-
-from plainst import (  # noqa: E402
-    run,  # noqa: E402
-    simulate,  # noqa: E402
-)
+from plainst import run, simulate  # noqa: E402
+from plainst.readers import convert  # noqa: E402
 
 # data, flags, which loops by number
 METHODS = {
@@ -62,10 +58,18 @@ class Enough(Exception):
     """The last loop that was asked for is measured."""
 
 
+def is_ours(file):
+    """Whether a method is made of this source file: one at the top, or in a room below."""
+    path = Path(file)
+    if not path.is_relative_to(ROOT):
+        return False
+    return path.relative_to(ROOT).parts[0] in (path.name, "plainst", "evaluation")
+
+
 def place():
-    """file:line of ours that is being run."""
+    """function:line of ours that is being run."""
     frame = sys._getframe(2)
-    while frame and Path(frame.f_code.co_filename).parent != ROOT:
+    while frame and not is_ours(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{frame.f_code.co_name}:{frame.f_lineno}" if frame else "the profiler"
 
@@ -162,7 +166,7 @@ def report(name, times, events, wall, ops, calls, n):
     ours = [
         (f, c[1] / n, c[3] / calls.total_tt, file)
         for (file, _, f), c in calls.stats.items()
-        if Path(file).parent == ROOT
+        if is_ours(file)
     ]
     rows = {
         "seconds a turn": (
@@ -198,7 +202,8 @@ def data_folder(folder):
     if real:
         for name in ("dlpfc", "her2st"):
             (folder / name).symlink_to(Path(real, name).resolve())
-        return cells.from_ca1(Path(real, "ca1"), folder / "cells.h5")
+        convert.from_ca1(Path(real, "ca1"), folder / "cells.h5")
+        return
     simulate.write_visium(
         simulate.simulate_cortex(3600, 3000, sample="151673"), folder / "dlpfc" / "151673"
     )
@@ -208,7 +213,9 @@ def data_folder(folder):
 
 def main(argv=None):
     """Print the tables."""
-    parser = argparse.ArgumentParser(prog="profile_loops.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="bench/profile_loops.py", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("methods", nargs="*", default=list(METHODS), help="which methods")
     parser.add_argument("--turns", type=int, default=5, help="turns that are timed")
     parser.add_argument(
@@ -230,9 +237,12 @@ def main(argv=None):
                 *flags.replace("CACHE", str(folder / "features")).split(),
                 *options.flags.split(),
             ]
-            with mock.patch.object(run, "progress", loops), redirect_stdout(io.StringIO()):
-                with suppress(Enough):
-                    importlib.import_module(method).main(words)
+            with (
+                mock.patch.object(run, "progress", loops),
+                redirect_stdout(io.StringIO()),
+                suppress(Enough),
+            ):
+                importlib.import_module(method).main(words)
 
 
 if __name__ == "__main__":

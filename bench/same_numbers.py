@@ -210,7 +210,7 @@ def run_jobs(method, made, real, runs, tree):
     sys.path.insert(0, str(tree))
     module, switch, results = importlib.import_module(method), stop_at_second_checkpoint(), {}
     for number, job in enumerate(JOBS[method]):
-        if "{real}" in job and not real or ".h5" in job and not made_file(job, made).exists():
+        if ("{real}" in job and not real) or (".h5" in job and not made_file(job, made).exists()):
             continue
         words = job.replace("{{", "{").replace("}}", "}").replace("{made}", str(made))
         words = words.replace("{real}", str(real)).replace("{runs}", str(runs)).split()

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,11 +33,7 @@ import gat_fusion  # noqa: E402
 import multist  # noqa: E402
 import stformer  # noqa: E402
 from evaluation import clustering, downstream  # noqa: E402
-from plainst import (  # noqa: E402
-    graphs,  # noqa: E402
-    run,  # noqa: E402
-    simulate,  # noqa: E402
-)
+from plainst import graphs, run, simulate  # noqa: E402
 
 SIZES = {
     "gat_fusion": (10_000, 100_000, 1_000_000),

@@ -1,7 +1,7 @@
 """Speed beside the tools that people use, as ratios: python bench/speed.py
 attention|training|loaders|preprocessing|retrieval|ceilings|all [--quick].
 
-Ours and the peers (bench_peers.py) take turns in one process after a warm-up, with the same number
+Ours and the peers (bench/peers.py) take turns in one process after a warm-up, with the same number
 of threads; a ratio is the median over the turns of seconds of the peer / seconds of ours in the
 same turn: above 1 ours is faster. A machine that others use changes seconds more than ratios; its
 load stands in the record. Memory is what the warm-up call adds to the resident memory at its
@@ -13,11 +13,8 @@ highest (Linux). Real data is found through PLAINST_DATA, else a slice is simula
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -37,6 +34,8 @@ import gat_fusion  # noqa: E402
 import metrics  # noqa: E402
 import multist  # noqa: E402
 from bench import peers  # noqa: E402
+from bench.ceilings import ceilings  # noqa: E402
+from bench.timing import compare, markdown, shown, timed  # noqa: E402
 from data import DataError  # noqa: E402
 from plainst import graphs, neighbour_sums, run, simulate  # noqa: E402
 from plainst.retrieval import TILE, InvertedFile, exact_topk  # noqa: E402
@@ -46,142 +45,6 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 # a call that would need more is left out, and the table says so
 LIMIT_GB = 10
-
-
-# Measuring
-
-
-def timed(function, threads):
-    """Seconds and result of one call. What scanpy loads changes the number of threads behind
-    torch's back: it is set anew."""
-    torch.set_num_threads(threads)
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
-
-
-def memory_added(function):
-    """Result of a call and the MB of resident memory it adds at its highest; nan where the kernel
-    does not tell (not Linux)."""
-
-    def status(field):
-        return (
-            next(
-                int(line.split()[1])
-                for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith(field)
-            )
-            / 2**10
-        )
-
-    gc.collect()
-    # freed memory goes back, or the next call would reuse it unseen
-    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-    try:
-        # VmHWM starts again from what is resident now
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
-    except OSError:
-        return function(), float("nan")
-    result = function()
-    return result, status("VmHWM") - before
-
-
-def compare(case, functions, options, difference=None, target=None, note=""):
-    """functions {name: call}, ours first -> one row per peer. difference(ours, peer) of results
-    should be small; target is the ratio to reach."""
-    (mine, _), *others = functions.items()
-    results, memory, seconds = {}, {}, {name: [] for name in functions}
-    for name, call in functions.items():
-        torch.set_num_threads(options.threads)
-        results[name], memory[name] = memory_added(call)
-    apart = {
-        name: None if difference is None else float(difference(results[mine], results[name]))
-        for name, _ in others
-    }
-    results.clear()
-    for turn in range(options.repeats):
-        for name in list(functions)[:: 1 if turn % 2 else -1]:
-            seconds[name].append(timed(functions[name], options.threads)[0])
-    half = {name: statistics.median(s) for name, s in seconds.items()}
-    common = {
-        "case": case,
-        "ours": mine,
-        "ours_s": half[mine],
-        "ours_mb": memory[mine],
-        "repeats": options.repeats,
-        "note": note,
-    }
-    return shown(
-        [
-            common
-            | {
-                "peer": name,
-                "peer_s": half[name],
-                "peer_mb": memory[name],
-                "difference": apart[name],
-                "target": target,
-                "ratio": statistics.median(p / o for o, p in zip(seconds[mine], seconds[name])),
-            }
-            for name, _ in others
-        ]
-    )
-
-
-def shown(rows):
-    """Print rows and return them."""
-    for row in rows:
-        print("  " + " | ".join(cells(row)), flush=True)
-    return rows
-
-
-HEAD = ("case", "ours", "s", "MB", "peer", "s", "MB", "times faster", "difference", "note")
-
-
-def cells(row):
-    """The words of one row of the table."""
-
-    def number(name, form):
-        return "" if row.get(name) is None or np.isnan(row[name]) else format(row[name], form)
-
-    ratio = number("ratio", ".2f")
-    if ratio and row.get("target"):
-        ratio += f" (target {row['target']:g}{'' if row['ratio'] >= row['target'] else ', missed'})"
-    return [
-        row["case"],
-        row.get("ours", ""),
-        number("ours_s", ".4g"),
-        number("ours_mb", ".0f"),
-        row.get("peer", ""),
-        number("peer_s", ".4g"),
-        number("peer_mb", ".0f"),
-        ratio,
-        number("difference", ".1e"),
-        row.get("note", ""),
-    ]
-
-
-def markdown(records):
-    """The tables of all parts."""
-    out = [
-        "# Speed beside the peers",
-        "",
-        "Written by bench.py. Above 1 ours is faster. Compare ratios, not seconds.",
-    ]
-    for name, r in records.items():
-        rows = [HEAD, ["---"] * len(HEAD), *(cells(row) for row in r["rows"])]
-        out += [
-            "",
-            f"## {name}",
-            "",
-            f"{r['threads']} threads, {r['processors']} processors, load average "
-            f"{r['load_before']:.1f} before and "
-            f"{r['load_after']:.1f} after; torch {r['versions']['torch']}; "
-            f"{r['date']}{', quick' if r['quick'] else ''}",
-            "",
-        ]
-        out += ["| " + " | ".join(words) + " |" for words in rows]
-    return "\n".join([*out, ""])
 
 
 # Data
@@ -536,12 +399,9 @@ def retrieval(options, scratch):
         for probe in (1, 8) if options.quick else (1, 4, 8, 16, 32, 64, 96, 128, 192):
             if recall > 0.99:
                 break
-            exact_s = (
-                timed(partial(exact_topk, part, keys, k), options.threads)[0]
-                * len(queries)
-                / len(part)
-            )  # noqa: B023 - called at once
-            s, (_, found) = timed(lambda: index.topk(queries, k, probe), options.threads)  # noqa: B023
+            exact_s = timed(partial(exact_topk, part, keys, k), options.threads)[0]
+            exact_s *= len(queries) / len(part)
+            s, (_, found) = timed(partial(index.topk, queries, k, probe), options.threads)
             recall = metrics.recall_at_k(found[::10].numpy(), exact.numpy())
             curve.append((s, recall))
             rows += shown(
@@ -577,109 +437,6 @@ def retrieval(options, scratch):
     axis.legend(fontsize=7)
     figure.savefig(options.out / "cmrcnet_recall.png", dpi=110, bbox_inches="tight")
     plt.close(figure)
-    return rows
-
-
-# (f) ceilings
-
-
-def best(function, options):
-    """Least seconds of some calls after a warm-up: what the machine can do, not what it does on
-    average."""
-    function()
-    return min(timed(function, options.threads)[0] for _ in range(options.repeats))
-
-
-def hot_loops(options):
-    """(name, call, floating-point operations, bytes) of the hot loops. Bytes: every gathered row
-    once a gather, every other array once a use."""
-    n, k, generator = 300 if options.quick else 36_000, 6, torch.Generator().manual_seed(0)
-    xy, d, heads = np.random.default_rng(0).random((n, 2)), 128, 4
-    x = torch.randn(n, d, generator=generator)
-    table, layer = (
-        neighbour_sums.Neighbours(data.knn_table(xy, k)),
-        gat_fusion.GraphAttention(d, d, heads, 0.0),
-    )
-    places = n * (k + 1)
-    yield (
-        f"gat_fusion graph attention, {n:,} spots, k = {k}",
-        lambda: peers.forward_backward(lambda h: layer(h, table)[0], x),
-        6 * n * d * d + 6 * places * d,
-        4 * (3 * places * d + 10 * n * d + 10 * places * heads) + 8 * 4 * places * heads,
-    )
-    graph, h = graphs.Graph(xy, k), torch.randn(n, 64, generator=generator)
-    edges = len(graph.columns)
-    yield (
-        f"multist graph convolution, {n:,} spots x 64",
-        lambda: peers.forward_backward(lambda h: graphs.graph_product(h, graph), h),
-        2 * 2 * edges * 64,
-        2 * (edges * (64 * 4 + 8 + 4) + n * 64 * 4) + 4 * n * 64 * 4,
-    )
-    config = multist.Config()
-    tiles = graphs.SpotBatches(xy, config.m, "cpu")
-    hand, own, near, offset = tiles.gather(tiles.batches(config.batch)[0])
-    wide, attend = config.fused_dim, multist.CrossAttention(config.fused_dim, config.heads)
-    tokens, b = torch.randn(len(hand), wide, generator=generator), len(own)
-    yield (
-        f"multist cross-attention, {b} queries, {len(hand)} tokens, m = {config.m}",
-        lambda: peers.forward_backward(lambda t: attend(t[own], t, near, offset)[0], tokens),
-        3 * 2 * (4 * (b + len(hand)) * wide**2 + 4 * b * config.m * wide),
-        4 * 2 * (8 * b * config.m * wide + 12 * (b + len(hand)) * wide),
-    )
-    m, q = (3000, 200) if options.quick else (200_000, 1_000)
-    keys, queries = (torch.randn(rows, 256, generator=generator) for rows in (m, q))
-    yield (
-        f"cmrcnet exact retrieval, {q:,} x {m:,} x 256",
-        lambda: exact_topk(queries, keys, 50),
-        2 * q * m * 256,
-        4 * (m * 256 * 3 + 2 * q * m),
-    )
-
-
-def ceilings(options, scratch):
-    """Matmul and copy ceilings of this machine, and the share of the nearer one that the hot loops
-    reach."""
-    n, size = (256, 2**20) if options.quick else (2048, 2**27)
-    a, b, source, to = torch.rand(n, n), torch.rand(n, n), torch.ones(size), torch.empty(size)
-    matmul_s, copy_s = (best(call, options) for call in (lambda: a @ b, lambda: to.copy_(source)))
-    flops, rate = 2 * n**3 / matmul_s, 2 * 4 * size / copy_s
-    rows = [
-        {
-            "case": f"ceiling: float32 matmul {n}",
-            "ours_s": matmul_s,
-            "gflops": flops / 1e9,
-            "note": f"{flops / 1e9:.0f} GFLOP/s",
-        },
-        {
-            "case": f"ceiling: copy of {4 * size / 2**20:.0f} MB",
-            "ours_s": copy_s,
-            "gbytes": rate / 1e9,
-            "note": f"{rate / 1e9:.1f} GB/s, read + write",
-        },
-    ]
-    shown(rows)
-    for name, call, operations, moved in hot_loops(options):
-        call()
-        s = statistics.median(timed(call, options.threads)[0] for _ in range(options.repeats))
-        bound, share = max(
-            ("matmul", operations / flops / s), ("copy", moved / rate / s), key=lambda p: p[1]
-        )
-        rows += shown(
-            [
-                {
-                    "case": name,
-                    "ours_s": s,
-                    "gflop": operations / 1e9,
-                    "gbyte": moved / 1e9,
-                    "bound": bound,
-                    "share": share,
-                    "note": (
-                        f"{share:.0%} of the {bound} ceiling ({operations / 1e9:.2f} GFLOP, "
-                        f"{moved / 1e9:.2f} GB)"
-                    ),
-                }
-            ]
-        )
     return rows
 
 
@@ -721,7 +478,7 @@ def measure(name, options):
 def main(argv=None):
     """Measure the parts asked for; print and write the table of all parts that are in the
     folder."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="bench/speed.py", description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument(
         "--quick",

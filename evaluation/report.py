@@ -12,24 +12,16 @@ the record), unsupervised domains (no split, an `ari` and baselines), genes from
 import argparse
 import base64
 import html
-import io
 import json
 import re
 import statistics
-import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-from scipy.optimize import linear_sum_assignment
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-from plainst.readers.checked import JSON_ERRORS, NPZ_ERRORS, DataError  # noqa: E402
-from plainst.run import cli, write_atomically  # noqa: E402
+from evaluation import figures
+from plainst.readers.checked import JSON_ERRORS, DataError
+from plainst.run import cli, write_atomically
 
 # README of the released system (gcn_only: its RESULTS.md): mean +- std over 12 slices, all genes,
 # one seed, random split. Shown for context.
@@ -156,77 +148,97 @@ def row_name(record):
     )
 
 
-def rows_of(records):
-    """{(split, leaks): {row name: {slice: [metrics of every run]}}}, the baselines as rows of their
-    own, once per split, slice and inputs."""
+@dataclass
+class Entry:
+    """Where a run stands: in the table `group`, on the line `row` (None: its baselines only).
+
+    baselines {name: scores} are lines of their own; a baseline that stands in the records of
+    several runs counts once, where `inputs` are the same and, with `by_value`, its scores too.
+    """
+
+    group: object
+    row: str | None
+    baselines: dict
+    inputs: tuple = ()
+    by_value: bool = True
+
+
+def rows_of(records, entry_of):
+    """{group: {row: {slice or fold: [scores of every run]}}} of the records of which `entry_of`
+    makes an Entry, not None."""
     table, seen = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), set()
     for r in records:
-        if r["split"] is None or "ari" not in r["metrics"]:
+        entry = entry_of(r)
+        if entry is None:
             continue
-        group, config = (r["split"]["name"], r["split"]["leaks_position"]), r.get("config", {})
-        inputs = (
-            *(config.get(k) for k in ("scale", "hvg", "n_top_genes", "labels")),
-            r.get("library", config.get("library")),
-        )
-        for baseline, values in r["baselines"].items():
-            key = (group, r["data"], r["part"], r["split"]["detail"], inputs, baseline)
-            # the same numbers stand in every run of this split on these inputs
+        for baseline, scores in entry.baselines.items():
+            value = json.dumps(scores, sort_keys=True) if entry.by_value else ""
+            key = (entry.group, r["data"], r["part"], entry.inputs, baseline, value)
             if key not in seen:
                 seen.add(key)
-                table[group][baseline][r["part"]].append(values)
-        name = row_name(r)
-        if name not in BASELINES:
-            table[group][name][r["part"]].append(r["metrics"])
+                table[entry.group][baseline][r["part"]].append(scores)
+        if entry.row is not None:
+            table[entry.group][entry.row][r["part"]].append(r["metrics"])
     return table
 
 
-def domain_rows(records):
-    """{row name: {slice: [metrics of every run]}} of the unsupervised records: `<method>
-    <variant>`, and each baseline once per slice and seed."""
-    table, seen = defaultdict(lambda: defaultdict(list)), set()
-    for r in records:
-        # a prediction from a checkpoint has no baselines
-        if r["split"] is not None or "ari" not in r["metrics"] or not r["baselines"]:
-            continue
-        for baseline, values in r["baselines"].items():
-            key = (
-                r["data"],
-                r["part"],
-                r.get("config", {}).get("seed"),
-                baseline,
-                json.dumps(values, sort_keys=True),
-            )
-            if key not in seen:
-                seen.add(key)
-                table[baseline][r["part"]].append(values)
-        table[f"{r['method']} {r['variant']}"][r["part"]].append(r["metrics"])
-    return table
+def layer_entry(record):
+    """The Entry of a run that predicts labels of held-out spots; its group is (split, leaks)."""
+    split, config = record["split"], record.get("config", {})
+    if split is None or "ari" not in record["metrics"]:
+        return None
+    flags = [config.get(name) for name in ("scale", "hvg", "n_top_genes", "labels")]
+    inputs = (split["detail"], *flags, record.get("library", config.get("library")))
+    name = row_name(record)
+    return Entry(
+        (split["name"], split["leaks_position"]),
+        # a run of a baseline alone: its scores stand among the baselines already
+        None if name in BASELINES else name,
+        record["baselines"],
+        inputs,
+        by_value=False,
+    )
 
 
-def gene_rows(records):
-    """{title: {row name: {slice or fold: [metrics of every run]}}} of the runs that predict genes,
-    each baseline once per seed and value."""
-    table, seen = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), set()
-    for r in records:
-        if r["split"] is None or "pcc_mean" not in r["metrics"]:
-            continue
-        split = r["split"]["name"]
-        title = f"genes from H&E, split `{split}`" + (
-            " - leaks the patient" if r.get("leaks_patient") else " - patients held out"
-        )
-        # its baselines saw the wrong pairs too
-        control = r.get("config", {}).get("permute_pairs") or r.get("config", {}).get(
-            "shuffle_pairs"
-        )
-        for baseline, values in ({} if control else r["baselines"]).items():
-            key = (title, r["data"], r["part"], baseline, json.dumps(values, sort_keys=True))
-            if key not in seen:
-                seen.add(key)
-                table[title][baseline][r["part"]].append(values)
-        table[title][f"{r['method']} {r['variant'].removeprefix(split + '-')}"][r["part"]].append(
-            r["metrics"]
-        )
-    return table
+def domain_entry(record):
+    """The Entry of an unsupervised run."""
+    # a prediction from a checkpoint has no baselines
+    if record["split"] is not None or "ari" not in record["metrics"] or not record["baselines"]:
+        return None
+    name = f"{record['method']} {record['variant']}"
+    return Entry(DOMAINS, name, record["baselines"], (record.get("config", {}).get("seed"),))
+
+
+def gene_entry(record):
+    """The Entry of a run that predicts genes from H&E."""
+    if record["split"] is None or "pcc_mean" not in record["metrics"]:
+        return None
+    split, config = record["split"]["name"], record.get("config", {})
+    leaks = "leaks the patient" if record.get("leaks_patient") else "patients held out"
+    # the baselines of a control saw the wrong pairs too
+    is_control = config.get("permute_pairs") or config.get("shuffle_pairs")
+    name = f"{record['method']} {record['variant'].removeprefix(split + '-')}"
+    baselines = {} if is_control else record["baselines"]
+    return Entry(f"genes from H&E, split `{split}` - {leaks}", name, baselines)
+
+
+def cell_entry(record):
+    """The Entry of a run on single cells. A baseline's distance to the real pictures stands in the
+    column of the generated ones, and the distance of two halves of the real ones is a row."""
+    if not any(name in record["metrics"] for name in SHOWN_CELLS):
+        return None
+    split, title = record["split"] or {}, "single cells"
+    if split:
+        title += f", split `{split['name']}`"
+        title += " - leaks position" if split.get("leaks_position") else ""
+    baselines = {
+        name: {"fd_generated": scores.get(f"fd_{name}")} | scores
+        for name, scores in record["baselines"].items()
+    }
+    if "fd_floor" in record["metrics"]:
+        baselines["real_against_real"] = {"fd_generated": record["metrics"]["fd_floor"]}
+    name = f"{record['method']} {record['variant']}"
+    return Entry(title, name, baselines, (record.get("config", {}).get("seed"),))
 
 
 def gene_table(title, rows):
@@ -351,45 +363,13 @@ def layer_table(split, leaks, rows):
     return out
 
 
-def cell_rows(records):
-    """{title: {row name: [metrics of every run]}} of the single-cell runs, each baseline once per
-    seed and value. A baseline's distance to the real pictures stands in the column of the generated
-    ones, and the distance of two halves of the real ones as a row of its own."""
-    table, seen = defaultdict(lambda: defaultdict(list)), set()
-    for r in records:
-        if not any(k in r["metrics"] for k in SHOWN_CELLS):
-            continue
-        split, found = r["split"] or {}, dict(r["baselines"])
-        title = "single cells" + (
-            f", split `{split['name']}`"
-            + (" - leaks position" if split.get("leaks_position") else "")
-            if split
-            else ""
-        )
-        if "fd_floor" in r["metrics"]:
-            found["real_against_real"] = {"fd_generated": r["metrics"]["fd_floor"]}
-        for name, values in found.items():
-            key = (
-                title,
-                r["data"],
-                r["part"],
-                r.get("config", {}).get("seed"),
-                name,
-                json.dumps(values, sort_keys=True),
-            )
-            if key not in seen:
-                seen.add(key)
-                table[title][name].append({"fd_generated": values.get(f"fd_{name}")} | values)
-        table[title][f"{r['method']} {r['variant']}"].append(r["metrics"])
-    return table
-
-
 def cell_table(title, rows):
     """Table of single cells: every score as median and spread over runs; a baseline has the scores
     of its own task."""
     out = Table(title, ["method", *SHOWN_CELLS, "runs"])
     for name in sorted(rows, key=lambda n: (" " in n, n)):
-        out.rows.append([name, *spreads(rows[name], SHOWN_CELLS), str(len(rows[name]))])
+        every = [m for runs in rows[name].values() for m in runs]
+        out.rows.append([name, *spreads(every, SHOWN_CELLS), str(len(every))])
     return out
 
 
@@ -408,18 +388,15 @@ def tables_of(records):
 def tables_of_data(records, suffix=""):
     """The tables of one data set; under each what was published, where, and why it may not be
     compared."""
+    layers, domains, genes, cells = (
+        sorted(rows_of(records, entry_of).items())
+        for entry_of in (layer_entry, domain_entry, gene_entry, cell_entry)
+    )
     groups = [
-        (layer_table(split, leaks, rows), ["gat_fusion"])
-        for (split, leaks), rows in sorted(rows_of(records).items())
-    ]
-    if domain_rows(records):
-        groups.append((domain_table(domain_rows(records)), ["multist"]))
-    groups += [
-        (gene_table(title, rows), ["stformer", "cmrcnet"])
-        for title, rows in sorted(gene_rows(records).items())
-    ]
-    groups += [
-        (cell_table(title, rows), ["spatia"]) for title, rows in sorted(cell_rows(records).items())
+        *((layer_table(*group, rows), ["gat_fusion"]) for group, rows in layers),
+        *((domain_table(rows), ["multist"]) for _, rows in domains),
+        *((gene_table(title, rows), ["stformer", "cmrcnet"]) for title, rows in genes),
+        *((cell_table(title, rows), ["spatia"]) for title, rows in cells),
     ]
     for table, methods in groups:
         names = " ".join(r[0] for r in table.rows)
@@ -527,187 +504,52 @@ def page(records, pictures):
     )
 
 
-def png_of(figure):
-    """A figure as PNG bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def layer_maps(records):
-    """{slice: [(title, xy (N, 2), code (N,))]}: the annotation, then the first seed of the layer
-    and domain runs; first one of every method and split, its main variant, then the others.
-
-    Domains carry no names: each takes the colour of a layer by the assignment that agrees with the
-    annotation most (drawing only, no score).
-    """
-    out, rank = {}, defaultdict(int)
-    main = ("full-cross", "default")
-    for r in sorted(
-        records,
-        key=lambda r: (
-            r["method"],
-            not r["variant"].endswith(main),
-            r["variant"],
-            r.get("config", {}).get("seed", 0),
-        ),
-    ):
-        path = r["path"].parent / "arrays.npz"
-        if "ari" not in r["metrics"] or not path.is_file():
-            continue
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = next((arrays[k] for k in ("pred", "domains") if k in arrays), None)
-                if found is None or "labels" not in arrays or not (arrays["labels"] >= 0).any():
-                    continue
-                xy, labels = arrays["xy"], arrays["labels"]
-        except NPZ_ERRORS as error:
-            raise DataError(
-                f"{path} cannot be read ({error}): delete its folder and run again"
-            ) from error
-        name, title = f"{r['data']} {r['part']}", f"{r['method']}\n{r['variant']}"
-        maps = out.setdefault(name, {"annotation": ((-1,), xy, labels)})
-        if title not in maps:
-            if r["split"] is None:
-                rows = labels >= 0
-                agree = np.zeros((found.max() + 1, max(labels.max(), found.max()) + 1))
-                np.add.at(agree, (found[rows], labels[rows]), 1)
-                found = linear_sum_assignment(-agree)[1][found]
-            group = (name, r["method"], (r["split"] or {}).get("name"))
-            maps[title] = ((rank[group], len(maps)), xy, found)
-            rank[group] += 1
-    return {
-        name: [
-            (title, xy, code)
-            for title, (_, xy, code) in sorted(maps.items(), key=lambda item: item[1][0])
-        ]
-        for name, maps in out.items()
+def panel(title, axis, rows, score, floor):
+    """The panel of one table: `score` of every run, and the median of the baseline `floor`."""
+    dots = {
+        name: {
+            part: [m[score] for m in runs if m.get(score) is not None]
+            for part, runs in rows[name].items()
+        }
+        for name in ordered(rows)
     }
+    values = [v for numbers in dots.get(floor, {}).values() for v in numbers]
+    return figures.Panel(title, axis, dots, statistics.median(values) if values else None)
 
 
-def draw_maps(maps, most=12):
-    """A grid: a row a slice, the annotation first; `most` maps a slice at most, so that they can be
-    read."""
-    width = min(max(map(len, maps.values())), most)
-    figure, axes = plt.subplots(
-        len(maps), width, figsize=(2.1 * width, 2.4 * len(maps)), squeeze=False
-    )
-    for line, (name, row) in zip(axes, sorted(maps.items())):
-        for axis in line:
-            axis.axis("off")
-        for axis, (title, xy, code) in zip(line, row[:most]):
-            axis.scatter(
-                *xy.T,
-                s=1.2,
-                c=np.where(code < 0, np.nan, code),
-                cmap="tab10",
-                vmin=0,
-                vmax=9,
-                linewidths=0,
-            )
-            axis.set_aspect("equal")
-            axis.invert_yaxis()
-            more = f" ({len(row) - most} more not drawn)" if len(row) > most else ""
-            axis.set_title(f"{name}{more}\n{title}" if title == "annotation" else title, fontsize=6)
-    figure.tight_layout()
-    return figure
-
-
-def draw(records):
-    """Dots, one a run: a panel per table of layers, domains and genes, one line per row; dashed:
-    the median of the baseline to beat."""
-    tables = [
-        (
-            (
-                f"{split} ({'leaks position' if leaks else 'no position leak'})",
-                "ARI on test spots",
-                "coords_knn",
-            ),
-            rows,
-        )
-        for (split, leaks), rows in sorted(rows_of(records).items())
-    ]
-    if domain_rows(records):
-        tables.append(
-            ((DOMAINS, "ARI on labelled spots", "neighbour_mean_gmm"), domain_rows(records))
-        )
-    tables += [
-        ((title.replace("`", ""), "mean PCC over genes", "ridge_raw"), rows)
-        for title, rows in sorted(gene_rows(records).items())
-    ]
-    cells = [
-        ((data, title), rows)
-        for data in sorted({r["data"] for r in records})
-        for title, rows in cell_rows([r for r in records if r["data"] == data]).items()
-    ]
-    for (data, title), rows in cells:
-        for key, (label, floor) in PANELS_CELLS.items():
-            one = {
-                name: {data: [{"pcc_mean": m[key]} for m in runs if m.get(key) is not None]}
-                for name, runs in rows.items()
-            }
-            one = {name: row for name, row in one.items() if row[data]}
-            if one:
-                tables.append(((f"{title.replace('`', '')}, {data}", label, floor), one))
-    columns = min(len(tables), 3)
-    heights = [
-        0.9 + 0.24 * max(len(rows) for _, rows in tables[i : i + columns])
-        for i in range(0, len(tables), columns)
-    ]
-    figure, axes = plt.subplots(
-        len(heights),
-        columns,
-        squeeze=False,
-        figsize=(5.6 * columns, sum(heights) + 0.5),
-        height_ratios=heights,
-        layout="constrained",
-    )
-    colour = {
-        s: plt.get_cmap("tab10")(i % 10)
-        for i, s in enumerate(
-            sorted({s for _, rows in tables for row in rows.values() for s in row})
-        )
-    }
-    legend = {}
-    for axis in axes.flat[len(tables) :]:
-        axis.remove()
-    for axis, ((title, label, floor_name), rows) in zip(axes.flat, tables):
-        names = ordered(rows)[::-1]
-        for y, name in enumerate(names):
-            for s, runs in rows[name].items():
-                dots = [v for v in (m.get("ari", m.get("pcc_mean")) for m in runs) if v is not None]
-                legend[s] = axis.scatter(
-                    dots, [y] * len(dots), s=22, alpha=0.75, color=colour[s], linewidths=0
-                )
-        floor = [
-            v
-            for runs in rows.get(floor_name, {}).values()
-            for v in (m.get("ari", m.get("pcc_mean")) for m in runs)
-            if v is not None
-        ]
-        if floor:
-            axis.axvline(statistics.median(floor), ls="--", color="0.5", lw=1)
-        axis.set(yticks=range(len(names)), yticklabels=names, xlabel=label, xlim=(-0.1, 1.02))
-        axis.tick_params(axis="y", labelsize=7)
-        axis.set_title(textwrap.fill(title, 44), fontsize=9)
-        axis.grid(axis="x", color="0.92")
-    figure.legend(
-        [legend[s] for s in sorted(legend)],
-        sorted(legend),
-        loc="outside lower center",
-        ncols=8,
-        fontsize=8,
-        frameon=False,
-    )
-    return figure
+def panels_of(records):
+    """The panels of the figure of scores, in the order of the tables."""
+    panels = []
+    for (split, leaks), rows in sorted(rows_of(records, layer_entry).items()):
+        title = f"{split} ({'leaks position' if leaks else 'no position leak'})"
+        panels.append(panel(title, "ARI on test spots", rows, "ari", "coords_knn"))
+    for title, rows in rows_of(records, domain_entry).items():
+        panels.append(panel(title, "ARI on labelled spots", rows, "ari", "neighbour_mean_gmm"))
+    for title, rows in sorted(rows_of(records, gene_entry).items()):
+        title = title.replace("`", "")
+        panels.append(panel(title, "mean PCC over genes", rows, "pcc_mean", "ridge_raw"))
+    for data in sorted({r["data"] for r in records}):
+        for title, rows in rows_of([r for r in records if r["data"] == data], cell_entry).items():
+            title = f"{title.replace('`', '')}, {data}"
+            runs = {name: [m for p in parts.values() for m in p] for name, parts in rows.items()}
+            for score, (axis, floor) in PANELS_CELLS.items():
+                scored = {
+                    name: {data: metrics}
+                    for name, metrics in runs.items()
+                    if any(m.get(score) is not None for m in metrics)
+                }
+                if scored:
+                    panels.append(panel(title, axis, scored, score, floor))
+    return panels
 
 
 def main(argv=None):
     """Print the tables; write <out>.md, <out>.html, <out>.png and, where runs hold labels,
     <out>_maps.png."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m evaluation.report",
+        description=" ".join(__doc__.split("\n\n")[0].split()),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--runs", default="runs", help="folder of the run records")
     parser.add_argument("--data", default="", help="only the records of this data set, e.g. dlpfc")
@@ -720,14 +562,11 @@ def main(argv=None):
         raise DataError(
             f"{flags.runs} holds no scored run of {flags.data or 'any data set'}: check --data"
         )
-    out, text, maps = (
-        Path(flags.out or Path(flags.runs) / "report"),
-        markdown(records),
-        layer_maps(records),
-    )
-    pictures = {"Scores, one dot a run": png_of(draw(records))} | (
-        {"Tissue maps, first seed": png_of(draw_maps(maps))} if maps else {}
-    )
+    out, text = Path(flags.out or Path(flags.runs) / "report"), markdown(records)
+    maps = figures.layer_maps(records)
+    pictures = {"Scores, one dot a run": figures.png_of(figures.draw_scores(panels_of(records)))}
+    if maps:
+        pictures["Tissue maps, first seed"] = figures.png_of(figures.draw_maps(maps))
     files = {
         ".md": text.encode(),
         ".html": page(records, pictures).encode(),

@@ -23,7 +23,6 @@ keeps the path (URL/files/39055568).
 
 import argparse
 import contextlib
-import hashlib
 import http.client
 import json
 import os
@@ -40,7 +39,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from plainst.readers.checked import DataError
+from plainst.readers.checked import DataError, file_checksum
 
 # address, name under --out, and bytes and hex digest where known beforehand
 Item = namedtuple("Item", "url name size sha256", defaults=(None, None))
@@ -143,7 +142,7 @@ def fetch(url, path, size=None, sha256=None, *, retries=5, timeout=30.0, backoff
         # read back: what counts is on the disk
         got, digest, problem = (
             part.stat().st_size,
-            file_sha256(part),
+            file_checksum(part),
             content_problem(part, path.suffix),
         )
         if size not in (None, got):
@@ -290,14 +289,6 @@ def _receive(response, part, have, total):
         raise _Retry(f"the connection closed after {have} of {total} bytes", None)
 
 
-def file_sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def content_problem(path, suffix):
     """Why the file cannot be what its suffix says (an error page served with status 200, a cut
     HDF5, PNG or zip), or None."""
@@ -372,7 +363,7 @@ class Folder:
         ):
             return False
         return item.sha256 in (None, record["sha256"]) and (
-            not self.verify or file_sha256(path) == record["sha256"]
+            not self.verify or file_checksum(path) == record["sha256"]
         )
 
     def get(self, item):
@@ -427,8 +418,7 @@ def get_hub(out, repository, patterns, mirror=None):
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise DataError(
-            f"{repository} needs huggingface_hub: pip install 'plainst[pretrained]' or pip "
-            "install huggingface_hub"
+            f"{repository} needs huggingface_hub: pip install huggingface_hub"
         ) from None
     page = f"https://huggingface.co/datasets/{repository}"
     try:
@@ -545,6 +535,7 @@ def get(args):
             return get_dlpfc(folder, args.slices)
         for item in PLAIN[args.dataset]:
             folder.get(item)
+    return None
 
 
 def main(argv=None):

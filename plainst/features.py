@@ -120,7 +120,7 @@ def crops(slide, rows, side_um):
             f"slide {slide.sample} has no physical scale (no lattice, no microns_per_pixel): "
             "give image features as a file with --encoder"
         )
-    half = max(1, int(round(side_um / slide.um_per_px * slide.image_scale / 2)))
+    half = max(1, round(side_um / slide.um_per_px * slide.image_scale / 2))
     centre = np.rint(slide.xy[rows] * slide.image_scale).astype(int)  # (n, 2)
     height, width = slide.image.shape[:2]
     step = np.arange(-half, half + 1)
@@ -165,7 +165,7 @@ def handmade_descriptor(patches):
 
 def pretrained_encoder(name, device="cpu"):
     """A frozen Hugging Face vision model as a function (n, h, w, 3) uint8 -> (n, D) float32. Needs
-    the `[pretrained]` extra.
+    transformers (extra `[pretrained]`).
 
     name: hub name or local folder. Input is resized to the model's image size (224 where it does
     not say) and normalised by its own mean and std (ImageNet's where it has none). Output:
@@ -176,8 +176,8 @@ def pretrained_encoder(name, device="cpu"):
         from transformers import AutoModel
     except ImportError as error:
         raise DataError(
-            f"encoder {name!r} needs transformers: pip install 'plainst[pretrained]', or "
-            "--encoder handmade"
+            f"encoder {name!r} needs transformers: pip install transformers huggingface_hub "
+            "safetensors, or --encoder handmade"
         ) from error
     try:
         model = AutoModel.from_pretrained(name).eval().to(device)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import pickle
@@ -67,7 +68,7 @@ def field_help(cls):
     included."""
     text = field_help(cls.__base__) if dataclasses.is_dataclass(cls.__base__) else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    for field, doc in zip(body, body[1:]):
+    for field, doc in itertools.pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(doc, ast.Expr)

@@ -11,9 +11,9 @@ from pathlib import Path
 # before torch is imported; the processes that tests start inherit it
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
-import threadpoolctl  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import threadpoolctl
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -58,7 +58,8 @@ def run(script, n, words):
             )
             for i in range(n)
         ]
-        if any([os.waitpid(pid, 0)[1] for pid in processes]):
+        statuses = [os.waitpid(pid, 0)[1] for pid in processes]  # wait for all of them
+        if any(statuses):
             sys.exit(1)
         out.seek(0)
         return out.read().decode()

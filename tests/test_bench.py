@@ -1,5 +1,5 @@
-"""bench.py and gpu_check.py: every part runs, its peers compute what we compute, and what they
-report can be wrong."""
+"""bench/speed.py and bench/gpu_check.py: every part runs, its peers compute what we compute, and
+what they report can be wrong."""
 
 import json
 import math
@@ -13,16 +13,13 @@ import torch
 pytest.importorskip("torch_geometric")
 pytest.importorskip("scanpy")
 
-import data  # noqa: E402
-import gat_fusion  # noqa: E402
-import multist  # noqa: E402
-from bench import (
-    gpu_check,  # noqa: E402
-    peers,  # noqa: E402
-)
-from bench import speed as bench  # noqa: E402
-from plainst import graphs  # noqa: E402
-from plainst.neighbour_sums import Neighbours  # noqa: E402
+import data
+import gat_fusion
+import multist
+from bench import gpu_check, peers, timing
+from bench import speed as bench
+from plainst import graphs
+from plainst.neighbour_sums import Neighbours
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +157,7 @@ def test_compare_takes_turns_and_says_what_missed(options):
         return {"ours": 1.0, "slow": 1.5, "fast": 1.0}[name]
 
     options.repeats = 4
-    slow, fast = bench.compare(
+    slow, fast = timing.compare(
         "case",
         {
             name: lambda n=name, s=s: call(n, s)
@@ -176,7 +173,7 @@ def test_compare_takes_turns_and_says_what_missed(options):
         and len(order) == 15
     )
     assert 2 < slow["ratio"] < 6 and fast["ratio"] < 1 and slow["difference"] == 0.5
-    assert "missed" in bench.cells(fast)[7] and "missed" not in bench.cells(slow)[7]
+    assert "missed" in timing.cells(fast)[7] and "missed" not in timing.cells(slow)[7]
 
 
 @pytest.mark.skipif(
@@ -184,7 +181,7 @@ def test_compare_takes_turns_and_says_what_missed(options):
     reason="the kernel tells the highest resident memory on Linux only",
 )
 def test_memory_added():
-    found, added = bench.memory_added(lambda: np.ones(2**23).sum())  # 64 MB, freed at the end
+    found, added = timing.memory_added(lambda: np.ones(2**23).sum())  # 64 MB, freed at the end
     assert found == 2**23 and 55 < added < 90
 
 

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cmrcnet as cm  # noqa: E402
-import data  # noqa: E402
-import metrics  # noqa: E402
-from conftest import in_processes, status_of  # noqa: E402
-from data import DataError  # noqa: E402
-from evaluation import baselines, hest  # noqa: E402
-from plainst import retrieval, simulate  # noqa: E402
+import cmrcnet as cm
+import data
+import metrics
+from conftest import in_processes, status_of
+from data import DataError
+from evaluation import baselines, hest
+from plainst import retrieval, simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 

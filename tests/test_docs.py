@@ -56,8 +56,20 @@ def words(command):
     return [w for w in shlex.split(command) if w != "..."]
 
 
+def program(given):
+    """(module, words behind its name) of a command, given as words: of `python -m package` it is
+    package.__main__, of `python room/file.py` room.file."""
+    if "-m" in given:
+        name, words_behind = given[given.index("-m") + 1], given[given.index("-m") + 2 :]
+        return name if (ROOT / f"{name.replace('.', '/')}.py").is_file() else f"{name}.__main__", (
+            words_behind
+        )
+    script = next(w for w in given if w.endswith(".py"))
+    return script.removesuffix(".py").replace("/", "."), given[given.index(script) + 1 :]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_every_command_parses(page):
+def test_every_command_parses(page, capsys):
     for command in commands(page):
         given = words(command)
         if given[0] == "make":
@@ -72,16 +84,21 @@ def test_every_command_parses(page):
                     f"{page.name}: {command}"
                 )
             continue
-        script = next(w for w in given if w.endswith(".py"))
-        assert (ROOT / script).is_file(), f"{page.name}: {command}"
-        if script.removesuffix(".py") in METHODS:
-            try:
-                run.parse(
-                    importlib.import_module(script.removesuffix(".py")).Config,
-                    given[given.index(script) + 1 :],
-                )
-            except SystemExit as stop:
-                assert stop.code == 0, f"{page.name}: {command}"
+        module, given = program(given)
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{page.name}: {command}"
+        try:
+            if module in METHODS:
+                run.parse(importlib.import_module(module).Config, given)
+            elif module == "plainst.__main__":
+                known = importlib.import_module(module)
+                assert given[0] in known.COMMANDS, f"{page.name}: {command}"
+                known.main([*given[:2], "--help"])
+        except SystemExit as stop:
+            assert stop.code == 0, f"{page.name}: {command}"
+        if module == "plainst.__main__":
+            flags = {w.split("=")[0] for w in given if w.startswith("--")}
+            listed = set(re.findall(r"--\w+", capsys.readouterr().out))
+            assert flags <= listed, f"{page.name}: {command}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -147,27 +164,24 @@ def reader(tmp_path_factory):
 def runnable():
     """Commands of all pages that a reader can type as they stand, those that read another's run
     last. The others are named here with the reason."""
-    # the network: tests/test_download.py runs it against a loopback server
-    left = (
-        "download.py",
-        "bench.py",
-        "figure_honest.py",  # their own tests run them
-        # tests/test_cells.py converts a label image and a Xenium bundle
-        "data.py",
-        # half an hour: tests/test_restart.py runs a part
-        "kill_runs.py",
-        "choose_linear_weight.py",
-        "mutate.py",
-    )  # hours
+    left = {
+        # the network: tests/test_download.py runs it against a loopback server
+        "python -m plainst download",
+        # a label image and a Xenium bundle: tests/test_cells.py
+        "python -m plainst convert",
+        # minutes to hours: each has a test that runs a part
+        "python bench/",
+    }
     found = [
-        (page.name, c)
+        c
         for page in PAGES
         for c in commands(page)
-        if c.startswith("python ") and "<" not in c and "..." not in c
+        if c.startswith("python ")
+        and not c.startswith(tuple(left))
+        and not re.search(r"<|\.\.\.", c)
     ]
-    found = [(page, c) for page, c in found if words(c)[1].rsplit("/")[-1] not in left]
     return sorted(
-        dict.fromkeys(c for _, c in found),
+        dict.fromkeys(found),
         key=lambda c: (not c.startswith("python -m plainst simulate"), "--predict" in c),
     )
 
@@ -200,13 +214,11 @@ def test_every_command_of_the_pages_runs(reader, monkeypatch, capsys):
     )
     ran = []
     for command in runnable():
-        _, script, *given = words(command)
-        name = script.removesuffix(".py")
-        short = (
-            []
-            if {"--predict", "--help"} & set(given)
-            else SHORT[given[0] if name == "simulate" else name].split()
-        )
+        name, given = program(words(command))
+        is_method = name in METHODS
+        short = SHORT[name if is_method else given[1]].split()
+        if {"--predict", "--help"} & set(given):
+            short = []
         try:
             status = importlib.import_module(name).main([*given, *short])
         except SystemExit as stop:
@@ -214,7 +226,7 @@ def test_every_command_of_the_pages_runs(reader, monkeypatch, capsys):
         assert not status, command
         out = capsys.readouterr().out
         ran.append(name)
-        if "--help" in given or name == "simulate":
+        if "--help" in given or not is_method:
             continue
         made = reader / out.split()[-1]
         assert json.loads(made.read_text())["method"] == name, command

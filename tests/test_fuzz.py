@@ -65,15 +65,14 @@ KINDS = {
 # -------------------------------------------------------------------------------- the child process
 def write_good_files(root):
     """One small good file of every format."""
-    import run
     import scipy.sparse as sp
-    import simulate
     import torch
 
     import cmrcnet
     import data
     import gat_fusion
     import stformer
+    from plainst import run, simulate
 
     for module in (cmrcnet, gat_fusion, stformer):
         # half the time of a prediction; git is most of the rest
@@ -257,13 +256,14 @@ def tensors(saved):
 
 def readers_of(root):
     """{format: function that reads the file in place and returns {name: array}}."""
-    import download
-
     import cmrcnet
     import data
     import gat_fusion
     import stformer
     from evaluation import downstream
+    from evaluation import hest as hest_protocol
+    from plainst import download, retrieval, run
+    from plainst.readers import convert
 
     slide = data.load_slide(root / "vis")
     atlas = run.read_checkpoint(root / "cmrcnet" / "model.pt", "checkpoint")
@@ -419,8 +419,7 @@ if __name__ == "__main__":
 # --------------------------------------------------------------------------------------- the parent
 import data  # noqa: E402 - conftest.py, or the child above, has put the modules on the path
 from evaluation import hest as hest_protocol  # noqa: E402
-from plainst import retrieval, run  # noqa: E402
-from plainst.readers import convert  # noqa: E402
+from plainst import run  # noqa: E402
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -481,8 +480,8 @@ class Child:
             path.unlink(missing_ok=True)
             path.write_bytes(self.bytes[name.removesuffix(" --predict")])
         assert not answer["problem"], answer["problem"]
-        assert (
-            answer["error"] is None or "\n" not in answer["error"] and len(answer["error"]) < 2000
+        assert answer["error"] is None or (
+            "\n" not in answer["error"] and len(answer["error"]) < 2000
         ), answer["error"]
         return answer
 
@@ -691,10 +690,8 @@ def change(path, where, how, k):
         node = holder[key]
         value = np.asarray(node[()] if isinstance(node, h5py.Dataset) else node)
         if how in ARRAY_CHANGES:
-            if (
-                not value.size
-                or value.ndim == 0
-                and how in ("turned", "empty", "shorter", "longer", "backwards")
+            if not value.size or (
+                value.ndim == 0 and how in ("turned", "empty", "shorter", "longer", "backwards")
             ):
                 return
             value = value.astype("S") if value.dtype.kind in "OU" else value
@@ -879,13 +876,11 @@ def test_changed_tables(child, name):
             assert (
                 wrong <= (how in ("cell", "latin"))
                 or how == "column gone"
-                or how == "cut"
-                and answer["warned"]
-                and wrong == 1
+                or (how == "cut" and answer["warned"] and wrong == 1)
             ), (how, wrong)
         if answer["error"] is None and name == "positions" and how != "cell":
             same = answer["arrays"]["xy"] == child.good[name]["arrays"]["xy"]
-            assert same or how == "cut" and answer["warned"], how
+            assert same or (how == "cut" and answer["warned"]), how
 
     check()
 
@@ -1008,7 +1003,7 @@ def test_checkpoints_of_another_content(tmp_path, saved, message):
 
 
 def test_patients_name_is_no_path(tmp_path):
-    import simulate
+    from plainst import simulate
 
     root = simulate.simulate_hest(tmp_path / "h", n_slides=3, n_spots=40, patch_size=8, n_genes=60)
     (root / "metadata.csv").write_text("id,patient\nS1,../../p\nS2,..\nS3,Br8.1\n")

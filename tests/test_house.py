@@ -2,9 +2,9 @@
 
 import ast
 import subprocess
+import tomllib
 
 import pytest
-import tomllib
 
 from conftest import ROOT
 

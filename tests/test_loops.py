@@ -5,14 +5,10 @@ import json
 from contextlib import suppress
 
 import pytest
-import run  # noqa: E402
 import torch
 
-from bench import (
-    compare_flags,  # noqa: E402
-    profile_loops,  # noqa: E402
-)
-from plainst import simulate  # noqa: E402
+from bench import compare_flags, profile_loops
+from plainst import run, simulate
 
 
 @pytest.fixture(scope="module")

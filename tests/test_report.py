@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import DataError
-from evaluation import report
+from evaluation import figures, report
 
 
 def write(root, part, variant, seed, ari, split="random", leaks=True, floor=0.9, **config):
@@ -104,12 +104,12 @@ def test_row_names_come_from_the_config(tmp_path):
     name."""
     write(tmp_path, "a-1", "slice-a-2+b-1-full-cross", 0, 0.5, "slice", train="a-2,b-1")
     write(tmp_path, "a-1", "slice-all-gcn_only", 0, 0.5, "slice", train="")
-    write(tmp_path, "a-1", "donor-b-1-expr_only-hvg=none", 0, 0.5, "donor", train="b-1")
+    write(tmp_path, "a-1", "donor-b-1-expr_only-hvg-none", 0, 0.5, "donor", train="b-1")
     write(tmp_path, "a-1", "blocks3-full-gated-k-18", 0, 0.5, "blocks", fold=3)
-    tables = report.rows_of(report.read_runs(tmp_path))
+    tables = report.rows_of(report.read_runs(tmp_path), report.layer_entry)
     assert {split: set(rows) - {"coords_knn"} for (split, _), rows in tables.items()} == {
         "slice": {"full-cross", "gcn_only"},
-        "donor": {"expr_only-hvg=none"},
+        "donor": {"expr_only-hvg-none"},
         "blocks": {"full-gated-k-18"},
     }
 
@@ -189,7 +189,7 @@ def test_unsupervised_domains(tmp_path):
         and "predict" not in text
     )
     assert "### Split `random`" in text and text.index("pca_gmm") < text.index("multist full")
-    assert len(report.draw(records).axes) == 2
+    assert len(figures.draw_scores(report.panels_of(records)).axes) == 2
 
 
 def test_genes_from_histology(tmp_path):
@@ -246,7 +246,7 @@ def test_genes_from_histology(tmp_path):
     assert "-0.15" not in text and "mini-permute_pairs-True" in text, (
         "baselines of a control stay out of the table"
     )
-    report.draw(report.read_runs(tmp_path))
+    figures.draw_scores(report.panels_of(report.read_runs(tmp_path)))
 
 
 def test_report_of_domains_only(tmp_path):
@@ -304,13 +304,13 @@ def test_maps_show_every_method_and_split_first(tmp_path):
         np.savez(
             path.parent / "arrays.npz", xy=np.zeros((20, 2)), labels=np.repeat([0, 1], 10), **found
         )
-    (row,) = report.layer_maps(report.read_runs(tmp_path)).values()
+    (row,) = figures.layer_maps(report.read_runs(tmp_path)).values()
     first = [title.split("\n")[-1] for title, *_ in row[:4]]
     assert (
         first == ["annotation", "blocks0-full-cross", "random-full-cross", "default"]
         and len(row) == 19
     )
-    figure = report.draw_maps({"a": row})
+    figure = figures.draw_maps({"a": row})
     assert "7 more not drawn" in figure.axes[0].get_title() and len(figure.axes) == 12
 
 
@@ -335,7 +335,7 @@ def test_domains_take_the_colour_of_the_layer_they_cover(tmp_path):
         labels=labels,
         domains=np.array([3, 0, 2, 1])[labels],
     )
-    ((name, row),) = report.layer_maps(report.read_runs(tmp_path)).items()
+    ((name, row),) = figures.layer_maps(report.read_runs(tmp_path)).items()
     assert name == "dlpfc a" and [t for t, *_ in row] == ["annotation", "multist\nfull"]
     assert (row[1][2][:30] == labels[:30]).all() and set(row[1][2][30:]) == {3}
 
@@ -379,7 +379,7 @@ def test_data_sets_stand_apart_and_cells_have_their_table(tmp_path):
         row(text, "ridge").split(" | ")[1:3] == ["0.300", "-"]
         and row(text, "spatia tiny").split(" | ")[1] == "0.400"
     )
-    report.draw(report.read_runs(tmp_path))
+    figures.draw_scores(report.panels_of(report.read_runs(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -395,4 +395,4 @@ def test_damaged_records_are_named(tmp_path, name, damage):
     path = tmp_path / "multist/dlpfc/a/full/seed0" / name
     path.write_bytes(damage)
     with pytest.raises(DataError, match=name):
-        report.layer_maps(report.read_runs(tmp_path))
+        figures.layer_maps(report.read_runs(tmp_path))

@@ -49,7 +49,7 @@ def train(method, inputs, folder, monkeypatch, threads=1, *more):
     monkeypatch.chdir(folder)
     before = torch.get_num_threads()
     try:
-        flags = [f.format(data=inputs, url="") for f in kill_runs.JOBS[method][1]]
+        flags = [f.format(data=inputs, url="") for f in kill_runs.JOBS[method][1].split()]
         assert importlib.import_module(method).main([*flags, "--threads", str(threads), *more]) == 0
     finally:
         torch.set_num_threads(before)

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-import data  # noqa: E402
-from bench import scale  # noqa: E402
-from plainst import simulate  # noqa: E402
+import data
+from bench import scale
+from plainst import simulate
 
 
 def test_slope_is_the_exponent():

@@ -16,18 +16,18 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402
-import metrics  # noqa: E402
-import spatia as sp  # noqa: E402
-from conftest import in_processes, status_of  # noqa: E402
-from data import DataError  # noqa: E402
-from evaluation import cells as tasks  # noqa: E402
+import data
+import metrics
+import spatia as sp
+from conftest import in_processes, status_of
+from data import DataError
+from evaluation import cells as tasks
 from plainst import (
-    run,  # noqa: E402
-    simulate,  # noqa: E402
+    run,
+    simulate,
 )
-from plainst.cell_data import random_orientation  # noqa: E402
-from plainst.stages import Stages  # noqa: E402
+from plainst.cell_data import random_orientation
+from plainst.stages import Stages
 
 SMALL = dataclasses.replace(
     sp.PRESETS["tiny"],

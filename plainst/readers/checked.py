@@ -71,13 +71,12 @@ JSON_ERRORS = (
 
 def file_checksum(*paths) -> str:
     """SHA-256 (hex) of the bytes of the files, one after the other; of one file it is what
-    `sha256sum` prints."""
+    `sha256sum` prints. Raises DataError for one that cannot be read."""
     digest = hashlib.sha256()
     for path in paths:
         try:
             with open(path, "rb") as handle:
-                for block in iter(lambda: handle.read(1 << 20), b""):
-                    digest.update(block)
+                hashlib.file_digest(handle, lambda: digest)
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}): check the path") from error
     return digest.hexdigest()
@@ -158,7 +157,7 @@ def read_array(node, kinds: str, shape: tuple | None = None) -> np.ndarray:
     """Dataset -> array of one of the numpy kinds, and of `shape` where that is given. Raises
     ValueError."""
     check_stored_size(node)
-    if node.dtype.kind not in kinds or shape is not None and node.shape != shape:
+    if node.dtype.kind not in kinds or (shape is not None and node.shape != shape):
         raise ValueError(
             f"{node.name} is {node.dtype} of shape {node.shape}"
             + (f" instead of {shape}" if shape is not None else "")

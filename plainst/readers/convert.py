@@ -441,7 +441,7 @@ def from_xenium(bundle, out, field_um: float = 27.2, size: int = 32) -> Path:
     except ImportError as error:
         raise DataError(
             f"{bundle} cannot be read without tifffile, imagecodecs and pyarrow ({error}): "
-            "pip install 'plainst[xenium]'"
+            "pip install tifffile imagecodecs pyarrow"
         ) from error
     bundle = Path(bundle)
     require(bundle.is_dir(), bundle, "is not a folder", "give a Xenium output folder")

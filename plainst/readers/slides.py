@@ -127,7 +127,7 @@ Slide.image = property(_get_image, _set_image, doc="(H, W, 3) uint8 or None, rea
 
 def as_uint8(image: np.ndarray) -> np.ndarray:
     """(H, W), (H, W, 3) or (H, W, 4), uint8 or float in [0, 1] -> (H, W, 3) uint8."""
-    if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (3, 4):
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
         raise DataError(
             f"an image of shape {image.shape} cannot be used: give (H, W), (H, W, 3) or (H, W, 4)"
         )
