@@ -65,15 +65,14 @@ KINDS = {
 # -------------------------------------------------------------------------------- the child process
 def write_good_files(root):
     """One small good file of every format."""
-    import run
     import scipy.sparse as sp
-    import simulate
     import torch
 
     import cmrcnet
     import data
     import gat_fusion
     import stformer
+    from plainst import run, simulate
 
     for module in (cmrcnet, gat_fusion, stformer):
         # half the time of a prediction; git is most of the rest
@@ -257,14 +256,15 @@ def tensors(saved):
 
 def readers_of(root):
     """{format: function that reads the file in place and returns {name: array}}."""
-    import download
-
     import cmrcnet
     import data
     import gat_fusion
     import multist
     import spatia
     import stformer
+    from evaluation import hest as hest_protocol
+    from plainst import download, run
+    from plainst.readers import convert
 
     slide = data.load_slide(root / "vis")
     atlas = run.read_checkpoint(root / "cmrcnet" / "model.pt", "checkpoint")
@@ -416,7 +416,6 @@ if __name__ == "__main__":
 import data  # noqa: E402 - conftest.py, or the child above, has put the modules on the path
 from evaluation import hest as hest_protocol  # noqa: E402
 from plainst import run  # noqa: E402
-from plainst.readers import convert  # noqa: E402
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -1004,7 +1003,7 @@ def test_checkpoints_of_another_content(tmp_path, saved, message):
 
 
 def test_patients_name_is_no_path(tmp_path):
-    import simulate
+    from plainst import simulate
 
     root = simulate.simulate_hest(tmp_path / "h", n_slides=3, n_spots=40, patch_size=8, n_genes=60)
     (root / "metadata.csv").write_text("id,patient\nS1,../../p\nS2,..\nS3,Br8.1\n")
