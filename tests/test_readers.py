@@ -21,7 +21,7 @@ from PIL import Image
 from conftest import ROOT
 from data import DataError
 from plainst import readers
-from plainst.readers import checked, slides
+from plainst.readers import checked, loom, slides
 from plainst.readers import visium as space_ranger
 
 N_SPOTS, N_GENES = 60, 12
@@ -1716,3 +1716,58 @@ def test_donor_beside_the_slices(visium, tmp_path, counts):
         DataError, match=r"slice_donors\.csv is no table of the columns slice,donor"
     ):
         readers.load_slide(tmp_path, "S1")
+
+
+# --------------------------------------------------------------------------------------------- loom
+def write_loom(path, counts):
+    """As loompy lays it out: genes x cells, attributes of rows and columns."""
+    _, _, x, y = lattice(len(counts))
+    with h5py.File(path, "w") as handle:
+        handle["matrix"] = counts.T.astype(np.float64)
+        handle["layers/double"] = 2 * counts.T
+        handle["row_attrs/Gene"] = np.array([f"G{j}" for j in range(counts.shape[1])], dtype="S")
+        handle["row_attrs/Accession"] = np.array([f"E{j}" for j in range(counts.shape[1])], "S")
+        handle["col_attrs/CellID"] = np.arange(len(counts)) + 100
+        handle["col_attrs/X"], handle["col_attrs/Y"] = x, y
+        handle["col_attrs/Region"] = np.array([("L2/3", "L4")[i % 2] for i in range(len(x))], "S")
+        handle["col_attrs/ClusterID"] = np.arange(len(x)) % 11
+        handle["col_attrs/Valid"] = (np.arange(len(x)) != 3).astype(np.int64)
+    return path
+
+
+def test_loom(tmp_path, counts, monkeypatch):
+    monkeypatch.setattr(loom, "BLOCK", 7)
+    path = write_loom(tmp_path / "cortex.loom", counts)
+    slide = readers.load_slide(path)
+    valid = np.arange(N_SPOTS) != 3
+    assert (slide.counts.toarray() == counts[valid]).all() and slide.classes == ["L2/3", "L4"]
+    assert slide.barcodes[3] == "104" and slide.genes[2] == "G2" and slide.sample == "cortex"
+    assert (slide.xy == np.stack(lattice()[2:], axis=1)[valid]).all()
+    assert readers.list_slices(tmp_path) == ["cortex"]
+    keys = {"layer": "double", "gene_key": "Accession", "label_key": "ClusterID"}
+    slide = readers.load_slide(tmp_path, "cortex", **keys)
+    assert slide.counts.sum() == 2 * counts[valid].sum() and slide.genes[2] == "E2"
+    assert slide.classes == [str(i) for i in range(11)]
+    for name in keys:
+        with pytest.raises(DataError, match=rf"no .* nope: choose one of .*--{name}"):
+            readers.load_slide(path, **{name: "nope"})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: f.__delitem__("col_attrs/X"), "has no positions"),
+        (lambda f: f.__delitem__("row_attrs/Gene"), "cannot be read as a loom file"),
+        (lambda f: _h5ad(f, "matrix", lambda v: v + 0.5), "non-integer values in matrix"),
+        (lambda f: _h5ad(f, "matrix", lambda v: v[:, :-1]), "cannot be read as a loom file"),
+        (lambda f: _h5ad(f, "col_attrs/CellID", lambda v: v * 0), "60 times"),
+        (lambda f: _h5ad(f, "col_attrs/Region", lambda v: v[:3]), "cannot be read as a loom file"),
+    ],
+)
+def test_bad_loom(tmp_path, counts, damage, message):
+    path = write_loom(tmp_path / "a.loom", counts)
+    with h5py.File(path, "a") as handle:
+        damage(handle)
+    with pytest.raises(DataError, match=message) as caught:
+        readers.load_slide(path)
+    assert str(path) in str(caught.value)

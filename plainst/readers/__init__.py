@@ -49,6 +49,7 @@ from plainst.readers.checked import (
 from plainst.readers.foreign import refuse_foreign
 from plainst.readers.h5ad import h5ad_libraries, load_h5ad
 from plainst.readers.hd import hd_parts, sample_of
+from plainst.readers.loom import load_loom
 from plainst.readers.patches import (
     hest_folder,
     hest_genes,
@@ -111,14 +112,14 @@ def _slices(root: Path, library_key: str | None) -> dict[str, Path]:
             found[path.name] = path
         elif _is_visium(path / "outs"):
             found[path.name] = path / "outs"
-        elif path.suffix == ".h5ad" and path.is_file():
+        elif path.suffix in (".h5ad", ".loom") and path.is_file():
             found.setdefault(path.stem, path)
     return found
 
 
 def list_slices(root, library_key: str | None = None) -> list[str]:
     """Names under root that `load_slide(root, name)` reads: Visium folders, parts of a Visium HD
-    output, h5ad files, the samples of a HEST folder, or the libraries of one h5ad file."""
+    output, h5ad and loom files, the samples of a HEST folder, or the libraries of one h5ad file."""
     return sorted(_slices(Path(root).resolve(), library_key))
 
 
@@ -148,8 +149,8 @@ def load_slide(
     gene_key: str | None = None,
     library_key: str | None = None,
 ) -> Slide:
-    """Visium folder, h5ad file, or one `sample` of a folder of Visium folders, of a Visium HD
-    output, of h5ad files, of a HEST layout or of an h5ad file of several libraries -> Slide.
+    """Visium folder, h5ad or loom file, or one `sample` of a folder of those, of a Visium HD
+    output, of a HEST layout or of an h5ad file of several libraries -> Slide.
 
     `labels`: a label file as in `load_visium`, or the name of an obs column of an h5ad. `label_key`
     names the label column of an h5ad's obs, of metadata.tsv or of the file `labels`; `layer`,
@@ -163,7 +164,9 @@ def load_slide(
         raise DataError(f"{sample!r} is no name of a slice in {root}: give a name without folders")
     refuse_foreign(root)
     if is_h5ad:
-        library = None if sample in (None, root.stem) else sample.replace("/", "_")
+        library = None if sample is None else sample.replace("/", "_")
+        if library == root.stem and library not in h5ad_libraries(root, library_key):
+            library = None
         return _with_labels(
             labels,
             label_key,
@@ -178,12 +181,13 @@ def load_slide(
         path = found.get(sample, root / sample)
     refuse_foreign(path)
     if path.is_dir():
-        for flag, value in (("layer", layer), ("library_key", library_key)):
-            if value is not None:
-                raise DataError(
-                    f"--{flag} {value} is for h5ad files, {path} is a folder: leave it out"
-                )
+        _refuse_flags(path, "folder", layer=layer, library_key=library_key)
         return load_visium(path, counts, labels, label_key, gene_key)
+    if path.suffix == ".loom" and path.is_file():
+        _refuse_flags(path, "loom file", library_key=library_key)
+        return _with_labels(
+            labels, label_key, lambda key: load_loom(path, key, layer, counts, gene_key)
+        )
     path = path if path.suffix == ".h5ad" else path.with_name(path.name + ".h5ad")
     if (root / "st").is_dir() or (root / "adata").is_dir():
         return _with_labels(
@@ -201,6 +205,12 @@ def load_slide(
     if names:
         raise DataError(f"{root} has no slice {sample}: choose one of {names}")
     raise DataError(f"{root} is neither a folder of slices nor an h5ad: check the path")
+
+
+def _refuse_flags(path: Path, kind: str, **flags: str | None) -> None:
+    for flag, value in flags.items():
+        if value is not None:
+            raise DataError(f"--{flag} {value} is for h5ad files, {path} is a {kind}: leave it out")
 
 
 def _with_labels(labels, label_key: str | None, load: Callable[[str | None], Slide]) -> Slide:

@@ -23,6 +23,7 @@ from plainst.readers.checked import (
     read_array,
 )
 from plainst.readers.slides import (
+    LABEL_KEYS,
     Slide,
     as_uint8,
     check_fit,
@@ -34,20 +35,6 @@ from plainst.readers.slides import (
     library_of,
     unique_genes,
 )
-
-_LABEL_KEYS = (
-    "sce.layer_guess",
-    "layer_guess",
-    "label",
-    "labels",
-    "Layer",
-    "layer",
-    "ground_truth",
-    "Ground Truth",
-    "Region",
-    "region",
-)
-
 
 # obs columns that tell libraries apart, in the order in which they are believed
 _LIBRARY_KEYS = (
@@ -410,7 +397,7 @@ def load_h5ad(
                 f"{path} has no obs column {label_key}: choose one of {', '.join(names)} with "
                 "--label_key"
             )
-        known = (key for key in _LABEL_KEYS if key in names and key != libraries.key)
+        known = (key for key in LABEL_KEYS if key in names and key != libraries.key)
         label_key = label_key or next(known, None)
         labels, classes = None, []
         if label_key:

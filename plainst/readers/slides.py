@@ -270,6 +270,19 @@ def unique_genes(genes: np.ndarray, path) -> np.ndarray:
     return np.array(out, dtype=str)
 
 
+# columns that hold labels in public files, in the order in which they are believed
+LABEL_KEYS = (
+    "sce.layer_guess",
+    "layer_guess",
+    "label",
+    "labels",
+    "Layer",
+    "layer",
+    "ground_truth",
+    "Ground Truth",
+    "Region",
+    "region",
+)
 NO_LABEL = frozenset({"", "na", "nan", "none", "<na>", "undetermined"})
 _CORTEX = {**{f"L{i}": f"Layer{i}" for i in range(1, 7)}, "WM": "WM"}
 
