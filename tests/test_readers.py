@@ -1,6 +1,7 @@
 """Readers against naive parsers, the anndata and scanpy libraries, hand-written old layouts and
 damaged files."""
 
+import csv
 import hashlib
 import json
 import shutil
@@ -1564,6 +1565,21 @@ def test_labels_of_every_column_type(tmp_path, counts):
     assert load("bool").classes == load("plain").classes == ["False", "True"]
 
 
+def test_names_with_commas_quotes_and_slashes(tmp_path, counts):
+    """In barcodes, labels and genes: a CSV of R or Python quotes them, nothing is cut."""
+    adata = make_adata(counts)
+    names = [f'{code},"{i}"' for i, code in enumerate(barcodes())]
+    adata.obs_names = names
+    adata.var_names = [f"HLA-A/B,{j // 2}" for j in range(N_GENES)]
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    with open(tmp_path / "mine.csv", "w", newline="") as handle:
+        csv.writer(handle).writerows([n, ("L2/3", 'a "b", c')[i % 2]] for i, n in enumerate(names))
+    with pytest.warns(UserWarning, match="6 repeated gene symbols"):
+        slide = readers.load_slide(tmp_path / "s.h5ad", labels=tmp_path / "mine.csv")
+    assert slide.barcodes.tolist() == names and slide.classes == ["L2/3", 'a "b", c']
+    assert slide.genes[:3].tolist() == ["HLA-A/B,0", "HLA-A/B,0-1", "HLA-A/B,1"]
+
+
 @pytest.mark.parametrize(
     "names, is_swapped",
     [
@@ -1654,7 +1670,8 @@ def test_hd_parts_of_several_samples(tmp_path, counts):
         (lambda text: "[1]", "no GeoJSON of cell outlines"),
         (lambda text: text.replace("cell_id", "id"), "no GeoJSON of cell outlines"),
         (lambda text: text.replace('"cell_id": 7}', '"cell_id": 777}'), "holds only 59 of the 60"),
-        (lambda text: '{"features": []}', "holds no cell"),
+        (lambda text: '{"features": []}', "holds 0 cells"),
+        (lambda text: text.replace('"cell_id": 7}', '"cell_id": 8}'), "holds 59 cells in 60"),
         (lambda text: text.replace("[[[", '[[["a",'), "no GeoJSON of cell outlines"),
     ],
 )

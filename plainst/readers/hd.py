@@ -58,8 +58,8 @@ def read_outlines(path: Path) -> dict[str, np.ndarray]:
     """cell_segmentations.geojson of Space Ranger 4 -> columns as of a positions file: barcode
     (cellid_000000001-1), in_tissue, and the centre of each outline in full-resolution px."""
     try:
-        cells = {}
-        for cell in read_json(path)["features"]:
+        features, cells = read_json(path)["features"], {}
+        for cell in features:
             shape = cell["geometry"]["coordinates"]
             if cell["geometry"]["type"] == "MultiPolygon":
                 shape = max(shape, key=lambda polygon: len(polygon[0]))
@@ -71,8 +71,11 @@ def read_outlines(path: Path) -> dict[str, np.ndarray]:
             f"{path} is no GeoJSON of cell outlines ({error}): copy it from segmented_outputs/ "
             "again"
         ) from error
-    if not cells:
-        raise DataError(f"{path} holds no cell: copy it from segmented_outputs/ again")
+    if not cells or len(cells) < len(features):
+        raise DataError(
+            f"{path} holds {len(cells)} cells in {len(features)} outlines: copy it from "
+            "segmented_outputs/ again"
+        )
     x, y = check_xy(np.array(list(cells.values())), len(cells), path).T
     return {
         "barcode": np.array(list(cells)),

@@ -244,8 +244,12 @@ def donor_of(folder: Path, sample: str) -> tuple[str, list[str]]:
     if path is None:
         return "", []
     header, rows = read_table(path)
-    if header != ["slice", "donor"] or any(len(row) != 2 for row in rows):
-        raise DataError(f"{path} is no table of the columns slice,donor: correct or delete it")
+    is_table = header == ["slice", "donor"] and all(len(row) == 2 for row in rows)
+    if not is_table or len(dict(rows)) < len(rows):
+        raise DataError(
+            f"{path} is no table of the columns slice,donor with a row per slice: correct or "
+            "delete it"
+        )
     return dict(rows).get(sample, ""), [str(path)]
 
 
