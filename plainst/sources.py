@@ -101,8 +101,8 @@ def dlpfc_homes(sample):
         Item(f"{PILOT}/{sample}/tissue_positions_list.txt", f"{spatial}/tissue_positions_list.csv"),
         Item(f"{PILOT}/{sample}/scalefactors_json.json", f"{spatial}/scalefactors_json.json"),
     ]
-    for image in ("tissue_lowres_image.png", "tissue_hires_image.png"):
-        parts.append(Item(f"{S3}/images/{sample}_{image}", f"{spatial}/{image}"))
+    images = ("tissue_lowres_image.png", "tissue_hires_image.png")
+    parts += [Item(f"{S3}/images/{sample}_{image}", f"{spatial}/{image}") for image in images]
     matrix = "filtered_feature_bc_matrix.h5"
     parts.append(Item(f"{S3}/h5/{sample}_{matrix}", f"{sample}/{matrix}"))
     figshare = f"https://ndownloader.figshare.com/files/{FIGSHARE[sample]}"

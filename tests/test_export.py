@@ -435,7 +435,7 @@ def test_half_a_record_or_one_of_another_version_is_one_sentence(what, visium, t
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == ""
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
-    assert str(record) in said.err and "run it again" in said.err or what == "not JSON"
+    assert (str(record) in said.err and "run it again" in said.err) or what == "not JSON"
     assert not (tmp_path / "out").exists()
 
 
