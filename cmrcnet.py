@@ -23,10 +23,10 @@ retrieval, contrastive loss alone) on the same slides; see docs/cmrcnet.md.
 import copy
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -41,7 +41,7 @@ from evaluation import baselines, figures, hest
 from plainst import jobs, retrieval, run
 from plainst.features import read_tensors
 
-PRESETS = {
+SIZES = {
     "vit": {"dim": 256, "snn": 2048, "n_hvg": 1000, "lr": 1e-4, "epochs": 60},
     "features": {"dim": 128, "snn": 512, "n_hvg": 200, "lr": 1e-3, "epochs": 30},
 }
@@ -59,9 +59,15 @@ COLUMNS = (
 )
 
 
+# named sets of flags; what is typed goes before them
+PRESETS = {"tuned": {}}
+
+
 @dataclass
 class Config(run.Config):
     """Flags of cmrcnet.py."""
+
+    presets: ClassVar = PRESETS
 
     data: str = "datasets/her2st"
     "HEST-benchmark task folder (or HEST-1k folder); with --predict also a folder of patches (*.h5)"
@@ -90,9 +96,9 @@ class Config(run.Config):
     from each test slide's truth"""
     markers: str = "breast"
     "marker list: breast, colorectal, or names joined by commas; those not measured are left out"
-    backbone: Literal["auto", "features", "released", "base", "tiny"] = "auto"
+    backbone: Literal["features", "released", "base", "tiny"] = "features"
     """frozen features, or a ViT: 8 layers x 8 heads as released, ViT-B/32 (12 x 12), 4 x 6 on 112
-    pixels. auto: released on CUDA, features on CPU"""
+    pixels"""
     weights: str = ""
     """ViT-B/32 checkpoint (timm or transformers keys; .safetensors, .pt, .bin) to start --backbone
     base from"""
@@ -891,12 +897,10 @@ def check(config):
 
 
 def resolved(config):
-    """The flags with `auto` and 0 replaced by what they stand for. Raises DataError for widths that
+    """The flags with 0 replaced by what they stand for. Raises DataError for widths that
     do not fit each other."""
     out = copy.copy(config)
-    if out.backbone == "auto":
-        out.backbone = "released" if run.pick_device(out.device).type == "cuda" else "features"
-    for name, value in PRESETS["features" if out.backbone == "features" else "vit"].items():
+    for name, value in SIZES["features" if out.backbone == "features" else "vit"].items():
         setattr(out, name, getattr(out, name) or value)
     if out.dim % 8 or out.snn % out.dim:
         raise DataError(
@@ -917,8 +921,10 @@ def require_spots(n, k, what):
 def variant(config):
     """Folder name of the run: split where it is not the folder's own, backbone, and every other
     flag that is not at its default."""
+    config = resolved(config)
     words = [config.split] * (config.split != "folds") + [config.backbone]
-    default = resolved(Config(backbone=config.backbone))
+    preset = run.of_preset(Config, config.preset)
+    default = resolved(replace(preset, backbone=config.backbone))
     silent = ("split", "fold", "patient", "backbone", "atlas")
     return run.variant(config, words, silent, default)
 

@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -66,9 +66,15 @@ BASELINES = {
 GENE_FREE = {"majority", "coords_knn", "coords_rbf"}
 
 
+# named sets of flags; what is typed goes before them
+PRESETS = {"tuned": {}}
+
+
 @dataclass
-class Config(run.Config):
+class Config(run.SlideConfig):
     """Flags of gat_fusion.py; defaults are the published ones unless the help says otherwise."""
+
+    presets: ClassVar = PRESETS
 
     mode: Literal[
         "expr_only",
@@ -695,23 +701,24 @@ def load(config):
                 f"--labels {config.labels} is for one slide, --split {config.split} reads "
                 "several: put labels beside each slide"
             )
-        if data.is_one_slide(config.data):
+        if data.is_one_slide(config.data, config.library_key):
             raise DataError(
                 f"{config.data} is one slide, --split {config.split} needs several: give the "
                 "parent folder that holds them, "
                 f"--data {Path(config.data).absolute().parent} --slice "
                 f"{config.slice or Path(config.data).absolute().stem}"
             )
+    columns = config.columns()
     first = data.load_slide(
-        config.data, config.slice or None, counts=genes, labels=config.labels or None
+        config.data, config.slice or None, counts=genes, labels=config.labels or None, **columns
     )
     if config.split not in ("slice", "donor"):
         return [first]
     names = [n.strip() for n in config.train.split(",") if n.strip()]
     if not names:
         others = [
-            data.load_slide(config.data, n, counts=False)
-            for n in data.list_slices(config.data)
+            data.load_slide(config.data, n, counts=False, **config.columns())
+            for n in data.list_slices(config.data, config.library_key)
             if n != first.sample
         ]
         if config.split == "donor":
@@ -724,7 +731,8 @@ def load(config):
             f"--split {config.split} finds no other slice to train on beside {first.sample} "
             f"in {config.data}: name them with --train"
         )
-    slides = [first, *(data.load_slide(config.data, n, counts=genes) for n in names)]
+    others = (data.load_slide(config.data, n, counts=genes, **columns) for n in names)
+    slides = [first, *others]
     if config.split == "donor":
         data.check_donors(slides)
     if config.split == "donor" and any(s.patient == first.patient for s in slides[1:]):
@@ -995,7 +1003,9 @@ def predict_slide(config, start):
     """Predict the layers of a new slide with a saved model: genes aligned by name, the graph built
     inside the new slide."""
     saved, known, config = read_checkpoint(config)
-    slide = data.load_slide(config.data, config.slice or None, labels=config.labels or None)
+    slide = data.load_slide(
+        config.data, config.slice or None, labels=config.labels or None, **config.columns()
+    )
     name = f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}"
     record = run.Run("gat_fusion", config, slide.sample, name, start)
     x, image = predict_inputs(config, saved, slide)

@@ -22,7 +22,7 @@ is fixed beforehand: fused + diffusion (gene-only + diffusion without an image).
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -38,11 +38,16 @@ from plainst import run, stain
 from plainst.features import input_files
 from plainst.graphs import Graph, SpotBatches, graph_product, neighbours_in_batch
 
+# named sets of flags; what is typed goes before them
+PRESETS = {"tuned": {}}
+
 
 @dataclass
-class Config(run.Config):
+class Config(run.SlideConfig):
     """Flags of multist.py; defaults are the paper's or the released code's unless the help says
     otherwise."""
+
+    presets: ClassVar = PRESETS
 
     n_domains: str = "oracle"
     """number of domains: oracle (as many as the labels have; recorded as such), bic (2 to 20), or a
@@ -933,7 +938,7 @@ def check(config):
 
 def variant(config):
     """Folder name of a run: `default`, and the flags that differ from their defaults."""
-    return run.variant(config, ["default"], ["figures"], files=["encoder", "order", "lr_pairs"])
+    return run.variant(config, [], ["figures"], files=["encoder", "order", "lr_pairs"])
 
 
 def with_image(slide, config):
@@ -1045,7 +1050,7 @@ def main(argv=None):
     start = time.perf_counter()
     config = run.parse(Config, argv, __doc__.split("\n")[0])
     check(config)
-    slide = data.load_slide(config.data, config.slice or None)
+    slide = data.load_slide(config.data, config.slice or None, **config.columns())
     use_image = with_image(slide, config)
     if use_image and config.m > slide.n_spots:
         raise DataError(

@@ -19,14 +19,14 @@ nearest-cell retrieval) on the same cells, see evaluation/cells.py and docs/spat
     python spatia.py --data datasets/ca1/cells.h5 --seed 0
     # choices are made on the validation part, never on the test cells
     python spatia.py --data cells.h5 --score val --guidance 0
-    torchrun --standalone --nproc_per_node=2 spatia.py --data cells.h5 --preset base
+    torchrun --standalone --nproc_per_node=2 spatia.py --data cells.h5 --size base
 """
 
 import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ WARM_UP = 100
 
 @dataclass(frozen=True)
 class Size:
-    """A preset: widths, depths and steps."""
+    """A size: widths, depths and steps."""
 
     dim: int
     heads: int
@@ -78,7 +78,7 @@ class Size:
     lr: tuple
 
 
-PRESETS = {
+SIZES = {
     "tiny": Size(
         dim=64,
         heads=2,
@@ -128,9 +128,15 @@ PRESETS = {
 }
 
 
+# named sets of flags; what is typed goes before them
+PRESETS = {"tuned": {}}
+
+
 @dataclass
 class Config(run.Config):
     """Flags of spatia.py."""
+
+    presets: ClassVar = PRESETS
 
     data: str = "datasets/ca1/cells.h5"
     "cell file (python -m plainst convert ca1|xenium, python -m plainst simulate cells)"
@@ -145,14 +151,14 @@ class Config(run.Config):
     "training cells within so many px of a held-out cell are dropped"
     fold: int = 0
     "which of the blocks or sections are held out"
-    preset: Literal["tiny", "base"] = "tiny"
+    size: Literal["tiny", "base"] = "tiny"
     "tiny: about 1 M parameters, minutes on a CPU; base: for GPUs"
     path: Literal["flow", "ddpm"] = "flow"
     """flow matching on the straight path, Heun steps; or diffusion (cosine schedule, v-prediction),
     DDIM steps"""
     rho: float = -1.0
     """share of the decoder's tokens that are merged before self-attention, 0 to 0.75; -1: the
-    preset's"""
+    size's"""
     condition: Literal["none", "expression", "context"] = "context"
     """what the decoder sees: nothing, the cell's own expression, or that and its neighbours'
     expression"""
@@ -172,11 +178,11 @@ class Config(run.Config):
     tissue: bool = True
     "tissue transformer: the nearest squares of cells"
     steps_a: int = 0
-    "optimiser steps of stage A (cells); 0: the preset's"
+    "optimiser steps of stage A (cells); 0: the size's"
     steps_b: int = 0
-    "optimiser steps of stage B (context); 0: the preset's"
+    "optimiser steps of stage B (context); 0: the size's"
     steps_c: int = 0
-    "optimiser steps of stage C (decoder); 0: the preset's"
+    "optimiser steps of stage C (decoder); 0: the size's"
     generate: bool = True
     """stage C and the scores of generated images; --no-generate leaves them out (ablations of the
     representation)"""
@@ -1123,16 +1129,19 @@ def train(config, size, stages, dataset, record):
     return models, losses, conditions
 
 
+def variant(config):
+    """Folder name of the run: size, path, and every other flag that is not at its default."""
+    return run.variant(config, [config.size, config.path], ("size", "path", "fold", "score"))
+
+
 def main(argv=None):
     """Train the three stages, score every task."""
     start = time.perf_counter()
     config = run.parse(Config, argv, __doc__.split("\n")[0])
     check(config)
-    size, path = PRESETS[config.preset], Path(config.data)
-    variant = run.variant(config, [config.preset, config.path], ("preset", "path", "fold", "score"))
-    name = path.resolve().parent.name if path.name == "cells.h5" else path.stem
+    size, path = SIZES[config.size], Path(config.data)
     part = f"{config.score}-fold{config.fold}"
-    record = run.Run("spatia", config, part, variant, start, name)
+    record = run.Run("spatia", config, part, variant(config), start)
     dataset = load(config, size, record.device)
     cells, rows = dataset.cells, dataset.rows["test"]
     n_train, (channels, side) = len(dataset.rows["train"]), dataset.shape

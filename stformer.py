@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from plainst import jobs, run
 
 QUADRANTS = ("p2p", "p2h", "h2p", "h2h")
 # layers, width, heads
-PRESETS = {
+SIZES = {
     "mini": (2, 128, 4),
     "tiny": (2, 256, 4),
     "small": (4, 384, 8),
@@ -57,9 +57,15 @@ COLUMNS = (
 )
 
 
+# named sets of flags; what is typed goes before them
+PRESETS = {"tuned": {}}
+
+
 @dataclass
 class Config(run.Config):
     """Flags of stformer.py."""
+
+    presets: ClassVar = PRESETS
 
     data: str = "datasets/her2st"
     """HEST-benchmark task folder (or HEST-1k folder); with --predict also a folder of patches
@@ -90,7 +96,7 @@ class Config(run.Config):
     target_scale: Literal["train", "slide"] = "train"
     """the MSE sees genes z-scored over the training spots, or within each slide: differences
     between slides are then no part of the task"""
-    preset: Literal["mini", "tiny", "small", "medium", "large"] = "mini"
+    size: Literal["mini", "tiny", "small", "medium", "large"] = "mini"
     "layers, width and heads: 2 x 128 x 4, 2 x 256 x 4, 4 x 384 x 8, 6 x 512 x 8, 12 x 768 x 12"
     mode: Literal["dense", "global"] = "dense"
     "genes of every spot, or of the slide's mean"
@@ -995,18 +1001,18 @@ def with_linear(pairs, linear, config):
 def variant(config):
     """Folder name of the run: split where it is not the folder's own, preset, and every other flag
     that is not at its default."""
-    words = [config.split] * (config.split != "folds") + [config.preset]
-    return run.variant(config, words, ("split", "fold", "patient", "preset"))
+    words = [config.split] * (config.split != "folds") + [config.size]
+    return run.variant(config, words, ("split", "fold", "patient", "size"))
 
 
 def build(config, dim_in, n_genes, n_pathways):
     """PathwayTransformer from the flags. Raises DataError for quadrants that cannot work."""
-    layers, dim, heads = PRESETS[config.preset]
+    layers, dim, heads = SIZES[config.size]
     on = quadrants(config.interactions)
     if "h2p" in on and "p2h" in on and "h2h" not in on and layers < 2:
         raise DataError(
             "without h2h a patch hears of others only through the pathways: two layers at "
-            "least, choose another --preset"
+            "least, choose another --size"
         )
     return PathwayTransformer(
         dim_in,

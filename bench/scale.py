@@ -203,7 +203,7 @@ def one_stformer(folder, n):
         torch.ones(n, dtype=torch.bool),
         torch.ones(1000, dtype=torch.bool),
     )
-    layers, dim, heads = stformer.PRESETS["small"]
+    layers, dim, heads = stformer.SIZES["small"]
     model = stformer.PathwayTransformer(
         768, 1000, 50, layers, dim, heads, distance_bias=True, checkpointing=True
     )

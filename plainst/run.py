@@ -6,13 +6,8 @@ help text. A run is complete when `run.json` exists: every file is written besid
 all are renamed into it, `run.json` last.
 """
 
-import argparse
-import ast
 import contextlib
 import dataclasses
-import hashlib
-import inspect
-import itertools
 import json
 import os
 import pickle
@@ -22,11 +17,9 @@ import resource
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 import typing
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -36,84 +29,23 @@ import sklearn
 import torch
 from tqdm import tqdm
 
-from plainst.readers.checked import NPZ_ERRORS, DataError
-
-
-@dataclass
-class Config:
-    """Flags that mean the same in every script."""
-
-    data: str = "datasets/dlpfc"
-    "folder with the data (a Visium folder, a folder of slices, an h5ad file, a HEST task folder)"
-    slice: str = ""
-    "sample to run on, e.g. 151673; may stay empty where the folder holds one sample"
-    seed: int = 0
-    "seed of initialisation and training"
-    device: str = "auto"
-    "auto (cuda where there is one), cpu, cuda, cuda:1"
-    threads: int = 0
-    "CPU threads; 0 leaves torch's default"
-    deterministic: bool = True
-    "same seed, same machine, same numbers (costs a little speed on a GPU)"
-    bf16: bool = False
-    "matrix products of the network in bfloat16 (autocast): for a GPU; most CPUs are slower with it"
-    compile: bool = False
-    "torch.compile the network: minutes before the first step; on a CPU it needs a C++ compiler"
-    runs: str = "runs"
-    "folder of the run records"
-
-
-def field_help(cls):
-    """Field name -> the string literal that stands under it in the class body, base classes
-    included."""
-    text = field_help(cls.__base__) if dataclasses.is_dataclass(cls.__base__) else {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    for field, doc in itertools.pairwise(body):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(doc, ast.Expr)
-            and isinstance(doc.value, ast.Constant)
-        ):
-            text[field.target.id] = " ".join(str(doc.value.value).split())
-    return text
-
-
-def parse(cls, argv=None, description=None):
-    """Flags -> an instance of the dataclass `cls`. Types bool (--x / --no-x), Literal (choices),
-    int, float and str."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    text, types = field_help(cls), typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        flag, kind, note = f"--{f.name}", types[f.name], text.get(f.name, "").replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=f.default, help=note
-            )
-        elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), default=f.default, help=note)
-        else:
-            parser.add_argument(
-                flag, type=kind, default=f.default, metavar=kind.__name__.upper(), help=note
-            )
-    return cls(**vars(parser.parse_args(argv)))
-
-
-AT_LEAST_ONE, AT_LEAST_ZERO = (
-    (lambda v: v >= 1, "at least 1"),
-    (lambda v: 0 <= v < float("inf"), "0 or more"),
+from plainst.flags import (  # noqa: F401 - a script reads its flags through `run`
+    AT_LEAST_ONE,
+    AT_LEAST_ZERO,
+    POSITIVE,
+    SEED,
+    SILENT,
+    Config,
+    SlideConfig,
+    check_flags,
+    data_name,
+    of_preset,
+    parse,
+    refuse_idle_flags,
+    resumable,
+    variant,
 )
-POSITIVE = (lambda v: 0 < v < float("inf"), "above 0")
-SEED = (lambda v: 0 <= v < 2**32, "from 0 to 4294967295")
-
-
-def check_flags(config, rules):
-    """rules {flag: (test of its value, what it must be)}. Raises DataError naming the first flag
-    whose test fails; nan passes no comparison."""
-    for name, (good, what) in ({"seed": SEED, "threads": AT_LEAST_ZERO} | rules).items():
-        if not good(getattr(config, name)):
-            raise DataError(f"--{name} is {getattr(config, name)}: it must be {what}")
+from plainst.readers.checked import NPZ_ERRORS, DataError
 
 
 def seed_everything(seed, deterministic=True):
@@ -216,15 +148,14 @@ class Run:
     `rank` and `world` number the processes, and only the first writes.
     """
 
-    def __init__(self, method, config, part, variant, start=None, name=None):
+    def __init__(self, method, config, part, run_name, start=None, name=None):
         self.method, self.config, self.start = (
             method,
             config,
             time.perf_counter() if start is None else start,
         )
-        # as given: a link keeps its own name
-        name = name or os.path.basename(os.path.abspath(config.data)).removesuffix(".h5ad")
-        self.folder = Path(config.runs) / method / name / part / variant / f"seed{config.seed}"
+        name = name or data_name(config.data)
+        self.folder = Path(config.runs) / method / name / part / run_name / f"seed{config.seed}"
         seed_everything(config.seed, config.deterministic)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -461,56 +392,6 @@ def checkpoint_fits(path):
         ) from error
 
 
-def saved_flags(path, cls, values, check):
-    """The flags that a checkpoint holds, as the dataclass `cls`: of the types and among the choices
-    of its fields, and passed by `check`. Raises DataError."""
-    with checkpoint_fits(path):
-        known = cls(**values)
-        for name, kind in typing.get_type_hints(cls).items():
-            value, choices = getattr(known, name), typing.get_args(kind)
-            if (
-                value not in choices
-                if choices
-                else not isinstance(value, (int, float) if kind is float else kind)
-            ):
-                raise ValueError(f"its flag {name} is {value}")
-        check(known)
-    return known
-
-
-# flags that say where, how fast or how often, and so stand in no folder name
-SILENT = (
-    *("data", "slice", "seed", "device", "threads", "deterministic", "runs", "cache", "predict"),
-    *("save_every", "resume"),
-)
-
-
-def variant(config, words=(), silent=(), default=None, files=()):
-    """Folder name of a run: `words`, then every flag that is not at its default, as name-value.
-
-    silent: flags that `words` tell already, or that change no number; default: the configuration
-    to compare with; files: flags that hold paths. A path is told by its last part and 8 hex digits
-    of the whole, because files of one name in two folders differ.
-    """
-    default, words = default or type(config)(), list(words)
-    for name, value in vars(config).items():
-        if name in (*SILENT, *silent) or value == getattr(default, name):
-            continue
-        text = str(value)
-        last = Path(text).name.replace(",", "+")
-        plain = "".join(c if c.isalnum() or c in "._+" else "_" for c in last)
-        is_path = "/" in text or name in files
-        mark = f"_{hashlib.sha256(text.encode()).hexdigest()[:8]}" if is_path else ""
-        words.append(f"{name}-{plain}{mark}")
-    return "-".join(words)
-
-
-def resumable(config):
-    """{flag: value} of the flags that must not change between a checkpoint and --resume."""
-    free = ("resume", "save_every", "runs", "device", "threads", "cache", "predict", "atlas")
-    return {name: value for name, value in vars(config).items() if name not in free}
-
-
 def read_latest(path, config, what, needs, origin, files):
     """The checkpoint to go on from with --resume.
 
@@ -529,6 +410,25 @@ def read_latest(path, config, what, needs, origin, files):
             f"{path} was written from other {files}: use the same, or leave --resume away"
         )
     return saved
+
+
+def saved_flags(path, cls, values, check):
+    """The flags that a checkpoint holds, as the dataclass `cls`: of the types and among the choices
+    of its fields, and passed by `check`. Raises DataError."""
+    with checkpoint_fits(path):
+        known = cls(**values)
+        types = typing.get_type_hints(cls)
+        for name in (field.name for field in dataclasses.fields(cls)):
+            kind = types[name]
+            value, choices = getattr(known, name), typing.get_args(kind)
+            if (
+                value not in choices
+                if choices
+                else not isinstance(value, (int, float) if kind is float else kind)
+            ):
+                raise ValueError(f"its flag {name} is {value}")
+        check(known)
+    return known
 
 
 def processes():

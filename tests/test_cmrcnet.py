@@ -726,7 +726,7 @@ def test_split_by_sample_says_that_it_leaks_the_patient(task, tmp_path, capsys):
         assert (
             record["leaks_patient"] is leaks
             and record["train_slides"] == train
-            and folder.parent.name.startswith(split)
+            and folder.parent.name.startswith(f"tuned-{split}")
         )
     cm.main(
         flags(task, tmp_path, "--split", "patient", "--patient", "P3", "--reconstruction", "none")

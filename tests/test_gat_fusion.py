@@ -851,11 +851,11 @@ def test_files_a_run_depends_on(cortex, real_data):
 
 def test_variants_of_files_with_one_name_differ():
     a, b = (gf.variant(gf.Config(mode="embedding", embedding=f"{d}/e.npz")) for d in "ab")
-    assert a != b and a.startswith("random-embedding-cross-embedding-e.npz_") and "/" not in a
+    assert a != b and a.startswith("tuned-random-embedding-cross-embedding-e.npz_") and "/" not in a
     assert gf.variant(gf.Config(encoder="x/resnet")) != gf.variant(gf.Config(encoder="y/resnet"))
     assert (
-        gf.variant(gf.Config()) == "random-full-cross"
-        and gf.variant(gf.Config(k=18)) == "random-full-cross-k-18"
+        gf.variant(gf.Config()) == "tuned-random-full-cross"
+        and gf.variant(gf.Config(k=18)) == "tuned-random-full-cross-k-18"
     )
 
 
@@ -868,7 +868,7 @@ def test_two_checkpoints_two_predictions(cortex, checkpoint, tmp_path, capsys):
         assert program(*flags, "--slice", "s2", "--predict", moved) == 0
     paths = list((tmp_path / "r").rglob("s2/*/seed0/run.json"))
     assert len(paths) == 2 and all(
-        p.parent.parent.name.startswith("predict-random-full-cross-") for p in paths
+        p.parent.parent.name.startswith("predict-tuned-random-full-cross-") for p in paths
     )
 
 

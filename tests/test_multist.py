@@ -866,8 +866,8 @@ def test_two_variants_never_share_a_folder():
     }
     assert (
         len(names) == 6
-        and "default" in names
-        and M.variant(M.Config(seed=3, dec=False, k=12)) == "default-k-12-dec-False"
+        and "tuned" in names
+        and M.variant(M.Config(seed=3, dec=False, k=12)) == "tuned-k-12-dec-False"
     )
     assert not any("/" in n or "=" in n for n in names)
 
@@ -911,9 +911,9 @@ def test_bad_flags_and_slides_are_one_sentence(cortex, tmp_path, capsys, monkeyp
     assert [
         p.name
         for p in (tmp_path / "runs" / "multist" / "sim" / "sim1").iterdir()
-        if p.name.startswith("default-n_domains-3")
+        if p.name.startswith("tuned-n_domains-3")
     ] == [
-        "default-n_domains-3-epochs-12-gan-fisher-dec_epochs-4-dec_update-2-fusion_epochs-1-n_init-1-permutations-20"
+        "tuned-n_domains-3-epochs-12-gan-fisher-dec_epochs-4-dec_update-2-fusion_epochs-1-n_init-1-permutations-20"
     ]
 
 

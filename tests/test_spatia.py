@@ -30,7 +30,7 @@ from plainst.cell_data import random_orientation
 from plainst.stages import Stages
 
 SMALL = dataclasses.replace(
-    sp.PRESETS["tiny"],
+    sp.SIZES["tiny"],
     dim=16,
     image_layers=1,
     gene_layers=0,
@@ -59,7 +59,7 @@ def cells(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(request, monkeypatch):
     """Everything on a very small preset; figures only where the test is about them."""
-    monkeypatch.setitem(sp.PRESETS, "tiny", SMALL)
+    monkeypatch.setitem(sp.SIZES, "tiny", SMALL)
     if "figures" not in request.node.name:
         monkeypatch.setattr(sp.figures, "draw_cells", lambda *args: None)
 
@@ -529,9 +529,9 @@ def test_set_transformer_ignores_absent_members_and_bears_none(trained):
 def test_a_small_field_is_learned(cells, tmp_path, monkeypatch):
     """The three losses fall well below their start."""
     monkeypatch.setitem(
-        sp.PRESETS, "tiny", dataclasses.replace(SMALL, steps=(60, 100, 40), lr=(3e-3, 1e-2, 2e-3))
+        sp.SIZES, "tiny", dataclasses.replace(SMALL, steps=(60, 100, 40), lr=(3e-3, 1e-2, 2e-3))
     )
-    size = sp.PRESETS["tiny"]
+    size = sp.SIZES["tiny"]
     config = config_of(cells)
     shared = config, size, stages_of(config, tmp_path), sp.load(config, size, torch.device("cpu"))
     field = shared[-1]
@@ -773,7 +773,7 @@ def test_two_processes_sum_to_one(cells, tmp_path):
     script = tmp_path / "go.py"
     script.write_text(
         "import sys, json, dataclasses, torch, spatia as sp; from plainst import run\n"
-        f"size = dataclasses.replace(sp.PRESETS['tiny'], dim=16, image_layers=1, "
+        f"size = dataclasses.replace(sp.SIZES['tiny'], dim=16, image_layers=1, "
         "gene_layers=0, latents=3, niche=5, tissue=4, decoder_dim=16,"
         f" decoder_layers=1, steps=(4, 4, 4), batch=(16, 16, 8))\n"
         f"config = run.parse(sp.Config, ['--data', {str(cells)!r}, '--device', 'cpu', "
@@ -891,12 +891,12 @@ def test_section_smaller_than_a_niche(tmp_path, monkeypatch):
     path = simulate.simulate_cells(
         tmp_path / "cells.h5", n_cells=80, n_genes=48, n_sections=3, size=16
     )
-    monkeypatch.setitem(sp.PRESETS, "tiny", dataclasses.replace(SMALL, niche=40))
+    monkeypatch.setitem(sp.SIZES, "tiny", dataclasses.replace(SMALL, niche=40))
     fails(flags(path, tmp_path), "cells.h5", "section", "niche")
 
 
 def test_crops_that_patches_do_not_fit(cells, tmp_path, monkeypatch):
-    monkeypatch.setitem(sp.PRESETS, "tiny", dataclasses.replace(SMALL, decoder_patch=5))
+    monkeypatch.setitem(sp.SIZES, "tiny", dataclasses.replace(SMALL, decoder_patch=5))
     fails(flags(cells, tmp_path), "cells.h5", "16 px")
 
 

@@ -57,7 +57,7 @@ def flags(root, tmp_path, *more):
         "0",
         "--members",
         "1",
-        "--preset",
+        "--size",
         "mini",
         "--rings",
         "1",
@@ -253,12 +253,12 @@ def test_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize(
-    "preset, count",
+    "size, count",
     [("tiny", 1_840_696), ("small", 7_464_120), ("medium", 19_385_656), ("large", 85_735_992)],
 )
-def test_parameter_counts(preset, count):
+def test_parameter_counts(size, count):
     with torch.device("meta"):
-        layers, dim, heads = st.PRESETS[preset]
+        layers, dim, heads = st.SIZES[size]
         model = st.PathwayTransformer(768, 1000, 50, layers, dim, heads)
         learned = st.PathwayTransformer(
             768, 1000, 50, layers, dim, heads, position="mlp", zinb=True
@@ -706,7 +706,7 @@ def test_batches_are_collated_once_and_padding_is_known(task):
     with torch.no_grad():
         whole, masked = model.eval()(**batch), model(**batch | {"whole": False})
     assert torch.allclose(whole["genes"], masked["genes"], atol=1e-5)
-    calls, config = [], st.Config(epochs=3, preset="mini", members=1)
+    calls, config = [], st.Config(epochs=3, size="mini", members=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             st,
