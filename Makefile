@@ -21,7 +21,7 @@ fused   = $(foreach m,$(1),$(if $(filter full gcn_full multimodal,$(m)),$(m)-cro
 name   := $(notdir $(patsubst %/,%,$(DATA)))
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help test demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale profile compare-flags mutate bench gpu-check clean
+.PHONY: help test test-long demo reproduce-dlpfc sweep domains ablations-multist reproduce-hest reproduce-her2st reproduce-ca1 reproduce ablations-hest ablations-cmrcnet ablations-spatia fetch fetch-hest report honest floors scale profile compare-flags mutate bench gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -37,7 +37,15 @@ help:  ## list the targets
 	touch $@
 
 test: $(if $(stamp),.venv/.stamp-dev)  ## the whole test suite (finds real data through PLAINST_DATA)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist worksteal
+
+test-long: $(if $(stamp),.venv/.stamp-dev)  ## a night of tests: the long ones, ten times the damaged files, three random orders, kills, mutants, a small scale run
+	$(PY) -m pytest -q -n 2 --dist worksteal -m long
+	PLAINST_FUZZ=10 $(PY) -m pytest -q -n 2 --dist worksteal tests/test_fuzz.py
+	for seed in 7 11 23; do $(PY) -m pytest -q -n 2 --dist loadfile --shuffle $$seed || exit 1; done
+	$(PY) bench/kill_runs.py --out $(RUNS)/kills
+	$(PY) bench/scale.py gat_fusion --sizes 2000 8000 --out $(RUNS)/scale_small
+	$(PY) bench/mutate.py --n $(or $(N),20) --seed $(or $(SEED),0)
 
 demo: $(stamp)  ## no download, no GPU: simulate a small cortex, H&E task and cell field, run every method shortly, write runs/demo/report.html
 	rm -rf $(RUNS)/demo

@@ -20,12 +20,14 @@ from plainst.features import (
     crops,
     handmade_descriptor,
     image_features,
+    is_features_file,
     pretrained_encoder,
     read_embedding,
     slice_path,
 )
 from plainst.neighbours import (
     describe_slide,
+    distances,
     knn_table,
     lattice_pitch,
     lattice_table,
@@ -33,6 +35,7 @@ from plainst.neighbours import (
     neighbour_mean,
     normalised_adjacency,
     normalised_knn_graph,
+    smoothing_matrix,
     symmetric_union,
     table_to_csr,
     with_halo,

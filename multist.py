@@ -1,14 +1,14 @@
-"""Spatial domains from expression, position and histology, without labels: MultiST (Wang, Ly, Yu,
-Bai; arXiv 2601.13331).
+"""MultiST: spatial domains from expression, position and histology, without labels.
 
-    counts (N, G) --PCA--> X (N, 200) --mask--> X' --MLP, GCN--> Z (N, 32)      Stage I, a masked
-    graph auto-encoder with a GAN side-branch
-                                                                Z --DEC--> Z     Stage II, compact
-                                                                clusters
+Wang, Ly, Yu, Bai, "MultiST", arXiv 2601.13331:
+
+    counts (N, G) --PCA--> X (N, 200) --mask--> X' --MLP, GCN--> Z (N, 32)             Stage I
+                           a masked graph auto-encoder with a GAN side-branch
+    Z --DEC--> Z           compact clusters                                            Stage II
     image --crops, frozen encoder, kNN smoothing--> V (N, 512)
-    Z, V --cross-attention in both directions over the m nearest spots--> H (N, 128)
-    Stage III H --PCA, tied-covariance GMM--> labels --label diffusion--> domains; pseudotime and
-    ligand-receptor scores from them
+    Z, V --cross-attention in both directions over the m nearest spots--> H (N, 128)   Stage III
+    H --PCA, tied-covariance GMM--> labels --label diffusion--> domains
+    domains --> pseudotime and ligand-receptor scores
 
 Eq. numbers are the paper's where docs/multist.md knows them. Labels are read for scores, figures
 and, with `--n_domains oracle`, for the number of domains; no loss sees them. The output that counts
@@ -19,36 +19,24 @@ is fixed beforehand: fused + diffusion (gene-only + diffusion without an image).
     python multist.py --data my_section.h5ad --n_domains bic --image off
 """
 
-import copy
-import csv
-import hashlib
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
 import numpy as np
 import scipy.sparse as sp
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import false_discovery_control
 from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
-from sklearn.neighbors import NearestNeighbors
-from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
 import data
-import metrics
 from data import DataError
-from plainst import run
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from evaluation import baselines, clustering, downstream, figures
+from plainst import run, stain
+from plainst.features import input_files
+from plainst.graphs import Graph, SpotBatches, graph_product, neighbours_in_batch
 
 
 @dataclass
@@ -176,7 +164,7 @@ class Config(run.Config):
 
 
 # --------------------------------------------------------------------------------------------------
-# Input X and the spatial graph
+# Input X
 # --------------------------------------------------------------------------------------------------
 
 
@@ -231,96 +219,6 @@ def log_matrix(slide, config):
     )
 
 
-class Graph:
-    """D^-1/2 (A + I) D^-1/2 of the k-nearest-neighbour graph symmetrised by union, as rows of an
-    embedding bag, and its edges (2, E), i < j.
-
-    The losses are about its first `own` spots: all of them, or in a part of the slide those of the
-    tile; edges, too, are those among them.
-    """
-
-    def __init__(self, xy, k, device="cpu", name=""):
-        # (N, N) sparse
-        self.a_hat, self.pieces = data.normalised_knn_graph(xy, k, name)
-        self.xy, self.device, self.cut = xy, device, {}
-        self.fill(self.a_hat, sp.triu(self.a_hat, 1).tocoo(), len(xy))
-
-    def fill(self, a_hat, edges, own):
-        """Set the tensors from A_hat (n, n) CSR and the upper triangle of the edges (n, n) COO."""
-        self.columns, self.starts, self.weights = (
-            torch.as_tensor(v, device=self.device)
-            for v in (
-                a_hat.indices.astype(np.int64),
-                a_hat.indptr[:-1].astype(np.int64),
-                a_hat.data,
-            )
-        )
-        # (2, E)
-        self.edges = torch.as_tensor(
-            np.stack([edges.row, edges.col]).astype(np.int64), device=self.device
-        )
-        # (E,) to look edges up
-        self.key = (self.edges[0] * own + self.edges[1]).sort().values
-        self.own = own
-
-    def own_of(self, values):
-        """The rows of the own spots; the whole is left as it is, since a slice of it would add up
-        gradients in another order."""
-        return values if len(values) == self.own else values[: self.own]
-
-    def parts(self, size):
-        """[(rows, Graph)]: the whole, or for each compact tile of at most `size` spots its rows of
-        the slide, own spots first, and their graph.
-
-        The halo is three steps wide, two of the encoder and one of the decoder: a tile's own spots
-        see what they see in the whole.
-        """
-        if not size or size >= len(self.xy):
-            return [(slice(None), self)]
-        if size not in self.cut:
-            self.cut[size] = self.tiles(size)
-        return self.cut[size]
-
-    def tiles(self, size):
-        """What `parts` gives and keeps."""
-        out = []
-        for rows in data.median_tiles(self.xy, size):
-            own, seen, edge = len(rows), np.zeros(len(self.xy), bool), rows
-            for _ in range(3):
-                seen[edge] = True
-                near = np.unique(self.a_hat[edge].indices)
-                edge = near[~seen[near]]
-                # (n,)
-                rows = np.concatenate([rows, edge])
-            part, a_hat = copy.copy(self), self.a_hat[rows][:, rows].tocsr()
-            part.fill(a_hat, sp.triu(a_hat[:own, :own], 1).tocoo(), own)
-            out.append((torch.as_tensor(rows, device=self.device), part))
-        return out
-
-
-class GraphProduct(torch.autograd.Function):
-    """A_hat h: (N, d) -> (N, d) as an embedding bag. A_hat is symmetric, so the gradient is the
-    same product."""
-
-    @staticmethod
-    def forward(ctx, h, graph):
-        ctx.graph = graph
-        return F.embedding_bag(
-            graph.columns,
-            h.contiguous(),
-            graph.starts,
-            per_sample_weights=graph.weights.to(h.dtype),
-            mode="sum",
-        )
-
-    @staticmethod
-    def backward(ctx, grad):
-        return GraphProduct.apply(grad, ctx.graph), None
-
-
-graph_product = GraphProduct.apply
-
-
 # --------------------------------------------------------------------------------------------------
 # Stage I: masked graph auto-encoder
 # --------------------------------------------------------------------------------------------------
@@ -346,6 +244,8 @@ def mask_rows(x, m, rate, mode):
 
 # spots at a time in evaluation mode
 ROWS = 20_000
+# products with the graph between X and X_hat: two of the encoder, one of the decoder
+HOPS = 3
 
 
 class Encoder(nn.Module):
@@ -429,11 +329,11 @@ def edge_logits(z, pairs):
 def negative_pairs(graph):
     """As many random pairs (2, <= E) as there are edges, without self-pairs and edges; drawn anew
     at every call."""
-    i, j = torch.randint(graph.own, (2, graph.edges.shape[1]), device=graph.edges.device)
+    i, j = torch.randint(graph.n_own, (2, graph.edges.shape[1]), device=graph.edges.device)
     low, high = torch.minimum(i, j), torch.maximum(i, j)
-    key = low * graph.own + high
-    at = torch.searchsorted(graph.key, key).clamp(max=len(graph.key) - 1)
-    free = (low != high) & (graph.key[at] != key)
+    key = low * graph.n_own + high
+    at = torch.searchsorted(graph.edge_keys, key).clamp(max=len(graph.edge_keys) - 1)
+    free = (low != high) & (graph.edge_keys[at] != key)
     return torch.stack([low[free], high[free]])
 
 
@@ -544,12 +444,12 @@ class Adversary:
     def encode(self, model, x, graph):
         """Latents of fresh fakes, (own, 32)."""
         with frozen_statistics(model):
-            return graph.own_of(model.encoder(self.generator(len(x)), graph))
+            return graph.without_halo(model.encoder(self.generator(len(x)), graph))
 
     def step(self, model, x, graph):
         """One step of the critic and one of the generator; the encoder stands still."""
         with torch.no_grad(), frozen_statistics(model):
-            z, z_fake = graph.own_of(model.encoder(x, graph)), self.encode(model, x, graph)
+            z, z_fake = graph.without_halo(model.encoder(x, graph)), self.encode(model, x, graph)
         if self.kind == "fisher":
             self.c_step.zero_grad()
             (-self.distance(z, z_fake)).backward()
@@ -614,7 +514,7 @@ def decayed(module, weight_decay):
 def train_stage1(x, graph, config, log):
     """Stage I: lambda_x MSE + lambda_g L_graph + lambda_mask L_mask + lambda_gan L_gan. x (N, P) ->
     AutoEncoder, its optimiser, Adversary or None."""
-    model, parts = AutoEncoder(x.shape[1], config).to(x.device), graph.parts(config.tile)
+    model, parts = AutoEncoder(x.shape[1], config).to(x.device), graph.tiles(config.tile, HOPS)
     run.compiled(model.encoder, config)
     step = torch.optim.Adam(decayed(model, config.weight_decay), lr=config.lr)
     adversary = None if config.gan == "off" else Adversary(config.gan, x.shape[1], x.device)
@@ -642,8 +542,8 @@ def stage1_terms(model, adversary, x, graph, config):
     # (N, 32)
     z = model.encode(masked, graph)
     # (own, P)
-    x_hat = graph.own_of(model.decode(z, graph))
-    x, z, rows = graph.own_of(x), graph.own_of(z), rows[rows < graph.own]
+    x_hat = graph.without_halo(model.decode(z, graph))
+    x, z, rows = graph.without_halo(x), graph.without_halo(z), rows[rows < graph.n_own]
     terms = {
         "expression": config.lambda_x * F.mse_loss(x_hat, x),
         "graph": config.lambda_g * edge_loss(z, graph),
@@ -685,11 +585,11 @@ def stage2_terms(model, adversary, x, graph, target, centres, config):
     """{name: weighted scalar} of one forward pass; target (own, K), centres (K, 32)."""
     # (N, 32)
     z = model.encode(x, graph)
-    own = graph.own_of(z)
+    own = graph.without_halo(z)
     terms = {
         "dec": config.lambda_dec * dec_kl(target, dec_q(own, centres)),
         "expression": config.lambda_x
-        * F.mse_loss(graph.own_of(model.decode(z, graph)), graph.own_of(x)),
+        * F.mse_loss(graph.without_halo(model.decode(z, graph)), graph.without_halo(x)),
         "graph": config.lambda_g * edge_loss(own, graph),
     }
     if adversary:
@@ -702,7 +602,7 @@ def stage2_terms(model, adversary, x, graph, target, centres, config):
 def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
     """Stage II, with Stage I's optimiser: DEC + expression + graph + GAN terms. Returns centres (K,
     32), the final target (N, K), epochs run."""
-    parts = graph.parts(config.tile)
+    parts = graph.tiles(config.tile, HOPS)
     z = model.embed(x, graph)
     kmeans = KMeans(n_domains, n_init=20, random_state=config.seed).fit(z.cpu().numpy())
     # (K, 32)
@@ -723,7 +623,13 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
                 adversary.step(model, x[rows], near)
             loss = terms.total(
                 stage2_terms(
-                    model, adversary, x[rows], near, near.own_of(target[rows]), centres, config
+                    model,
+                    adversary,
+                    x[rows],
+                    near,
+                    near.without_halo(target[rows]),
+                    centres,
+                    config,
                 ),
                 epoch,
                 [*model.encoder.parameters(), centres],
@@ -742,84 +648,13 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
 # Image branch
 # --------------------------------------------------------------------------------------------------
 
-# Reinhard et al. 2001, Eq. 4
-RGB_TO_LMS = np.array(
-    [[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]]
-)
-# Eq. 6, Ruderman's l alpha beta
-LMS_TO_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])
-# mean and std of l alpha beta under the spots of DLPFC 151673
-REFERENCE = np.array([[8.429, -0.135, 0.030], [0.160, 0.049, 0.0124]])
-
-
-def to_lab(rgb):
-    """(n, 3) uint8 or float 0-255 -> (n, 3) l alpha beta of the logarithms of LMS, natural
-    logarithm."""
-    return np.log(
-        np.maximum(rgb.astype(np.float32), 1) @ RGB_TO_LMS.T.astype(np.float32)
-    ) @ LMS_TO_LAB.T.astype(np.float32)
-
-
-def tissue_colour(slide, reach=2):
-    """(2, 3) mean and std of l alpha beta over the pixels within `reach` of the spots' centres.
-
-    The paper's rule R + G + B < 600 takes the whole picture of 151673 for tissue: its background is
-    grey (525)."""
-    step = np.arange(-reach, reach + 1)
-    # (N, 2)
-    at = np.rint(slide.xy * slide.image_scale).astype(int)
-    x, y = (np.clip(at[:, i, None] + step, 0, slide.image.shape[1 - i] - 1) for i in (0, 1))
-    # (n, 3)
-    lab = to_lab(slide.image[y[:, :, None], x[:, None, :]].reshape(-1, 3))
-    return np.stack([lab.mean(0), lab.std(0)])
-
-
-def normalise_colour(image, source, target=REFERENCE):
-    """Reinhard's colour transfer (2001): every channel of l alpha beta goes from the source's mean
-    and std to the target's.
-
-    image (H, W, 3) uint8 -> the same; source, target (2, 3). One affine map per channel for the
-    whole slide, background included. Works in strips of rows, so that a large picture needs little
-    memory.
-    """
-    gain = target[1] / np.maximum(source[1], 1e-6)
-    out = np.empty_like(image)
-    for i in range(0, len(image), 256):
-        # (n, 3)
-        strip = (to_lab(image[i : i + 256].reshape(-1, 3)) - source[0]) * gain + target[0]
-        rgb = np.exp(strip @ np.linalg.inv(LMS_TO_LAB).T) @ np.linalg.inv(RGB_TO_LMS).T
-        out[i : i + 256] = (
-            np.clip(np.rint(rgb), 0, 255).reshape(out[i : i + 256].shape).astype(np.uint8)
-        )
-    return out
-
-
-def smoothing_matrix(xy, k=7):
-    """(N, N) CSR, rows sum to 1: w_ij ~ exp(-d_ij^2 / (2 sigma^2)) over the k nearest spots (self
-    excluded), sigma = 2 x their median distance."""
-    near = data.knn_table(xy, k)
-    # (N, k)
-    d = np.linalg.norm(xy[near] - xy[:, None], axis=2)
-    w = np.exp(-(d**2) / (2 * (2 * max(np.median(d), 1e-9)) ** 2))
-    w /= w.sum(1, keepdims=True)
-    return sp.csr_matrix(
-        (w.ravel().astype(np.float32), (np.repeat(np.arange(len(xy)), k), near.ravel())),
-        shape=(len(xy),) * 2,
-    )
-
 
 def image_tokens(slide, config, device):
     """(N, D) float32 standardised image features: colour normalisation, crops, frozen encoder, and
     Eq. 10 on the frozen features, once: V~ = (1 - smooth) V + smooth W V. (The linear projection to
     512 commutes with averaging, so smoothing first is the same and is done once.)"""
-    if (
-        config.colour == "reference"
-        and slide.patches is None
-        and slide.image is not None
-        and slide.image_scale
-    ):
-        slide = copy.copy(slide)
-        slide.image = normalise_colour(slide.image, tissue_colour(slide))
+    if config.colour == "reference":
+        slide = stain.normalised_slide(slide)
     v = data.image_features(
         slide,
         config.encoder,
@@ -830,7 +665,7 @@ def image_tokens(slide, config, device):
     # (N, D)
     v = (v - v.mean(0)) / np.maximum(v.std(0), 1e-6)
     if slide.n_spots > 7 and config.smooth > 0:
-        v = (1 - config.smooth) * v + config.smooth * (smoothing_matrix(slide.xy) @ v)
+        v = (1 - config.smooth) * v + config.smooth * (data.smoothing_matrix(slide.xy) @ v)
     return v.astype(np.float32)
 
 
@@ -951,55 +786,6 @@ def info_nce(h_gene, h_image, near, tau):
     return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
 
-class Tiles:
-    """The slide in tiles of about 64 spots that lie together (a KD-tree's leaves), and the m
-    nearest spots of each spot."""
-
-    def __init__(self, xy, m, device, size=64, k=6):
-        near = (
-            np.arange(len(xy))[:, None]
-            if m == 1
-            else np.concatenate([np.arange(len(xy))[:, None], data.knn_table(xy, m - 1)], 1)
-        )
-        # (N, m), self first
-        self.near = torch.as_tensor(near, device=device)
-        # whom the contrast may not push away
-        self.graph = self.near if m > k else torch.as_tensor(data.knn_table(xy, k), device=device)
-        offset = (xy[near] - xy[:, None]) / max(data.lattice_pitch(xy), 1e-9)
-        # (N, m, 2)
-        self.offset = torch.as_tensor(offset.astype(np.float32), device=device)
-        self.tiles = [torch.as_tensor(rows, device=device) for rows in data.median_tiles(xy, size)]
-
-    def batches(self, spots):
-        """Lists of rows, each of about `spots` spots: tiles from anywhere on the slide, in random
-        order."""
-        tiles = [self.tiles[i] for i in torch.randperm(len(self.tiles)).tolist()]
-        per = max(1, round(spots / max(1, np.mean([len(t) for t in tiles]))))
-        return [torch.cat(tiles[i : i + per]) for i in range(0, len(tiles), per)]
-
-    def gather(self, rows, everything=False):
-        """For queries `rows` (B,): the spots at hand (T,) = queries and their neighbours, rows of
-        the queries and of the neighbours in them."""
-        # (B, m)
-        near = self.near[rows]
-        # (T,), (B, 1 + m)
-        hand, place = torch.unique(torch.cat([rows[:, None], near], 1), return_inverse=True)
-        return hand, place[:, 0], place[:, 1:], self.offset[rows]
-
-
-def neighbours_in_batch(rows, near):
-    """(B, B) bool: True where the spot of the column is one of the m nearest of the spot of the
-    row, or the reverse; never the spot itself."""
-    ordered, order = rows.sort()
-    # (B, m)
-    wanted = near[rows]
-    at = torch.searchsorted(ordered, wanted).clamp(max=len(rows) - 1)
-    found = torch.zeros(len(rows), len(rows), dtype=torch.bool, device=rows.device)
-    i, j = torch.nonzero(ordered[at] == wanted, as_tuple=True)
-    found[i, order[at[i, j]]] = True
-    return (found | found.T).fill_diagonal_(False)
-
-
 def stage3_terms(model, z, v, tiles, rows, target, centres, variance, config):
     """{name: weighted scalar} of one batch of Stage III: 2 SDM + contrast + 0.005 |H|^2, and two
     terms of ours that keep the domains of Z.
@@ -1017,7 +803,9 @@ def stage3_terms(model, z, v, tiles, rows, target, centres, variance, config):
     z_kept = model.keep(h)
     terms = {
         "sdm": 2 * sdm(h_gene, h_image, config.tau),
-        "contrast": info_nce(h_gene, h_image, neighbours_in_batch(rows, tiles.graph), config.tau),
+        "contrast": info_nce(
+            h_gene, h_image, neighbours_in_batch(rows, tiles.adjacent), config.tau
+        ),
         "norm": 0.5 * 0.01 * (h_gene.square().mean() + h_image.square().mean()),
         "keep": config.lambda_keep * F.mse_loss(z_kept, z[rows]) / variance,
     }
@@ -1035,7 +823,7 @@ def train_stage3(z, v, xy, target, centres, config, log):
     share of log m (nan where the weights are not kept), number of parameters.
     """
     model = run.compiled(Fusion(z.shape[1], v.shape[1], config).to(z.device), config)
-    tiles = Tiles(xy, config.m, z.device, k=config.k)
+    tiles = SpotBatches(xy, config.m, z.device, k=config.k)
     step = torch.optim.AdamW(model.parameters(), lr=config.fusion_lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step, max(1, config.fusion_epochs))
     terms, variance = Terms("Stage III", log), z.var()
@@ -1080,320 +868,6 @@ def fuse(model, z, v, tiles, config):
                 config.m
             )
     return h, entropy.cpu().numpy()
-
-
-# --------------------------------------------------------------------------------------------------
-# Domains: tied-covariance Gaussian mixture and label diffusion
-# --------------------------------------------------------------------------------------------------
-
-
-def components(h, most=30):
-    """(N, d) -> (N, min(most, numerical rank)) principal components. Components beyond the rank are
-    round-off, and a tied covariance would weigh them like any other."""
-    h = np.asarray(h, np.float64)
-    u, s, _ = np.linalg.svd(h - h.mean(0), full_matrices=False)
-    rank = int((s**2 > 1e-6 * s[0] ** 2).sum()) if s[0] > 0 else 0
-    return u[:, : min(most, rank)] * s[: min(most, rank)]
-
-
-def gmm_tied(h, k, n_init=10, seed=0):
-    """Domains by a Gaussian mixture with one covariance for all (mclust's EEE), EM from `n_init`
-    k-means starts, the likeliest taken.
-
-    h (N, d) -> labels (N,), the fitted mixture. mclust starts from model-based hierarchical
-    clustering instead. Raises DataError where k exceeds the number of spots or nothing varies.
-    """
-    if k > len(h):
-        raise DataError(
-            f"{k} domains cannot be found among {len(h)} spots: choose a smaller --n_domains"
-        )
-    # few spots cannot carry a 30 x 30 covariance
-    x = components(h, max(1, min(30, (len(h) - k) // 3)))
-    if x.shape[1] == 0:
-        raise DataError("the embedding is the same for every spot: check that the counts vary")
-    return fit_mixture(x, k, n_init, seed)
-
-
-def fit_mixture(x, k, n_init, seed):
-    """The tied mixture on components x (N, d) as they are: labels (N,), the fitted mixture."""
-    ridge = 1e-6 * x.var(0).mean()
-    mixture = GaussianMixture(
-        k, covariance_type="tied", n_init=n_init, random_state=seed, reg_covar=ridge, max_iter=300
-    )
-    # threads only wait for each other on 30 columns
-    with warnings.catch_warnings(), threadpool_limits(1):
-        # fewer distinct rows than domains, or 300 steps
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return mixture.fit_predict(x), mixture
-
-
-def choose_k(h, low=2, high=20, seed=0):
-    """Number of domains with the lowest Bayesian information criterion of the tied mixture, and {k:
-    bic}; at least 10 spots a domain are asked for.
-
-    Raises DataError with fewer than 10 `low` spots."""
-    if len(h) < 10 * low:
-        raise DataError(
-            f"{len(h)} spots are too few to choose the number of domains: give it with --n_domains"
-        )
-    high = min(high, len(h) // 10)
-    x, bic = components(h, min(30, (len(h) - high) // 3)), {}
-    for k in range(low, high + 1):
-        bic[k] = fit_mixture(x, k, 1, seed)[1].bic(x)
-    return min(bic, key=bic.get), bic
-
-
-def diffuse_labels(labels, xy, steps=3, k=7, self_weight=1.0, share=0.01):
-    """Label diffusion: Y <- W Y, anchors kept, rows normalised, `steps` times; label = argmax.
-    labels (N,) int, xy (N, 2) -> (N,).
-
-    W: exp(-d^2 / sigma^2) over the k nearest spots, sigma = median neighbour distance, plus the
-    spot itself. Anchors: per domain the ceil(1 %) spots whose neighbours agree most, by rank (by
-    threshold, as released, ties make 12 % of them). Without self weight even the true labels are
-    eroded (ARI .85 after 10 steps on 151673).
-    """
-    if steps == 0 or len(labels) <= k:
-        return labels.copy()
-    near = data.knn_table(xy, k)
-    # (N, k)
-    d = np.linalg.norm(xy[near] - xy[:, None], axis=2)
-    w = np.exp(-((d / max(np.median(d), 1e-9)) ** 2))
-    names, code = np.unique(labels, return_inverse=True)
-    # (N,)
-    agree = (w * (code[near] == code[:, None])).sum(1)
-    anchors = np.concatenate(
-        [
-            rows[np.argsort(-agree[rows], kind="stable")[: int(np.ceil(share * len(rows)))]]
-            for rows in (np.flatnonzero(code == c) for c in range(len(names)))
-        ]
-    )
-    walk = sp.csr_matrix(
-        (w.ravel(), (np.repeat(np.arange(len(labels)), k), near.ravel())), shape=(len(labels),) * 2
-    )
-    walk = walk + sp.identity(len(labels), format="csr") * self_weight
-    walk = sp.diags(1 / np.asarray(walk.sum(1)).ravel()) @ walk
-    # (N, K)
-    y = np.eye(len(names))[code]
-    kept = y[anchors]
-    for _ in range(steps):
-        y = walk @ y
-        y[anchors] = kept
-        y /= y.sum(1, keepdims=True)
-    return names[y.argmax(1)]
-
-
-def majority_vote(labels, near):
-    """The commonest label among a spot and its neighbours `near` (N, k): one smoothing round of the
-    baseline."""
-    names, code = np.unique(labels, return_inverse=True)
-    one_hot = np.eye(len(names))[code]
-    return names[(one_hot + one_hot[near].sum(1)).argmax(1)]
-
-
-def baselines(x, slide, k, config):
-    """{name: labels}: the same mixture on 20 principal components, and on their mean over a spot
-    and its 6 nearest, with one vote of 18."""
-    pcs = x[:, :20]
-    out = {"pca_gmm": gmm_tied(pcs, k, config.n_init, config.seed)[0]}
-    if slide.n_spots > 18:
-        mean = data.neighbour_mean(pcs, data.knn_table(slide.xy, 6))
-        out["neighbour_mean_gmm"] = majority_vote(
-            gmm_tied(mean, k, config.n_init, config.seed)[0], data.knn_table(slide.xy, 18)
-        )
-    return out
-
-
-# --------------------------------------------------------------------------------------------------
-# Downstream: pseudotime and ligand-receptor scores (the paper reports both; no code of theirs is
-# released)
-# --------------------------------------------------------------------------------------------------
-
-
-def pseudotime(h, root_domain, seed=0, most=5000, neighbours=15, n_components=15):
-    """Diffusion pseudotime (Haghverdi et al. 2016) from a spot of `root_domain` (N,) bool: (N,) in
-    [0, 1], nan where unreachable.
-
-    root_domain None: from an end of the first diffusion component, either end, of the largest
-    connected piece.
-
-    dpt(i, root) = |sum_l lambda_l / (1 - lambda_l) (psi_l(i) - psi_l(root))| over the diffusion
-    components of the 15-nearest-neighbour graph of h (N, d) in its principal components. Beyond
-    `most` spots it is computed on a random subset and carried over by the 5 nearest of it.
-    """
-    x = components(h)
-    rows = np.sort(np.random.default_rng(seed).choice(len(x), min(most, len(x)), replace=False))
-    if root_domain is None:
-        root_domain = np.ones(len(x), bool)
-    if not root_domain[rows].any():
-        rows[0] = np.flatnonzero(root_domain)[0]
-    part = x[rows]
-    near, d = nearest(part, part, min(neighbours, len(part) - 1) + 1)
-    near, d = near[:, 1:], d[:, 1:]
-    # each spot's own scale
-    sigma = np.maximum(d[:, -1], 1e-12)
-    w = np.exp(-(d**2) / (sigma[:, None] * sigma[near]))
-    graph = sp.csr_matrix(
-        (w.ravel(), (np.repeat(np.arange(len(part)), near.shape[1]), near.ravel())),
-        shape=(len(part),) * 2,
-    )
-    graph = graph.maximum(graph.T)
-    piece = sp.csgraph.connected_components(graph, directed=False)[1]
-    # the component that holds most of the root domain
-    at_root = np.bincount(piece[root_domain[rows]]).argmax()
-    use = np.flatnonzero(piece == at_root)
-    time_, out = (
-        diffusion_time(graph[use][:, use].tocsr(), root_domain[rows][use], n_components),
-        np.full(len(part), np.nan),
-    )
-    out[use] = time_
-    if len(part) == len(x):
-        return out
-    at, _ = nearest(part, x, min(5, len(part)))
-    # (N, 5), nan for spots that cannot be reached
-    near_time = out[at]
-    reached = np.isfinite(near_time)
-    mean = np.where(reached, near_time, 0).sum(1) / np.maximum(reached.sum(1), 1)
-    return np.where(reached[:, 0], mean, np.nan)
-
-
-def nearest(points, query, k):
-    """Rows of the k nearest points to each query and their distances, exact, in chunks: (Q, k), (Q,
-    k)."""
-    d, at = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points).kneighbors(query)
-    return at, d
-
-
-def diffusion_time(graph, at_root, n_components):
-    """Pseudotime on one connected weighted graph (n, n) CSR from the extreme spot of `at_root` (n,)
-    bool: (n,) in [0, 1]."""
-    n = graph.shape[0]
-    density = 1 / np.asarray(graph.sum(1)).ravel()
-    # density normalisation (Coifman & Lafon 2006)
-    graph = sp.diags(density) @ graph @ sp.diags(density)
-    root_degree = 1 / np.sqrt(np.asarray(graph.sum(1)).ravel())
-    symmetric = sp.diags(root_degree) @ graph @ sp.diags(root_degree)
-    start = np.random.default_rng(0).standard_normal(n)
-    values, vectors = sp.linalg.eigsh(
-        symmetric, k=min(n_components, n - 2) + 1, which="LA", v0=start
-    )
-    # without the stationary component
-    order = np.argsort(-values)[1:]
-    values, vectors = values[order], vectors[:, order] * root_degree[:, None]
-    first = vectors[:, 0] * np.sign(vectors[at_root, 0].mean() - vectors[:, 0].mean() or 1)
-    root = np.flatnonzero(at_root)[first[at_root].argmax()]
-    distance = np.linalg.norm(
-        values / (1 - np.minimum(values, 1 - 1e-9)) * (vectors - vectors[root]), axis=1
-    )
-    return distance / max(distance.max(), 1e-12)
-
-
-LAYER_ORDER = ["WM", "Layer6", "Layer5", "Layer4", "Layer3", "Layer2", "Layer1"]
-
-PAIRS = [
-    ("APOE", "LRP1"),
-    ("BDNF", "NTRK2"),
-    ("CCK", "CCKBR"),
-    ("CNTN1", "NRCAM"),
-    ("CX3CL1", "CX3CR1"),
-    ("CXCL12", "CXCR4"),
-    ("CXCL14", "CXCR4"),
-    ("EFNA5", "EPHA4"),
-    ("FGF1", "FGFR2"),
-    ("GAS6", "AXL"),
-    ("IGF1", "IGF1R"),
-    ("JAG1", "NOTCH1"),
-    ("NRG1", "ERBB4"),
-    ("NRXN1", "NLGN1"),
-    ("NRXN3", "NLGN2"),
-    ("NTF3", "NTRK3"),
-    ("PDGFA", "PDGFRA"),
-    ("PENK", "OPRM1"),
-    ("PSAP", "GPR37"),
-    ("PTN", "PTPRZ1"),
-    ("RELN", "LRP8"),
-    ("SEMA3A", "NRP1"),
-    ("SLIT2", "ROBO1"),
-    ("SPP1", "CD44"),
-    ("SST", "SSTR2"),
-    ("TAC1", "TACR1"),
-    ("VEGFA", "FLT1"),
-    ("VIP", "VIPR1"),
-    ("APP", "CD74"),
-    ("MIF", "CD74"),
-    ("COL1A1", "CD44"),
-    ("FN1", "ITGB1"),
-    ("TGFB1", "TGFBR2"),
-    ("WNT5A", "FZD3"),
-]
-
-
-def read_pairs(path):
-    """[(ligand, receptor)] from a two-column CSV, a header line `ligand,receptor` allowed. Raises
-    DataError for another shape."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [
-                [cell.strip() for cell in row]
-                for row in csv.reader(file, strict=True)
-                if any(cell.strip() for cell in row)
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{path} cannot be read as a ligand-receptor CSV ({error}): give two columns "
-            "ligand,receptor"
-        ) from error
-    if any(len(row) < 2 for row in rows):
-        raise DataError(
-            f"{path} has a row with fewer than two columns: give ligand,receptor in each"
-        )
-    rows = rows[1:] if rows and rows[0][0].lower() == "ligand" else rows
-    if not rows:
-        raise DataError(f"{path} holds no ligand-receptor pair: give two columns ligand,receptor")
-    return list(dict.fromkeys((row[0], row[1]) for row in rows))
-
-
-def ligand_receptor(x, genes, pairs, labels, near, permutations=1000, seed=0):
-    """Domain-to-domain ligand-receptor scores over spatial neighbours (spots hold several cells, so
-    not cell-to-cell).
-
-    s(a, b) = mean of x_iL x_jR over neighbour pairs i in a, j in b; null: the domain labels
-    permuted over spots; p = (1 + #(null >= s)) / (1 + permutations), Benjamini-Hochberg over all
-    pairs and domain pairs. x (N, G) CSR log expression, near (N, k), labels (N,). Returns (pairs
-    that the panel holds, score (n, K, K), p (n, K, K), q (n, K, K)); domain pairs that never touch
-    are nan.
-    """
-    column = {g: i for i, g in reversed(list(enumerate(genes)))}
-    pairs = [pair for pair in pairs if pair[0] in column and pair[1] in column]
-    names, code = np.unique(labels, return_inverse=True)
-    k, i, j = len(names), np.repeat(np.arange(len(near)), near.shape[1]), near.ravel()
-    if not pairs:
-        return [], *(np.zeros((0, k, k)) for _ in range(3))
-    x = x.tocsc()
-    # (N, n) each
-    ligand, receptor = (x[:, [column[pair[side]] for pair in pairs]].toarray() for side in (0, 1))
-    # (E, n)
-    product = (ligand[i] * receptor[j]).astype(np.float64)
-
-    def means(code):
-        cell = code[i] * k + code[j]
-        gather = sp.csr_matrix(
-            (np.ones(len(cell)), (cell, np.arange(len(cell)))), shape=(k * k, len(cell))
-        )
-        count = np.bincount(cell, minlength=k * k)[:, None]
-        # (K K, n)
-        return np.divide(
-            gather @ product, count, out=np.full((k * k, len(pairs)), np.nan), where=count > 0
-        )
-
-    score, above, drawn = means(code), 0, 0
-    rng = np.random.default_rng(seed)
-    for _ in run.progress(range(permutations), "ligand-receptor"):
-        null = means(rng.permutation(code))
-        above, drawn = above + (null >= score - 1e-12), drawn + np.isfinite(null)
-    p = np.where(np.isfinite(score), (1 + above) / (1 + drawn), np.nan)
-    q = np.full_like(p, np.nan)
-    q[np.isfinite(p)] = false_discovery_control(p[np.isfinite(p)])
-    return pairs, *(a.T.reshape(len(pairs), k, k) for a in (score, p, q))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1457,90 +931,37 @@ def check(config):
     )
 
 
-def number_of_domains(slide, z, config):
-    """Number of domains and how it was chosen. Raises DataError for oracle without labels of two
-    classes, or more domains than spots."""
-    if config.n_domains == "bic":
-        return choose_k(z, seed=config.seed)[0], "bic"
-    if config.n_domains == "oracle":
-        k = len(np.unique(slide.labels[slide.labels >= 0]))
-        if k < 2:
-            raise DataError(
-                f"slide {slide.sample} has "
-                f"{'no labels' if k == 0 else 'labels of one class only'}, so the number of "
-                "domains cannot be "
-                "taken from them: give --n_domains bic or a number"
-            )
-    else:
-        k = int(config.n_domains)
-    if k > slide.n_spots:
-        raise DataError(
-            f"{k} domains cannot be found among the {slide.n_spots} spots of slide "
-            f"{slide.sample}: choose a smaller --n_domains"
-        )
-    return k, "oracle" if config.n_domains == "oracle" else "user"
-
-
 def variant(config):
     """Folder name of a run: `default`, and the flags that differ from their defaults."""
-    silent = {
-        "data",
-        "slice",
-        "seed",
-        "device",
-        "threads",
-        "deterministic",
-        "runs",
-        "cache",
-        "figures",
-    }
-    out = "default"
-    for name, field in config.__dataclass_fields__.items():
-        value = getattr(config, name)
-        if name not in silent and value != field.default:
-            text = str(value)
-            plain = "".join(c if c.isalnum() or c in "._" else "_" for c in Path(text).name)
-            out += f"-{name}-{plain}" + (
-                f"_{hashlib.sha256(text.encode()).hexdigest()[:6]}" if plain != text else ""
-            )
-    return out
+    return run.variant(config, ["default"], ["figures"], files=["encoder", "order", "lr_pairs"])
 
 
 def with_image(slide, config):
     """Whether Stage III runs. Raises DataError where an image was asked for and there is none."""
     if config.image == "off":
         return False
-    there = (
-        slide.patches is not None
-        or slide.image is not None
-        or Path(config.encoder).suffix in (".npy", ".npz")
-    )
-    if not there and config.image != "auto":
+    from_file = data.is_features_file(config.encoder)
+    has_image = slide.patches is not None or slide.image is not None or from_file
+    if not has_image and config.image != "auto":
         raise DataError(
             f"slide {slide.sample} has no image for --image {config.image}: put "
             "tissue_hires_image.png into spatial/, or use --image off"
         )
-    from_file = Path(config.encoder).suffix in (".npy", ".npz")
-    if (
-        there
-        and config.image == "auto"
-        and slide.patches is None
-        and not from_file
-        and not slide.um_per_px
-    ):
-        print(
-            f"slide {slide.sample} has an image but no physical scale: gene-only, Stage III "
-            "is left out"
-        )
-        return False
-    if not there:
+    if not has_image:
         print(f"slide {slide.sample} has no image: gene-only, Stage III is left out")
-    elif from_file:
-        # complain before the work starts
+        return False
+    # complain before the work starts
+    if from_file:
         data.read_embedding(config.encoder, slide)
     elif slide.patches is None:
+        if config.image == "auto" and not slide.um_per_px:
+            print(
+                f"slide {slide.sample} has an image but no physical scale: gene-only, Stage III "
+                "is left out"
+            )
+            return False
         data.crops(slide, np.arange(1), config.crop_um)
-    return there
+    return True
 
 
 def fused_embedding(slide, z, target, centres, config, device, log):
@@ -1563,94 +984,6 @@ def fused_embedding(slide, z, target, centres, config, device, log):
     )
 
 
-def layer_order(slide, config):
-    """(N,) rank of each spot's class from the root outwards, nan where the class has none, or None
-    without an order."""
-    order = [c.strip() for c in config.order.split(",") if c.strip()] or (
-        LAYER_ORDER if set(slide.classes) <= set(LAYER_ORDER) else []
-    )
-    if config.order and not set(order) & set(slide.classes):
-        raise DataError(
-            f"none of --order {config.order} is a class of slide {slide.sample} "
-            f"({', '.join(slide.classes)}): name the classes"
-        )
-    if not order or not slide.classes:
-        return None
-    rank = np.array([order.index(c) if c in order else np.nan for c in slide.classes] + [np.nan])
-    return rank[slide.labels]
-
-
-def downstream(slide, h, domains, rank, pairs, config):
-    """Pseudotime, its root, its Spearman correlation with the layer order, and the ligand-receptor
-    scores: (arrays, metrics, texts)."""
-    x, arrays, scores, text = log_matrix(slide, config), {}, {}, {}
-    found = np.flatnonzero(np.char.upper(slide.genes.astype(str)) == config.root_gene.upper())
-    names = np.unique(domains)
-    if len(found):
-        level = np.asarray(x[:, found[0]].todense()).ravel()
-        root, text["pseudotime_root"] = (
-            names[np.argmax([level[domains == c].mean() for c in names])],
-            f"domain with most {config.root_gene}",
-        )
-    else:
-        root, text["pseudotime_root"] = None, "an end of the first diffusion component"
-    print(f"pseudotime starts in: {text['pseudotime_root']}")
-    if slide.n_spots >= 20:
-        arrays["pseudotime"] = pseudotime(h, None if root is None else domains == root)
-        if rank is not None:
-            use = np.isfinite(rank) & np.isfinite(arrays["pseudotime"])
-            scores["pseudotime_spearman"] = (
-                metrics.spearman(arrays["pseudotime"][use], rank[use])
-                if use.sum() > 2
-                else float("nan")
-            )
-    if config.permutations:
-        near = data.knn_table(slide.xy, min(6, slide.n_spots - 1))
-        pairs, score, p, q = ligand_receptor(
-            x, slide.genes, pairs, domains, near, config.permutations
-        )
-        arrays |= {
-            "lr_score": score,
-            "lr_p": p,
-            "lr_q": q,
-            "lr_pairs": np.array([f"{a}-{b}" for a, b in pairs], dtype=str),
-        }
-        scores |= {"lr_pairs": len(pairs), "lr_significant": int((q < 0.05).sum())}
-    return arrays, scores, text
-
-
-def scored(slide, labels):
-    """Agreement with the annotation where there is one, and the label-free smoothness of the
-    domains."""
-    out = metrics.clustering(slide.labels, labels) if (slide.labels >= 0).any() else {}
-    return out | {"pas": metrics.pas(labels, slide.xy), "n_found": len(np.unique(labels))}
-
-
-def used_files(config, slide, use_image):
-    """Files whose content can change a number of this run: counts, positions, labels, pairs, image
-    or its features."""
-    files = [slide.source, *slide.tables, config.lr_pairs]
-    if use_image:
-        from_file = Path(config.encoder).suffix in (".npy", ".npz")
-        files.append(
-            str(data.slice_path(config.encoder, slide))
-            if from_file
-            else slide.image_file
-            if slide.patches is None
-            else slide.patches.path
-        )
-    return [f for f in dict.fromkeys(files) if f]
-
-
-def line(name, found):
-    """One printed line of scores."""
-    return f"{name:24s}" + "  ".join(
-        f"{k} {found[k]:.3f}"
-        for k in ("ari", "ami", "completeness", "homogeneity", "pas")
-        if k in found
-    )
-
-
 def train(slide, config, use_image, record):
     """Stages I to III and the baselines: (arrays with z, h_fusion ..., what is clustered by name,
     baseline scores, facts for the record)."""
@@ -1667,12 +1000,16 @@ def train(slide, config, use_image, record):
     record.lap("read")
     model, step, adversary = train_stage1(x, graph, config, log)
     record.lap("stage1")
-    k, chosen = number_of_domains(slide, model.embed(x, graph).cpu().numpy(), config)
+    z_np = model.embed(x, graph).cpu().numpy()
+    k, chosen = clustering.number_of_domains(config.n_domains, slide, z_np, config.seed)
     others = {
-        name: scored(slide, found) for name, found in baselines(x_np, slide, k, config).items()
+        name: clustering.domain_scores(slide, domains)
+        for name, domains in baselines.unsupervised_domains(
+            x_np, slide.xy, k, config.n_init, config.seed
+        ).items()
     }
     for name, scores in others.items():
-        print(line(name, scores))
+        print(clustering.score_row(name, scores))
     record.lap("baselines")
     facts, centres, target = (
         {"k_chosen_by": chosen, "graph_pieces": graph.pieces, "losses": log},
@@ -1703,22 +1040,6 @@ def train(slide, config, use_image, record):
     return arrays, embeddings, others, k, facts
 
 
-def domains_of(embeddings, slide, k, final, config):
-    """Mixture and diffusion on every embedding: (arrays of labels, scores; those of `final` +
-    diffusion also without a suffix)."""
-    arrays, scores = {}, {}
-    for name, h in embeddings.items():
-        raw = gmm_tied(h, k, config.n_init, config.seed)[0]
-        smooth = diffuse_labels(raw, slide.xy, config.diffusion_steps, config.diffusion_k)
-        arrays |= {f"labels_{name}_raw": raw, f"labels_{name}": smooth}
-        for suffix, values in (("_raw", raw), ("", smooth)):
-            part = scored(slide, values)
-            print(line(name + (" + diffusion" if not suffix else ""), part))
-            scores |= {f"{metric}_{name}{suffix}": v for metric, v in part.items()}
-            scores |= part if name == final and not suffix else {}
-    return arrays, scores
-
-
 def main(argv=None):
     """Run the program; returns 0."""
     start = time.perf_counter()
@@ -1732,16 +1053,23 @@ def main(argv=None):
             "choose a smaller m"
         )
     # complain before the work starts
-    rank, pairs = (
-        layer_order(slide, config),
-        read_pairs(config.lr_pairs) if config.lr_pairs else PAIRS,
-    )
+    ranks = downstream.class_ranks(slide, config.order)
+    pairs = downstream.read_pairs(config.lr_pairs) if config.lr_pairs else downstream.PAIRS
     if config.n_domains != "bic":
-        number_of_domains(slide, None, config)
+        clustering.number_of_domains(config.n_domains, slide)
     record = run.Run("multist", config, slide.sample, variant(config), start)
     arrays, embeddings, others, k, facts = train(slide, config, use_image, record)
     final = "fused" if use_image else "gene"
-    more, scores = domains_of(embeddings, slide, k, final, config)
+    more, scores = clustering.domains_of(
+        embeddings,
+        slide,
+        k,
+        final,
+        config.n_init,
+        config.seed,
+        config.diffusion_steps,
+        config.diffusion_k,
+    )
     arrays |= more
     record.lap("clustering")
     arrays |= {
@@ -1751,134 +1079,33 @@ def main(argv=None):
         "barcodes": slide.barcodes,
         "xy": slide.xy,
     }
-    more, found, text = downstream(slide, embeddings[final], arrays["domains"], rank, pairs, config)
+    more, more_scores, text = downstream.downstream(
+        slide,
+        log_matrix(slide, config),
+        embeddings[final],
+        arrays["domains"],
+        ranks,
+        pairs,
+        config.root_gene,
+        config.permutations,
+    )
     arrays |= more
     record.lap("downstream")
     if config.figures:
-        draw(record, slide, arrays, facts["losses"], final)
+        figures.draw_multist(record, slide, arrays, facts["losses"], final)
+    # files whose content can change a number
+    files = input_files([slide], config.encoder if use_image else "", [config.lr_pairs])
     record.finish(
-        scores | found | {"k": k},
+        scores | more_scores | {"k": k},
         others,
         arrays,
         facts.pop("n_params"),
-        checksum=data.file_checksum(*used_files(config, slide, use_image)),
+        checksum=data.file_checksum(*files),
         output=f"{final} + diffusion",
         **facts,
         **text,
     )
     return 0
-
-
-# --------------------------------------------------------------------------------------------------
-# Figures
-# --------------------------------------------------------------------------------------------------
-
-
-def matched(labels, true):
-    """Domains renumbered so that they share colours with the classes they overlap most (one to one,
-    Hungarian)."""
-    names, code = np.unique(labels, return_inverse=True)
-    n = max(len(names), true.max() + 1)
-    table = np.zeros((n, n))
-    np.add.at(table, (code[true >= 0], true[true >= 0]), 1)
-    return linear_sum_assignment(-table)[1][code]
-
-
-def tissue(axis, slide, values, title, **how):
-    """Spots in their places, coloured by `values`; y downwards."""
-    shown = axis.scatter(
-        *slide.xy.T, s=max(0.3, 14000 / slide.n_spots), c=values, linewidths=0, **how
-    )
-    axis.set(aspect="equal", xticks=[], yticks=[], title=title)
-    axis.invert_yaxis()
-    return shown
-
-
-def draw(record, slide, arrays, log, final):
-    """Figures: domains before and after diffusion beside the annotation; pseudotime; attention
-    entropy; ligand-receptor scores; losses."""
-    panels = {"annotation": slide.labels} if (slide.labels >= 0).any() else {}
-    for name in dict.fromkeys(["gene", final]):
-        panels |= {
-            f"{name}, before diffusion": arrays[f"labels_{name}_raw"],
-            f"{name} + diffusion": arrays[f"labels_{name}"],
-        }
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.2), squeeze=False)
-    for axis, (title, values) in zip(axes[0], panels.items()):
-        values = values if title == "annotation" else matched(values, slide.labels)
-        colours = plt.get_cmap("tab20" if values.max() > 9 else "tab10")(values % 20)
-        colours[values < 0] = (0.9, 0.9, 0.9, 1)
-        tissue(axis, slide, colours, title)
-    record.figure("domains", figure)
-    for name, label in (
-        ("pseudotime", "pseudotime"),
-        ("attention_entropy", "attention entropy / log m (1 = plain mean)"),
-    ):
-        if name in arrays and np.isfinite(arrays[name]).any():
-            figure, axis = plt.subplots(figsize=(5, 4.4))
-            figure.colorbar(tissue(axis, slide, arrays[name], "", cmap="viridis"), label=label)
-            record.figure(name, figure)
-    if len(arrays.get("lr_pairs", [])):
-        draw_pairs(record, arrays, domain_names(slide, arrays["domains"]))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
-    for stage, term in dict.fromkeys((row["stage"], row["term"]) for row in log):
-        rows = [row for row in log if (row["stage"], row["term"]) == (stage, term)]
-        for axis, key in zip(axes, ("value", "grad_norm")):
-            axis.plot(
-                [row["epoch"] for row in rows],
-                [max(abs(row[key]), 1e-12) for row in rows],
-                marker=".",
-                label=f"{stage} {term}",
-            )
-    for axis, title in zip(axes, ("weighted loss terms", "their gradient norms")):
-        axis.set(yscale="log", xlabel="epoch of the stage", title=title)
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    record.figure("losses", figure)
-    plt.close("all")
-
-
-def domain_names(slide, domains):
-    """A short name per domain, in the order of the scores' axes: its number and, behind a colon,
-    the class that most of its spots have."""
-    names = []
-    for i, d in enumerate(np.unique(domains)):
-        inside = slide.labels[(domains == d) & (slide.labels >= 0)]
-        names.append(
-            f"{i}:" + slide.classes[np.bincount(inside).argmax()].replace("Layer", "L")
-            if len(inside)
-            else str(i)
-        )
-    return names
-
-
-def draw_pairs(record, arrays, names):
-    """Heat map of ligand-receptor scores, each pair relative to its own maximum; a dot where q <
-    0.05."""
-    n, k, _ = arrays["lr_score"].shape
-    score, q = (arrays[name].reshape(n, k * k) for name in ("lr_score", "lr_q"))
-    touching = np.isfinite(score).any(0)
-    shown = score[:, touching] / np.maximum(np.nanmax(score, 1, keepdims=True), 1e-12)
-    figure, axis = plt.subplots(figsize=(2 + 0.16 * touching.sum(), 1.2 + 0.2 * n))
-    figure.colorbar(
-        axis.imshow(shown, aspect="auto", cmap="magma"),
-        label="score / largest of the pair",
-        pad=0.01,
-    )
-    y, x = np.nonzero(q[:, touching] < 0.05)
-    axis.scatter(x, y, s=5, color="white", edgecolors="black", linewidths=0.3)
-    axis.set_xticks(
-        range(touching.sum()),
-        [f"{names[i // k]} > {names[i % k]}" for i in np.flatnonzero(touching)],
-        rotation=90,
-        fontsize=6,
-    )
-    axis.set_yticks(range(n), arrays["lr_pairs"], fontsize=7)
-    axis.set_title(
-        "ligand in a > receptor in b (domains, with the class of most of their spots); dot: "
-        "q < .05",
-        fontsize=8,
-    )
-    record.figure("ligand_receptor", figure)
 
 
 if __name__ == "__main__":

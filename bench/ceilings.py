@@ -11,7 +11,7 @@ import gat_fusion
 import multist
 from bench import peers
 from bench.timing import shown, timed
-from plainst import neighbour_sums
+from plainst import graphs, neighbour_sums
 from plainst.retrieval import exact_topk
 
 
@@ -39,16 +39,16 @@ def hot_loops(options):
         6 * n * d * d + 6 * places * d,
         4 * (3 * places * d + 10 * n * d + 10 * places * heads) + 8 * 4 * places * heads,
     )
-    graph, h = multist.Graph(xy, k), torch.randn(n, 64, generator=generator)
+    graph, h = graphs.Graph(xy, k), torch.randn(n, 64, generator=generator)
     edges = len(graph.columns)
     yield (
         f"multist graph convolution, {n:,} spots x 64",
-        lambda: peers.forward_backward(lambda h: multist.graph_product(h, graph), h),
+        lambda: peers.forward_backward(lambda h: graphs.graph_product(h, graph), h),
         2 * 2 * edges * 64,
         2 * (edges * (64 * 4 + 8 + 4) + n * 64 * 4) + 4 * n * 64 * 4,
     )
     config = multist.Config()
-    tiles = multist.Tiles(xy, config.m, "cpu")
+    tiles = graphs.SpotBatches(xy, config.m, "cpu")
     hand, own, near, offset = tiles.gather(tiles.batches(config.batch)[0])
     wide, attend = config.fused_dim, multist.CrossAttention(config.fused_dim, config.heads)
     tokens, b = torch.randn(len(hand), wide, generator=generator), len(own)

@@ -97,8 +97,8 @@ PASSING = re.compile(r"(\.tmp|\.part|\.part\.json|\.lock)(/|$)")
 # ------------------------------------------------------------------------------------------- inputs
 
 
-def inputs(folder):
-    """Small data of every kind, written once."""
+def inputs(folder, served_rows=150_000):
+    """Small data of every kind, written once; `served_rows` lines and numbers to download."""
     for kind, name, flags in (
         ("cortex", "cortex", "--n_spots 200 --n_genes 120 --n_slices 2"),
         ("hest", "hest", "--n_spots 60 --patch_size 32"),
@@ -123,12 +123,12 @@ def inputs(folder):
     served = folder / "served"
     served.mkdir(exist_ok=True)
     (served / "spots.csv").write_text(
-        "Gene,x,y\n" + "".join(f"gene{i % 97},{i},{i * 7 % 5000}\n" for i in range(150_000))
+        "Gene,x,y\n" + "".join(f"gene{i % 97},{i},{i * 7 % 5000}\n" for i in range(served_rows))
     )
     np.savez(
         served / "label_image.coo.npz",
-        row=rng.integers(0, 9, 200_000),
-        col=rng.integers(0, 9, 200_000),
+        row=rng.integers(0, 9, served_rows),
+        col=rng.integers(0, 9, served_rows),
     )
 
 
@@ -355,9 +355,11 @@ class Job:
             )
         self.check(what + ", finished", complete=True)
 
-    def undisturbed(self):
+    def undisturbed(self, fork):
+        """The run to compare with, in a copy of this process or as its user starts it, which takes
+        as long as the runs that are killed after so many seconds."""
         start = time.perf_counter()
-        if self.start(self.calm).wait():
+        if not self.forked(0, self.calm) if fork else self.start(self.calm).wait():
             raise SystemExit(f"{self.name}: the undisturbed run fails, see {self.out / 'log'}")
         self.seconds = time.perf_counter() - start
 
@@ -408,19 +410,20 @@ class Job:
             self.check(f"killed before write {n}")
             self.finish(f"killed before write {n}", lambda: 0 if self.forked(0) else 1)
 
-    def forked(self, n):
+    def forked(self, n, folder=None):
         """The program in a copy of this process, which has its libraries loaded; SIGKILL before the
         n-th write -> None, or the number of writes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        words, count = self.words(self.folder), self.out / "count"
+        folder = folder or self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        words, count = self.words(folder), self.out / "count"
         count.unlink(missing_ok=True)
         if not (pid := os.fork()):
             status = 1
             try:
                 log = os.open(self.out / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
                 os.dup2(log, 1), os.dup2(log, 2)
-                os.chdir(self.folder)
-                writes = killer(self.folder, n)
+                os.chdir(folder)
+                writes = killer(folder, n)
                 status = self.load().main(words) or 0
                 count.write_text(str(writes["here"]))
             finally:
@@ -474,18 +477,19 @@ def main(argv=None):
         help="writes before which each program is killed, evenly spread; without it, every one",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--rows", type=int, default=150_000, help="lines of the downloaded files")
     options = parser.parse_args(argv)
     out, wrong = options.out.resolve(), []
     (out / "data").mkdir(parents=True, exist_ok=True)
-    inputs(out / "data")
+    inputs(out / "data", options.rows)
     url, server = serve(out / "data" / "served")
     print("program          seconds    random kills kills at writes  most left over  faults")
     try:
         for name in options.only:
             job = Job(name, out, out / "data", url)
-            job.undisturbed()
             # before the forks: a killed copy need not load it again
             job.load()
+            job.undisturbed(fork=not options.kills)
             if options.kills:
                 job.random_kills(options.kills, random.Random(f"{options.seed} {name}"))
             if options.points is None or options.points:

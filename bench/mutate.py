@@ -65,8 +65,8 @@ SKIPPED = (
     "print",
     "plot",
     "page",
-    "tissue",
-    "matched",
+    "match_classes",
+    "score_row",
     "domain_names",
 )
 SWAPS = {

@@ -199,7 +199,7 @@ class PeerEncoder(multist.Encoder):
 
 
 def directed(graph):
-    """The multist.Graph with its edges in both directions, (2, 2 E), for torch_geometric."""
+    """A plainst.graphs.Graph with its edges in both directions, (2, 2 E), for torch_geometric."""
     graph.directed = torch.cat([graph.edges, graph.edges.flip(0)], 1)
     return graph
 

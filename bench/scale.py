@@ -32,7 +32,8 @@ import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
 import stformer  # noqa: E402
-from plainst import run, simulate  # noqa: E402
+from evaluation import clustering, downstream  # noqa: E402
+from plainst import graphs, run, simulate  # noqa: E402
 
 SIZES = {
     "gat_fusion": (10_000, 100_000, 1_000_000),
@@ -151,7 +152,7 @@ def one_multist(folder, n, n_genes=1000):
     )
     slide = clock.median("load", lambda: data.load_slide(config.data))
     x = clock.median("inputs", lambda: torch.as_tensor(multist.preprocess(slide, config)))
-    graph = clock.median("graph", lambda: multist.Graph(slide.xy, config.k))
+    graph = clock.median("graph", lambda: graphs.Graph(slide.xy, config.k))
     run.seed_everything(0)
     model, step, adversary = multist.train_stage1(x, graph, config, [])
     clock.lap("Stage I, epoch", EPOCHS)
@@ -164,10 +165,19 @@ def one_multist(folder, n, n_genes=1000):
     clock.lap("image features, Stage III, epoch")
     domains = clock.median(
         "clustering",
-        lambda: multist.diffuse_labels(multist.gmm_tied(h, 7, config.n_init)[0], slide.xy),
+        lambda: clustering.diffuse_labels(clustering.gmm_tied(h, 7, config.n_init)[0], slide.xy),
     )
     clock.median(
-        "downstream", lambda: multist.downstream(slide, h, domains, None, multist.PAIRS, config)
+        "downstream",
+        lambda: downstream.downstream(
+            slide,
+            multist.log_matrix(slide, config),
+            h,
+            domains,
+            None,
+            root_gene=config.root_gene,
+            permutations=config.permutations,
+        ),
     )
     return clock
 
@@ -221,7 +231,7 @@ def hd_slide(n_bins, n_genes, umi=150.0, seed=0):
     labels = small.labels[data.knn_table(small.xy, 1, query=xy)[:, 0]]
     genes, base, fold = simulate.gene_programs(n_genes, 7, 0)
     genes = np.array(
-        [*dict.fromkeys(name for pair in multist.PAIRS for name in pair), *genes.tolist()]
+        [*dict.fromkeys(name for pair in downstream.PAIRS for name in pair), *genes.tolist()]
     )[:n_genes]
     # (C + 1, G), the last for bins without a label
     share = np.exp(base + np.concatenate([fold, np.zeros((1, n_genes))]))

@@ -37,7 +37,7 @@ from bench import peers  # noqa: E402
 from bench.ceilings import ceilings  # noqa: E402
 from bench.timing import compare, markdown, shown, timed  # noqa: E402
 from data import DataError  # noqa: E402
-from plainst import neighbour_sums, run, simulate  # noqa: E402
+from plainst import graphs, neighbour_sums, run, simulate  # noqa: E402
 from plainst.retrieval import TILE, InvertedFile, exact_topk  # noqa: E402
 
 matplotlib.use("Agg")
@@ -144,7 +144,7 @@ def stage1_epochs(x, xy):
     """{name: one epoch} of multist Stage I, which has no evaluation pass."""
     config = multist.Config()
     graph, ours = (
-        peers.directed(multist.Graph(xy, config.k)),
+        peers.directed(graphs.Graph(xy, config.k)),
         multist.AutoEncoder(x.shape[1], config),
     )
     models = {

@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 import data
 import metrics
+from evaluation.clustering import gmm_tied, majority_vote
 
 # --------------------------------------------------------------------------------------------------
 # Genes from H&E: the same features, targets, training spots and scores as the method
@@ -224,4 +225,29 @@ def to_all_classes(prob, classes, n_classes):
     C)."""
     out = np.zeros((len(prob), n_classes))
     out[:, classes] = prob
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Domains: unsupervised. Each returns domains (N,) for all spots
+# --------------------------------------------------------------------------------------------------
+
+
+def pca_gmm(components, k, n_init=10, seed=0):
+    """The tied mixture on 20 principal components. components (N, P), most important first."""
+    return gmm_tied(components[:, :20], k, n_init, seed)[0]
+
+
+def neighbour_mean_gmm(components, xy, k, n_init=10, seed=0):
+    """The tied mixture on the mean of 20 principal components over a spot and its 6 nearest, with
+    one vote of the 18 nearest. Needs more than 18 spots."""
+    mean = data.neighbour_mean(components[:, :20], data.knn_table(xy, 6))
+    return majority_vote(gmm_tied(mean, k, n_init, seed)[0], data.knn_table(xy, 18))
+
+
+def unsupervised_domains(components, xy, k, n_init=10, seed=0):
+    """{name: domains (N,)} of every baseline that so many spots allow."""
+    out = {"pca_gmm": pca_gmm(components, k, n_init, seed)}
+    if len(xy) > 18:
+        out["neighbour_mean_gmm"] = neighbour_mean_gmm(components, xy, k, n_init, seed)
     return out

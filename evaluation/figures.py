@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 
 import metrics
 from evaluation.cells import detected_genes
+from evaluation.clustering import match_classes
 from plainst.readers.checked import NPZ_ERRORS, DataError
 
 matplotlib.use("Agg")
@@ -259,6 +260,126 @@ def draw_attention(xy, attention):
 
 
 # --------------------------------------------------------------------------------------------------
+# multist
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_multist(record, slide, arrays, log, final):
+    """Give `record` the figures of a run: domains before and after diffusion beside the annotation;
+    pseudotime; attention entropy; ligand-receptor scores; losses.
+
+    arrays: what the run writes; log: rows of loss terms; final: name of the embedding that counts.
+    """
+    panels = {}
+    for name in dict.fromkeys(["gene", final]):
+        panels[f"{name}, before diffusion"] = arrays[f"labels_{name}_raw"]
+        panels[f"{name} + diffusion"] = arrays[f"labels_{name}"]
+    record.figure("domains", draw_domains(slide, panels))
+    for name, label in (
+        ("pseudotime", "pseudotime"),
+        ("attention_entropy", "attention entropy / log m (1 = plain mean)"),
+    ):
+        if name in arrays and np.isfinite(arrays[name]).any():
+            record.figure(name, draw_values(slide, arrays[name], label))
+    if len(arrays.get("lr_pairs", [])):
+        names = domain_names(slide, arrays["domains"])
+        record.figure("ligand_receptor", draw_pairs(arrays, names))
+    record.figure("losses", draw_losses(log))
+    plt.close("all")
+
+
+def draw_tissue(axis, slide, values, title, **options):
+    """Spots in their places, coloured by `values`; y downwards. -> what a colour bar needs."""
+    size = max(0.3, 14000 / slide.n_spots)
+    spots = axis.scatter(*slide.xy.T, s=size, c=values, linewidths=0, **options)
+    axis.set_title(title)
+    as_tissue(axis)
+    return spots
+
+
+def draw_domains(slide, domains_by_title):
+    """Figure: {title: domains (N,)} beside the annotation where there is one, in the colours of the
+    classes that the domains overlap most."""
+    panels = {"annotation": slide.labels} if (slide.labels >= 0).any() else {}
+    panels |= {
+        title: match_classes(domains, slide.labels) for title, domains in domains_by_title.items()
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.2), squeeze=False)
+    for axis, (title, values) in zip(axes[0], panels.items()):
+        colours = plt.get_cmap("tab20" if values.max() > 9 else "tab10")(values % 20)
+        colours[values < 0] = (0.9, 0.9, 0.9, 1)
+        draw_tissue(axis, slide, colours, title)
+    return figure
+
+
+def draw_values(slide, values, label):
+    """Figure: a number of every spot, with a colour bar."""
+    figure, axis = plt.subplots(figsize=(5, 4.4))
+    figure.colorbar(draw_tissue(axis, slide, values, "", cmap="viridis"), label=label)
+    return figure
+
+
+def domain_names(slide, domains):
+    """A short name per domain, in the order of the scores' axes: its number and, behind a colon,
+    the class that most of its spots have."""
+    names = []
+    for i, domain in enumerate(np.unique(domains)):
+        inside = slide.labels[(domains == domain) & (slide.labels >= 0)]
+        names.append(
+            f"{i}:" + slide.classes[np.bincount(inside).argmax()].replace("Layer", "L")
+            if len(inside)
+            else str(i)
+        )
+    return names
+
+
+def draw_pairs(arrays, names):
+    """Figure: heat map of ligand-receptor scores, each pair relative to its own maximum; a dot
+    where q < 0.05. arrays: lr_score and lr_q (n, K, K), lr_pairs (n,); names of the K domains."""
+    n, k, _ = arrays["lr_score"].shape
+    score, q = (arrays[name].reshape(n, k * k) for name in ("lr_score", "lr_q"))
+    touching = np.isfinite(score).any(0)
+    shown = score[:, touching] / np.maximum(np.nanmax(score, 1, keepdims=True), 1e-12)
+    figure, axis = plt.subplots(figsize=(2 + 0.16 * touching.sum(), 1.2 + 0.2 * n))
+    figure.colorbar(
+        axis.imshow(shown, aspect="auto", cmap="magma"),
+        label="score / largest of the pair",
+        pad=0.01,
+    )
+    y, x = np.nonzero(q[:, touching] < 0.05)
+    axis.scatter(x, y, s=5, color="white", edgecolors="black", linewidths=0.3)
+    axis.set_xticks(
+        range(touching.sum()),
+        [f"{names[i // k]} > {names[i % k]}" for i in np.flatnonzero(touching)],
+        rotation=90,
+        fontsize=6,
+    )
+    axis.set_yticks(range(n), arrays["lr_pairs"], fontsize=7)
+    axis.set_title(
+        "ligand in a > receptor in b (domains, with the class of most of their spots); dot: "
+        "q < .05",
+        fontsize=8,
+    )
+    return figure
+
+
+def draw_losses(log):
+    """Figure: every weighted loss term of every stage, and the norm of its gradient."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    for stage, term in dict.fromkeys((row["stage"], row["term"]) for row in log):
+        rows = [row for row in log if (row["stage"], row["term"]) == (stage, term)]
+        for axis, key in zip(axes, ("value", "grad_norm")):
+            axis.plot(
+                [row["epoch"] for row in rows],
+                [max(abs(row[key]), 1e-12) for row in rows],
+                marker=".",
+                label=f"{stage} {term}",
+            )
+    for axis, title in zip(axes, ("weighted loss terms", "their gradient norms")):
+        axis.set(yscale="log", xlabel="epoch of the stage", title=title)
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
 # Report
 # --------------------------------------------------------------------------------------------------
 

@@ -66,6 +66,22 @@ def median_tiles(xy, size):
     return tiles
 
 
+def reach(neighbours_of, rows, hops, place):
+    """The spots that `hops` steps of a graph reach from those of a tile, the tile's own first.
+
+    neighbours_of: function of rows -> the rows of their neighbours, of any shape, -1 for none; rows
+    (m,) of the tile; place (N,) int64, all -1: 0 afterwards for the rows returned, (n,).
+    """
+    rings, edge = [rows], rows
+    place[rows] = 0
+    for _ in range(hops):
+        near = np.unique(neighbours_of(edge))
+        edge = near[(near >= 0) & (place[near] < 0)]
+        place[edge] = 0
+        rings.append(edge)
+    return np.concatenate(rings)
+
+
 def with_halo(table, rows, hops, place):
     """The spots that `hops` steps of a graph reach from a tile, and their neighbour table, so that
     the tile's own spots see what they see in the whole.
@@ -75,14 +91,7 @@ def with_halo(table, rows, hops, place):
     spot of the outermost ring points at itself where its neighbour is not at hand: it keeps its
     number of neighbours, and what is computed there reaches no spot of the tile.
     """
-    found, edge = [rows], rows
-    place[rows] = 0
-    for _ in range(hops):
-        near = np.unique(table[edge])
-        edge = near[(near >= 0) & (place[near] < 0)]
-        place[edge] = 0
-        found.append(edge)
-    found = np.concatenate(found)  # (n,)
+    found = reach(lambda edge: table[edge], rows, hops, place)
     place[found] = np.arange(len(found))
     near = table[found]  # (n, k)
     here = np.where(place[near] < 0, np.arange(len(found))[:, None], place[near])
@@ -118,12 +127,14 @@ def lattice_table(grid, radius=1):
     return np.where(site[found] == want, found, -1)
 
 
-def table_to_csr(table):
-    """(N, k) neighbour table -> (N, N) CSR of ones, row i holding the neighbours of i."""
+def table_to_csr(table, weights=None):
+    """(N, k) neighbour table -> (N, N) CSR of ones, or of `weights` (N, k), row i holding the
+    neighbours of i."""
     n, k = table.shape
     rows, cols = np.repeat(np.arange(n), k), table.ravel()
     keep = cols >= 0
-    return sp.csr_matrix((np.ones(keep.sum(), np.float32), (rows[keep], cols[keep])), shape=(n, n))
+    values = np.ones(keep.sum(), np.float32) if weights is None else weights.ravel()[keep]
+    return sp.csr_matrix((values, (rows[keep], cols[keep])), shape=(n, n))
 
 
 def symmetric_union(table):
@@ -163,6 +174,22 @@ def neighbour_mean(x, table):
     product, linear in N k."""
     a = table_to_csr(table) + sp.identity(len(table), dtype=np.float32, format="csr")
     return sp.diags(1 / np.asarray(a.sum(1)).ravel()).astype(np.float32) @ a @ x
+
+
+def distances(xy, table):
+    """(N, k) distances of each spot to its neighbours in the table (without -1), in the units of
+    xy."""
+    return np.linalg.norm(xy[table] - xy[:, None], axis=2)
+
+
+def smoothing_matrix(xy, k=7):
+    """(N, N) CSR, rows sum to 1: w_ij ~ exp(-d_ij^2 / (2 sigma^2)) over the k nearest spots (self
+    excluded), sigma = 2 x their median distance."""
+    near = knn_table(xy, k)
+    d = distances(xy, near)  # (N, k)
+    w = np.exp(-(d**2) / (2 * (2 * max(np.median(d), 1e-9)) ** 2))
+    w /= w.sum(1, keepdims=True)
+    return table_to_csr(near, w.astype(np.float32))
 
 
 def lattice_pitch(xy):

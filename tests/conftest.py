@@ -1,13 +1,74 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, one thread for each test process, and the tests in random order."""
 
+import json
 import os
+import random
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
+# before torch is imported; the processes that tests start inherit it
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
+import threadpoolctl
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+# a plugin may have loaded numpy before the line above
+threadpoolctl.threadpool_limits(1)
+
+
+def in_processes(module, script, runs):
+    """What a script prints in each of `runs`, [(number of processes, arguments)]; it uses
+    `module`, which is loaded once for all."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "processes.py"), module, str(script)]
+        + [json.dumps([[n, list(map(str, words))] for n, words in runs])],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def status_of(script, *words):
+    """Exit status of a script that is run as a program, in this process."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [str(script), *map(str, words)])
+        runpy.run_path(str(script), run_name="__main__")
+    return stop.value.code
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="files, and the tests in each, in random order"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --shuffle: the order of the seed; tests of a file stay together, as its module fixtures
+    do."""
+    seed = config.getoption("--shuffle")
+    if seed is None:
+        return
+    rng = random.Random(seed)
+    files = list(dict.fromkeys(item.path for item in items))
+    rng.shuffle(files)
+    place = {path: i for i, path in enumerate(files)}
+    rng.shuffle(items)
+    items.sort(key=lambda item: place[item.path])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A test that asks for more threads leaves none behind."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

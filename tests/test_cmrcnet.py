@@ -2,9 +2,7 @@
 on simulated slides, processes, bad input."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cmrcnet as cm
 import data
 import metrics
+from conftest import in_processes, status_of
 from data import DataError
 from evaluation import baselines, hest
 from plainst import retrieval, simulate
@@ -807,25 +806,14 @@ def test_shuffling_keeps_images_and_breaks_pairs():
 
 def test_two_processes_have_the_loss_curve_of_one(task, tmp_path):
     curves = []
-    for n in (1, 2):
-        script = tmp_path / "ddp.py"
-        script.write_text(
-            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cmrcnet\ncmrcnet.draw = "
-            "lambda *a: None\n"
-            "cmrcnet.run.cli(cmrcnet.main)\n"
-        )
-        start = (
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-            if n == 2
-            else [sys.executable]
-        )
-        subprocess.run(
-            [*start, str(script), *flags(task, tmp_path / str(n), "--fold", "0", "--epochs", "4")],
-            check=True,
-            capture_output=True,
-            timeout=200,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    script = tmp_path / "ddp.py"
+    script.write_text(
+        "import cmrcnet\ncmrcnet.draw = lambda *a: None\ncmrcnet.run.cli(cmrcnet.main)\n"
+    )
+    more = ("--fold", "0", "--epochs", "4")
+    runs = [(n, flags(task, tmp_path / str(n), *more)) for n in (1, 2)]
+    in_processes("cmrcnet", script, runs)
+    for n, _ in runs:
         path = next((tmp_path / str(n)).rglob("run.json"))
         record = json.loads(path.read_text())
         assert record["processes"] == n
@@ -913,18 +901,10 @@ def test_patches_that_are_not_rgb(task, tmp_path, shape, kind):
         cm.main(flags(root, tmp_path))
 
 
-def test_command_line_says_it_in_one_sentence_with_status_2(task, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "cmrcnet.py"), *flags(task, tmp_path, "--batch", "1")],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert (
-        done.returncode == 2
-        and done.stderr.strip().startswith("error: --batch is 1")
-        and len(done.stderr.strip().splitlines()) == 1
-    )
+def test_command_line_says_it_in_one_sentence_with_status_2(task, tmp_path, capfd):
+    assert status_of(cm.__file__, *flags(task, tmp_path, "--batch", "1")) == 2
+    told = capfd.readouterr().err.strip()
+    assert told.startswith("error: --batch is 1") and len(told.splitlines()) == 1
 
 
 @pytest.fixture(scope="module")

@@ -259,8 +259,8 @@ def readers_of(root):
     import cmrcnet
     import data
     import gat_fusion
-    import multist
     import stformer
+    from evaluation import downstream
     from evaluation import hest as hest_protocol
     from plainst import download, retrieval, run
     from plainst.readers import convert
@@ -347,7 +347,7 @@ def readers_of(root):
         ),
         "HEST metadata": hest,
         "gene list": lambda: {"genes": data.hest_genes(root / "hest")},
-        "pairs": lambda: {"pairs": multist.read_pairs(root / "pairs.csv")},
+        "pairs": lambda: {"pairs": downstream.read_pairs(root / "pairs.csv")},
         "reads": reads,
         "label image": lambda: {
             "image": convert.read_label_image(root / "ca1" / "label_image.coo.npz")

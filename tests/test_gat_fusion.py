@@ -531,10 +531,17 @@ def test_end_to_end(cortex, tmp_path, capsys, flags):
     assert (arrays["prob"].sum(1) - 1).__abs__().max() < 1e-6
 
 
-def test_same_seed_same_arrays(cortex, tmp_path):
-    for name in ("a", "b"):
-        assert program("--data", cortex, "--slice", "s1", "--runs", tmp_path / name, *SMALL) == 0
-    a, b = (np.load(next((tmp_path / name).rglob("arrays.npz"))) for name in ("a", "b"))
+@pytest.fixture(scope="module")
+def checkpoint(cortex, tmp_path_factory):
+    """model.pt of a short run on s1, beside its record and arrays."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert program("--data", cortex, "--slice", "s1", "--runs", runs, *SMALL) == 0
+    return next(runs.rglob("model.pt"))
+
+
+def test_same_seed_same_arrays(cortex, checkpoint, tmp_path):
+    assert program("--data", cortex, "--slice", "s1", "--runs", tmp_path, *SMALL) == 0
+    a, b = np.load(checkpoint.with_name("arrays.npz")), np.load(next(tmp_path.rglob("arrays.npz")))
     assert all(np.array_equal(a[k], b[k]) for k in a.files)
 
 
@@ -564,9 +571,8 @@ def test_embedding_from_a_file(cortex, tmp_path):
     )
 
 
-def test_predict_from_a_checkpoint(cortex, tmp_path, capsys):
-    assert program("--data", cortex, "--slice", "s1", "--runs", tmp_path, *SMALL) == 0
-    model = next(tmp_path.rglob("model.pt"))
+def test_predict_from_a_checkpoint(cortex, checkpoint, tmp_path, capsys):
+    model = checkpoint
     trained_on = np.load(model.with_name("arrays.npz"))
     assert (
         program("--data", cortex, "--slice", "s1", "--predict", model, "--runs", tmp_path / "p")
@@ -853,11 +859,10 @@ def test_variants_of_files_with_one_name_differ():
     )
 
 
-def test_two_checkpoints_two_predictions(cortex, tmp_path, capsys):
+def test_two_checkpoints_two_predictions(cortex, checkpoint, tmp_path, capsys):
     flags = ("--data", cortex, "--runs", tmp_path / "r")
-    for seed in (0, 1):
-        assert program(*flags, "--slice", "s1", "--seed", seed, *SMALL) == 0
-    for model in sorted((tmp_path / "r").rglob("model.pt")):
+    assert program(*flags, "--slice", "s1", "--seed", 1, *SMALL) == 0
+    for model in (checkpoint, next((tmp_path / "r").rglob("model.pt"))):
         moved = tmp_path / "model.pt"
         moved.write_bytes(model.read_bytes())
         assert program(*flags, "--slice", "s2", "--predict", moved) == 0
@@ -867,9 +872,8 @@ def test_two_checkpoints_two_predictions(cortex, tmp_path, capsys):
     )
 
 
-def test_predict_counts_classes_that_the_checkpoint_lacks(cortex, tmp_path, capsys):
-    assert program("--data", cortex, "--slice", "s1", "--runs", tmp_path / "r", *SMALL) == 0
-    model = next(tmp_path.rglob("model.pt"))
+def test_predict_counts_classes_that_the_checkpoint_lacks(cortex, checkpoint, tmp_path, capsys):
+    model = checkpoint
     slide = data.load_slide(cortex, "s2")
     (tmp_path / "l.csv").write_text(
         "".join(

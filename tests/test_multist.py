@@ -8,14 +8,17 @@ import subprocess
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from sklearn.metrics import adjusted_rand_score
 from torch.nn import functional as F
 
 import data
+import metrics
 import multist as M
 from data import DataError
-from plainst import run, simulate
+from evaluation import clustering, downstream
+from plainst import features, graphs, run, simulate, stain
 
 QUICK = [
     "--epochs",
@@ -52,7 +55,7 @@ def toy():
     xy = hexagons() + np.random.default_rng(0).normal(0, 0.1, (168, 2))
     config = M.Config(gan="fisher", epochs=3, fused_dim=16, heads=4, m=7, fusion_epochs=1, batch=64)
     x = torch.randn(len(xy), 20)
-    return xy, x, M.Graph(xy, 6), config, M.AutoEncoder(20, config)
+    return xy, x, graphs.Graph(xy, 6), config, M.AutoEncoder(20, config)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def record_of(folder, runs, *flags):
 
 def dense(graph):
     """A_hat as (N, N)."""
-    out = torch.zeros(graph.own, graph.own)
+    out = torch.zeros(graph.n_own, graph.n_own)
     ends = torch.cat([graph.starts[1:], torch.tensor([len(graph.columns)])])
     for i, (a, b) in enumerate(zip(graph.starts, ends)):
         out[i, graph.columns[a:b]] = graph.weights[a:b]
@@ -89,14 +92,14 @@ def test_graph_product_is_the_dense_product_in_both_directions(toy):
     a_hat = dense(graph)
     assert (
         torch.equal(a_hat, a_hat.T)
-        and a_hat.count_nonzero() == 2 * graph.edges.shape[1] + graph.own
+        and a_hat.count_nonzero() == 2 * graph.edges.shape[1] + graph.n_own
     )
     values = torch.linalg.eigvalsh(a_hat)
     assert values.max() <= 1 + 1e-5 and values.min() >= -1 - 1e-5
     h = x.clone().requires_grad_()
     weights = torch.randn_like(x)
-    (M.graph_product(h, graph) * weights).sum().backward()
-    torch.testing.assert_close(M.graph_product(x, graph), a_hat @ x)
+    (graphs.graph_product(h, graph) * weights).sum().backward()
+    torch.testing.assert_close(graphs.graph_product(x, graph), a_hat @ x)
     torch.testing.assert_close(h.grad, a_hat.T @ weights)
 
 
@@ -128,7 +131,7 @@ def test_encoder_follows_the_equations_and_the_order_of_spots(toy, branches):
     torch.testing.assert_close(z, torch.cat([f, u], 1), atol=1e-5, rtol=1e-4)
     order = np.random.default_rng(0).permutation(len(x))
     torch.testing.assert_close(
-        encoder(x[order], M.Graph(xy[order], 6)), z[order], atol=1e-5, rtol=1e-4
+        encoder(x[order], graphs.Graph(xy[order], 6)), z[order], atol=1e-5, rtol=1e-4
     )
 
 
@@ -152,7 +155,7 @@ def test_negatives_are_never_edges_and_change(toy):
     assert (
         not edges & {tuple(e) for e in first.T.tolist()}
         and (first[0] < first[1]).all()
-        and first.max() > 0.9 * graph.own
+        and first.max() > 0.9 * graph.n_own
     )
     assert 0.8 * len(edges) < first.shape[1] <= len(edges)
     assert first.shape != second.shape or not torch.equal(first, second)
@@ -163,26 +166,26 @@ def test_tiles_with_a_halo_see_what_the_whole_slide_sees():
     them. Without a halo it fails."""
     rng = np.random.default_rng(0)
     xy, x, config = rng.random((500, 2)), torch.randn(500, 20), M.Config()
-    graph, model = M.Graph(xy, 6), M.AutoEncoder(20, config).eval()
+    graph, model = graphs.Graph(xy, 6), M.AutoEncoder(20, config).eval()
     z = model.encode(x, graph)
-    x_hat, parts = model.decode(z, graph), graph.parts(70)
+    x_hat, parts = model.decode(z, graph), graph.tiles(70, M.HOPS)
     assert len(parts) == 8 and sorted(
-        torch.cat([rows[: near.own] for rows, near in parts]).tolist()
+        torch.cat([rows[: near.n_own] for rows, near in parts]).tolist()
     ) == list(range(500))
     for rows, near in parts:
-        own, got = rows[: near.own], model.encode(x[rows], near)
-        assert (got[: near.own] - z[own]).abs().max() < 1e-5 and (
-            model.decode(got, near)[: near.own] - x_hat[own]
+        own, got = rows[: near.n_own], model.encode(x[rows], near)
+        assert (got[: near.n_own] - z[own]).abs().max() < 1e-5 and (
+            model.decode(got, near)[: near.n_own] - x_hat[own]
         ).abs().max() < 1e-5
         assert (
-            near.edges.max() < near.own
+            near.edges.max() < near.n_own
             and torch.isin(
                 rows[near.edges][0] * 500 + rows[near.edges][1],
-                torch.cat([graph.key, graph.edges[1] * 500 + graph.edges[0]]),
+                torch.cat([graph.edge_keys, graph.edges[1] * 500 + graph.edges[0]]),
             ).all()
         )
-        assert (model.encode(x[own], M.Graph(xy[own.numpy()], 6)) - z[own]).abs().max() > 1e-3
-    assert graph.parts(0)[0][1] is graph
+        assert (model.encode(x[own], graphs.Graph(xy[own.numpy()], 6)) - z[own]).abs().max() > 1e-3
+    assert graph.tiles(0, M.HOPS)[0][1] is graph
 
 
 @pytest.mark.parametrize("branches", ["serial", "parallel"])
@@ -191,7 +194,7 @@ def test_prediction_takes_a_few_spots_at_a_time_through_what_sees_one_spot(branc
     BatchNorm needs all rows."""
     rng = np.random.default_rng(0)
     xy, x = rng.random((500, 2)), torch.randn(500, 20)
-    graph, model = M.Graph(xy, 6), M.AutoEncoder(20, M.Config(branches=branches, dropout=0.0))
+    graph, model = graphs.Graph(xy, 6), M.AutoEncoder(20, M.Config(branches=branches, dropout=0.0))
     trained, seen = copy.deepcopy(model).train().encode(x, graph), []
     whole = model.embed(x, graph)
     monkeypatch.setattr(M, "ROWS", 70)
@@ -215,7 +218,7 @@ def test_training_on_tiles_lowers_the_losses(gan):
     )
     x, graph, log = (
         torch.as_tensor(np.sin(9 * xy @ np.random.default_rng(1).normal(size=(2, 20)))).float(),
-        M.Graph(xy, 6),
+        graphs.Graph(xy, 6),
         [],
     )
     torch.manual_seed(0)
@@ -245,7 +248,7 @@ def test_bfloat16_stays_near_float32(toy):
             torch.randn(len(x), 9),
         )
         terms = M.stage1_terms(model, None, x, graph, config)
-        tiles = M.Tiles(xy, config.m, "cpu")
+        tiles = graphs.SpotBatches(xy, config.m, "cpu")
         more = M.stage3_terms(
             fusion, torch.randn(len(x), 32), v, tiles, torch.arange(len(x)), None, None, 1.0, config
         )
@@ -279,7 +282,7 @@ def test_edge_loss_and_masked_consistency_are_the_formulas(toy):
 
 def test_complete_graphs_and_empty_masks_are_no_nan(toy):
     xy, x, graph, config, model = toy
-    assert torch.isfinite(M.edge_loss(x[:7], M.Graph(xy[:7], 6)))
+    assert torch.isfinite(M.edge_loss(x[:7], graphs.Graph(xy[:7], 6)))
     config.mask_rate = 0.0
     assert "mask" not in M.stage1_terms(model, None, x, graph, config)
 
@@ -382,12 +385,12 @@ def test_stage2_stops_when_labels_stand_still(toy):
 def test_colour_reaches_the_reference_and_is_the_identity_on_itself():
     rng = np.random.default_rng(0)
     image = np.clip(rng.normal([150, 110, 160], [18, 15, 12], (60, 50, 3)), 1, 254).astype(np.uint8)
-    lab = M.to_lab(image.reshape(-1, 3))
+    lab = stain.to_lab(image.reshape(-1, 3))
     source = np.stack([lab.mean(0), lab.std(0)])
-    assert np.abs(M.normalise_colour(image, source, source).astype(int) - image).max() <= 1
-    out = M.to_lab(M.normalise_colour(image, source).reshape(-1, 3))
-    np.testing.assert_allclose(out.mean(0), M.REFERENCE[0], atol=5e-3)
-    np.testing.assert_allclose(out.std(0), M.REFERENCE[1], rtol=0.1)
+    assert np.abs(stain.normalise_colour(image, source, source).astype(int) - image).max() <= 1
+    out = stain.to_lab(stain.normalise_colour(image, source).reshape(-1, 3))
+    np.testing.assert_allclose(out.mean(0), stain.REFERENCE[0], atol=5e-3)
+    np.testing.assert_allclose(out.std(0), stain.REFERENCE[1], rtol=0.1)
 
 
 def picture(xy, scale=0.1):
@@ -412,7 +415,7 @@ def picture(xy, scale=0.1):
 def test_patch_belongs_to_its_spot(monkeypatch):
     xy = hexagons() + 100
     monkeypatch.setattr(
-        data,
+        features,
         "handmade_descriptor",
         lambda p: p[:, p.shape[1] // 2, p.shape[2] // 2].astype(np.float32),
     )
@@ -428,7 +431,7 @@ def test_patch_belongs_to_its_spot(monkeypatch):
 
 def test_smoothing_weights():
     xy = hexagons()
-    w = M.smoothing_matrix(xy)
+    w = data.smoothing_matrix(xy)
     np.testing.assert_allclose(w @ np.ones(len(xy)), 1, rtol=1e-6)
     near = data.knn_table(xy, 7)
     d = np.linalg.norm(xy[near[50]] - xy[50], axis=1)
@@ -525,7 +528,7 @@ def test_sdm_and_contrast():
 
 def test_neighbours_in_batch_and_tiles():
     xy = hexagons()
-    tiles = M.Tiles(xy, 7, "cpu", size=20)
+    tiles = graphs.SpotBatches(xy, 7, "cpu", size=20)
     assert (
         torch.cat(tiles.tiles).sort().values.tolist() == list(range(len(xy)))
         and max(len(t) for t in tiles.tiles) <= 20
@@ -534,7 +537,7 @@ def test_neighbours_in_batch_and_tiles():
         tiles.offset[:, 0], torch.zeros(len(xy), 2)
     )
     rows = torch.cat(tiles.batches(60)[:1])
-    found = M.neighbours_in_batch(rows, tiles.near)
+    found = graphs.neighbours_in_batch(rows, tiles.near)
     near = [set(r.tolist()) for r in tiles.near[:, 1:]]
     want = [[j in near[i] or i in near[j] for j in rows.tolist()] for i in rows.tolist()]
     assert found.tolist() == want
@@ -578,7 +581,7 @@ def test_fused_in_pieces_equals_fused_at_once(toy):
     torch.manual_seed(0)
     model, z, v = M.Fusion(20, 9, config).eval(), x, torch.randn(len(x), 9)
     # 34 and more tiles: two pieces
-    tiles = M.Tiles(xy, config.m, "cpu", size=5)
+    tiles = graphs.SpotBatches(xy, config.m, "cpu", size=5)
     h, entropy = M.fuse(model, z, v, tiles, config)
     whole, _, _, attention = model(z, v, torch.arange(len(x)), tiles.near, tiles.offset)
     torch.testing.assert_close(h, whole, atol=1e-5, rtol=1e-4)
@@ -599,23 +602,23 @@ def blobs(k=4, per=80, d=6, apart=8.0):
 
 def test_mixture_finds_blobs_and_their_number():
     x, truth = blobs()
-    assert adjusted_rand_score(truth, M.gmm_tied(x, 4)[0]) > 0.99
-    assert M.choose_k(x, high=8)[0] == 4
+    assert adjusted_rand_score(truth, clustering.gmm_tied(x, 4)[0]) > 0.99
+    assert clustering.choose_k(x, high=8)[0] == 4
     noise = np.random.default_rng(0).standard_normal((25, 30))
-    assert M.choose_k(noise)[0] == 2, "few spots are no reason for many domains"
+    assert clustering.choose_k(noise)[0] == 2, "few spots are no reason for many domains"
     with pytest.raises(DataError, match="too few to choose"):
-        M.choose_k(noise[:12])
+        clustering.choose_k(noise[:12])
     with pytest.raises(DataError, match="5 domains cannot be found among 3 spots"):
-        M.gmm_tied(x[:3], 5)
+        clustering.gmm_tied(x[:3], 5)
     with pytest.raises(DataError, match="same for every spot"):
-        M.gmm_tied(np.ones((10, 3)), 2)
+        clustering.gmm_tied(np.ones((10, 3)), 2)
 
 
 def test_components_leave_out_round_off():
     x, _ = blobs()
     # rank 6 in 40 columns
     wide = (x @ np.random.default_rng(1).standard_normal((6, 40))).astype(np.float32)
-    assert M.components(wide).shape == (320, 6) and M.components(
+    assert clustering.components(wide).shape == (320, 6) and clustering.components(
         np.random.default_rng(0).standard_normal((99, 50))
     ).shape == (99, 30)
 
@@ -623,7 +626,7 @@ def test_components_leave_out_round_off():
 @pytest.mark.skipif(shutil.which("Rscript") is None, reason="R is not installed")
 def test_mixture_agrees_with_mclust(tmp_path):
     x, truth = blobs(apart=4.0)
-    np.savetxt(tmp_path / "x.csv", M.components(x), delimiter=",")
+    np.savetxt(tmp_path / "x.csv", clustering.components(x), delimiter=",")
     script = (
         f'library(mclust); x <- as.matrix(read.csv("{tmp_path}/x.csv", header=FALSE)); '
         'cat(Mclust(x, G=4, modelNames="EEE")$classification)'
@@ -632,7 +635,9 @@ def test_mixture_agrees_with_mclust(tmp_path):
     if "there is no package" in done.stderr:
         pytest.skip("R has no mclust")
     assert (
-        adjusted_rand_score(M.gmm_tied(x, 4)[0], [int(v) for v in done.stdout.split()[-len(x) :]])
+        adjusted_rand_score(
+            clustering.gmm_tied(x, 4)[0], [int(v) for v in done.stdout.split()[-len(x) :]]
+        )
         > 0.95
     )
 
@@ -643,29 +648,29 @@ def test_diffusion_removes_noise_and_keeps_anchors():
     noisy = truth.copy()
     flip = np.random.default_rng(0).choice(len(xy), len(xy) // 10, replace=False)
     noisy[flip] = 5 - noisy[flip]
-    assert np.array_equal(M.diffuse_labels(noisy, xy, steps=0), noisy)
-    smooth = M.diffuse_labels(noisy, xy)
+    assert np.array_equal(clustering.diffuse_labels(noisy, xy, steps=0), noisy)
+    smooth = clustering.diffuse_labels(noisy, xy)
     assert (smooth == truth).mean() > 0.985 > (noisy == truth).mean() and set(smooth) == {0, 5}
-    assert (M.diffuse_labels(truth, xy) == truth).mean() > 0.995
+    assert (clustering.diffuse_labels(truth, xy) == truth).mean() > 0.995
     lone = np.zeros(len(xy), int)
     # a domain of one spot is its own anchor
     lone[400] = 1
-    assert M.diffuse_labels(lone, xy, steps=10)[400] == 1
+    assert clustering.diffuse_labels(lone, xy, steps=10)[400] == 1
 
 
 def test_diffusing_the_annotation_hardly_changes_it(real_data):
     slide = data.load_slide(real_data / "dlpfc", "151673", counts=False).subset(np.arange(3639))
     slide = slide.subset(slide.labels >= 0)
-    with_self = adjusted_rand_score(slide.labels, M.diffuse_labels(slide.labels, slide.xy))
+    with_self = adjusted_rand_score(slide.labels, clustering.diffuse_labels(slide.labels, slide.xy))
     released = adjusted_rand_score(
-        slide.labels, M.diffuse_labels(slide.labels, slide.xy, steps=10, self_weight=0.0)
+        slide.labels, clustering.diffuse_labels(slide.labels, slide.xy, steps=10, self_weight=0.0)
     )
     assert with_self > 0.99 and released < 0.93
 
 
 def test_majority_vote():
     near = np.array([[1, 2], [0, 2], [0, 1], [0, 1]])
-    assert M.majority_vote(np.array([7, 7, 3, 3]), near).tolist() == [7, 7, 7, 7]
+    assert clustering.majority_vote(np.array([7, 7, 3, 3]), near).tolist() == [7, 7, 7, 7]
 
 
 # --------------------------------------------------------------------------------------- downstream
@@ -677,18 +682,18 @@ def test_pseudotime_follows_a_curve_also_on_a_subset():
         1
     ).standard_normal((600, 3))
     for most in (5000, 300):
-        found = M.pseudotime(h, t < 0.05, most=most)
-        assert M.metrics.spearman(found, t) > 0.99 and found.min() >= 0 and found.max() <= 1
-    assert M.metrics.spearman(M.pseudotime(h, t > 0.95), t) < -0.99  # from the other end
+        found = downstream.pseudotime(h, t < 0.05, most=most)
+        assert metrics.spearman(found, t) > 0.99 and found.min() >= 0 and found.max() <= 1
+    assert metrics.spearman(downstream.pseudotime(h, t > 0.95), t) < -0.99  # from the other end
 
 
 def test_pseudotime_of_spots_out_of_reach_is_nan():
     rng = np.random.default_rng(0)
     h = np.concatenate([rng.standard_normal((100, 3)), 1e3 + rng.standard_normal((60, 3))])
-    found = M.pseudotime(h, np.arange(160) < 10)
+    found = downstream.pseudotime(h, np.arange(160) < 10)
     assert np.isfinite(found[:100]).all() and np.isnan(found[100:]).all()
     # also where it is carried over from a subset
-    found = M.pseudotime(h, np.arange(160) < 10, most=80)
+    found = downstream.pseudotime(h, np.arange(160) < 10, most=80)
     assert np.isfinite(found[:100]).all() and np.isnan(found[100:]).all()
 
 
@@ -701,8 +706,8 @@ def test_ligand_receptor_finds_the_planted_pair():
     x[labels == 0, 0] += 4
     x[labels == 1, 1] += 4
     near = data.knn_table(xy, 6)
-    pairs, score, p, q = M.ligand_receptor(
-        M.sp.csr_matrix(x),
+    pairs, score, p, q = downstream.ligand_receptor(
+        sp.csr_matrix(x),
         np.array(["L", "R", "c", "d"]),
         [("L", "R"), ("c", "d"), ("L", "absent")],
         labels,
@@ -726,8 +731,8 @@ def test_ligand_receptor_finds_the_planted_pair():
         and (q >= p - 1e-12).all()
         and q[1].min() > 0.05
     )
-    apart = M.ligand_receptor(
-        M.sp.csr_matrix(x),
+    apart = downstream.ligand_receptor(
+        sp.csr_matrix(x),
         np.array(["L", "R", "c", "d"]),
         [("L", "R")],
         np.where(xy[:, 1] < 1, 9, labels),
@@ -736,8 +741,8 @@ def test_ligand_receptor_finds_the_planted_pair():
     )
     assert np.isfinite(apart[1]).any()
     assert (
-        M.ligand_receptor(
-            M.sp.csr_matrix(x), np.array(["a", "b", "c", "d"]), [("L", "R")], labels, near, 9
+        downstream.ligand_receptor(
+            sp.csr_matrix(x), np.array(["a", "b", "c", "d"]), [("L", "R")], labels, near, 9
         )[0]
         == []
     )
@@ -746,16 +751,16 @@ def test_ligand_receptor_finds_the_planted_pair():
 def test_pairs_file(tmp_path):
     path = tmp_path / "pairs.csv"
     path.write_text("ligand,receptor\nA, B\nC,D\nA,B\n")
-    assert M.read_pairs(path) == [("A", "B"), ("C", "D")]
+    assert downstream.read_pairs(path) == [("A", "B"), ("C", "D")]
     for text, why in (
         ("A\n", "fewer than two columns"),
         ("ligand,receptor\n", "no ligand-receptor pair"),
     ):
         path.write_text(text)
         with pytest.raises(DataError, match=why):
-            M.read_pairs(path)
+            downstream.read_pairs(path)
     with pytest.raises(DataError, match="cannot be read"):
-        M.read_pairs(tmp_path / "none.csv")
+        downstream.read_pairs(tmp_path / "none.csv")
 
 
 # ------------------------------------------------------------------------------------------ program
@@ -915,11 +920,11 @@ def test_bad_flags_and_slides_are_one_sentence(cortex, tmp_path, capsys, monkeyp
 def test_a_slide_in_two_pieces_and_genes_that_do_not_vary(capsys):
     rng = np.random.default_rng(0)
     xy = np.concatenate([hexagons(8, 8), hexagons(8, 8) + 1e5])
-    assert M.Graph(xy, 6).pieces == 2
+    assert graphs.Graph(xy, 6).pieces == 2
     counts = rng.poisson(3, (128, 30))
     counts[:, 5:] = 0
     slide = data.Slide(
-        M.sp.csr_matrix(counts),
+        sp.csr_matrix(counts),
         np.array([f"g{i}" for i in range(30)]),
         np.array([f"b{i}" for i in range(128)]),
         xy,
@@ -927,7 +932,7 @@ def test_a_slide_in_two_pieces_and_genes_that_do_not_vary(capsys):
     )
     x = M.preprocess(slide, M.Config())
     assert x.shape[1] <= 5 and (x.std(0) > 0).all()
-    slide.counts = M.sp.csr_matrix(np.zeros((128, 30), int))
+    slide.counts = sp.csr_matrix(np.zeros((128, 30), int))
     with pytest.raises(DataError, match="0 genes that vary"):
         M.preprocess(slide, M.Config())
 

@@ -109,7 +109,13 @@ def test_same_seed_same_bits_and_threads_agree(method, inputs, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("programs", "kills", "points"), [(["gat_fusion"], 1, 0), (["convert", "download"], 1, 3)]
+    ("programs", "kills", "points"),
+    [
+        (["gat_fusion", "convert"], 0, 2),
+        (["download"], 1, 2),
+        pytest.param(["gat_fusion"], 1, 0, marks=pytest.mark.long),
+        pytest.param(["convert", "download"], 1, 3, marks=pytest.mark.long),
+    ],
 )
 def test_killed_programs_end_with_the_files_of_undisturbed_ones(
     tmp_path, inputs, programs, kills, points
@@ -124,6 +130,8 @@ def test_killed_programs_end_with_the_files_of_undisturbed_ones(
         str(kills),
         "--points",
         str(points),
+        "--rows",
+        "60000",
     ]
     done = subprocess.run(
         [*words, "--only", *programs],

@@ -4,8 +4,6 @@ records, bad input."""
 import copy
 import dataclasses
 import json
-import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import metrics
 import spatia as sp
+from conftest import in_processes, status_of
 from data import DataError
 from evaluation import cells as tasks
 from plainst import (
@@ -770,11 +769,10 @@ def test_decoder_channels_count_by_inverse_variance(trained, tmp_path, monkeypat
 
 
 def test_two_processes_sum_to_one(cells, tmp_path):
-    """torchrun with two processes: the losses of A and C are those of one process."""
+    """As torchrun starts two processes: the losses of A and C are those of one process."""
     script = tmp_path / "go.py"
     script.write_text(
-        f"import sys, json; sys.path.insert(0, {str(Path(sp.__file__).parent)!r}); import "
-        "dataclasses, torch, spatia as sp; from plainst import run\n"
+        "import sys, json, dataclasses, torch, spatia as sp; from plainst import run\n"
         f"size = dataclasses.replace(sp.PRESETS['tiny'], dim=16, image_layers=1, "
         "gene_layers=0, latents=3, niche=5, tissue=4, decoder_dim=16,"
         f" decoder_layers=1, steps=(4, 4, 4), batch=(16, 16, 8))\n"
@@ -794,24 +792,7 @@ def test_two_processes_sum_to_one(cells, tmp_path):
         f"if record.world > 1: torch.distributed.barrier(); "
         "torch.distributed.destroy_process_group()\n"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(script), str(tmp_path / "one")])
-        runpy.run_path(str(script))
-    out = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(script),
-            str(tmp_path / "two"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert out.returncode == 0, out.stderr[-2000:]
+    in_processes("spatia", script, [(1, [tmp_path / "one"]), (2, [tmp_path / "two"])])
     found = [json.loads((tmp_path / name).read_text()) for name in ("one", "two")]
     for one, two in zip(found[0][:3], found[1][:3]):
         assert np.allclose(one, two, rtol=1e-4, atol=1e-5), (one, two)
@@ -884,17 +865,11 @@ def fails(argv, *words):
     assert "\n" not in text and all(w in text for w in words), text
 
 
-def test_status_is_2_without_a_traceback(tmp_path):
-    out = subprocess.run(
-        [sys.executable, sp.__file__, *flags(tmp_path / "none.h5", tmp_path)],
-        capture_output=True,
-        text=True,
-    )
+def test_status_is_2_without_a_traceback(tmp_path, capfd):
+    assert status_of(sp.__file__, *flags(tmp_path / "none.h5", tmp_path)) == 2
+    told = capfd.readouterr().err
     assert (
-        out.returncode == 2
-        and out.stderr.startswith("error: ")
-        and "Traceback" not in out.stderr
-        and not (tmp_path / "runs").exists()
+        told.startswith("error: ") and "Traceback" not in told and not (tmp_path / "runs").exists()
     )
 
 

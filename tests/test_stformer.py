@@ -4,9 +4,7 @@ definitions, leaks, baselines, end-to-end runs, bad input."""
 import dataclasses
 import itertools
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from torch.nn import functional as F
 import data
 import metrics
 import stformer as st
-from conftest import ROOT
+from conftest import in_processes, status_of
 from data import DataError
 from evaluation import bags, baselines, hest
 from plainst import simulate
@@ -892,45 +890,25 @@ def fails(argv, *words):
     assert "\n" not in text and all(w in text for w in words), text
 
 
-def test_status_is_2_without_a_traceback(task, tmp_path):
-    out = subprocess.run(
-        [sys.executable, st.__file__, *flags(task, tmp_path, "--fold", "9")],
-        capture_output=True,
-        text=True,
-    )
+def test_status_is_2_without_a_traceback(task, tmp_path, capfd):
+    assert status_of(st.__file__, *flags(task, tmp_path, "--fold", "9")) == 2
+    told = capfd.readouterr().err
     assert (
-        out.returncode == 2
-        and out.stderr.startswith("error: ")
-        and "Traceback" not in out.stderr
-        and not (tmp_path / "runs").exists()
+        told.startswith("error: ") and "Traceback" not in told and not (tmp_path / "runs").exists()
     )
 
 
 def test_two_processes_have_the_numbers_of_one(task, tmp_path):
     found = []
-    for n in (1, 2):
-        script = tmp_path / "two.py"
-        script.write_text(
-            f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport stformer\nstformer.draw = "
-            "lambda *a: None\n"
-            "stformer.run.cli(stformer.main)\n"
-        )
-        start = (
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-            if n == 2
-            else [sys.executable]
-        )
-        words = flags(task, tmp_path / str(n), "--fold", "0", "--folds", "3", "--members", "2")
-        done = subprocess.run(
-            [*start, str(script), *words],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import stformer\nstformer.draw = lambda *a: None\nstformer.run.cli(stformer.main)\n"
+    )
+    more = ("--fold", "0", "--folds", "3", "--members", "2")
+    runs = [(n, flags(task, tmp_path / str(n), *more)) for n in (1, 2)]
+    for (n, _), told in zip(runs, in_processes("stformer", script, runs)):
         record = json.loads(next((tmp_path / str(n)).rglob("run.json")).read_text())
-        assert record["processes"] == n and done.stdout.count("gain over ridge") == 1
+        assert record["processes"] == n and told.count("gain over ridge") == 1
         with np.load(next((tmp_path / str(n)).rglob("arrays.npz"))) as arrays:
             found.append((record["metrics"], record["baselines"], arrays["pred"]))
     assert (
