@@ -1,11 +1,15 @@
-"""python -m plainst simulate | download | convert: data to run the methods on."""
+"""python -m plainst simulate | download | convert | export: data for the methods, and their results
+in files that other tools open."""
 
+import importlib
 import sys
 
-from plainst import download, simulate
-from plainst.readers import convert
-
-COMMANDS = {"simulate": simulate.main, "download": download.main, "convert": convert.main}
+COMMANDS = {  # imported when asked for: not every command needs torch
+    "simulate": "plainst.simulate",
+    "download": "plainst.download",
+    "convert": "plainst.readers.convert",
+    "export": "plainst.export",
+}
 
 
 def main(argv=None):
@@ -14,7 +18,7 @@ def main(argv=None):
     if not words or words[0] not in COMMANDS:
         print(f"usage: python -m plainst {{{','.join(COMMANDS)}}} ... (each has --help)")
         return 0 if words[:1] in (["-h"], ["--help"]) else 2
-    return COMMANDS[words[0]](words[1:])
+    return importlib.import_module(COMMANDS[words[0]]).main(words[1:])
 
 
 if __name__ == "__main__":

@@ -1,24 +1,18 @@
 """Public data sets -> datasets/, checked and resumable.
 
-    # 12 human cortex Visium slices (Maynard et al. 2021)
     python -m plainst download dlpfc [--slices 151673,151674]
-    # mouse CA1 in-situ sequencing (pciSeq demo, MIT)
-    python -m plainst download ca1
-    # 50 MSigDB Hallmark gene sets (CC BY 4.0)
-    python -m plainst download hallmark
-    # HEST-Benchmark tasks (needs huggingface_hub, accepted terms and a token)
+    python -m plainst download ca1 | hallmark | starmap | osmfish | connectomedb
     python -m plainst download hest --task IDC
-    # HEST-1k samples (the same; CC BY-NC-SA 4.0)
     python -m plainst download hest1k --ids TENX95,TENX99
 
 A file is streamed to `<name>.part`, checked (bytes received, size, SHA-256, kind of content) and
 only then renamed: a final name is whole. An interrupted download goes on where it stopped (HTTP
 Range + If-Range); without a validator from the server it starts again, as a mix of two versions
-would go unseen. `<out>/manifest.json` records {relative path: {url, size, sha256, date}}. We know
-no published SHA-256 of these files, so the tables below hold None: the sum of the FIRST download is
-recorded and later ones must equal it (trust on first use). That finds damage and silent replacement
-afterwards, not a wrong first copy. `--mirror URL` replaces scheme and host of every address and
-keeps the path (URL/files/39055568).
+would go unseen. `<out>/manifest.json` records {relative path: {url, size, sha256, date}}. Few of
+these files have a published SHA-256, so `sources` mostly holds None: the sum of the FIRST download
+is recorded and later ones must equal it (trust on first use). That finds damage and silent
+replacement afterwards, not a wrong first copy. `--mirror URL` replaces scheme and host of every
+address and keeps the path (URL/files/39055568).
 """
 
 import argparse
@@ -33,70 +27,17 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections import namedtuple
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from plainst.readers.checked import DataError, file_checksum
+from plainst.sources import DONORS, ELSEWHERE, FIGSHARE, PLAIN, TERMS, dlpfc_homes
 
-# address, name under --out, and bytes and hex digest where known beforehand
-Item = namedtuple("Item", "url name size sha256", defaults=(None, None))
-GITHUB, S3 = "https://raw.githubusercontent.com", "https://spatial-dlpfc.s3.us-east-2.amazonaws.com"
-PILOT, CA1 = (
-    f"{GITHUB}/LieberInstitute/HumanPilot/master/10X",
-    f"{GITHUB}/acycliq/pciSeq/master/pciSeq/data/mouse/ca1",
-)
-MSIGDB = "https://data.broadinstitute.org/gsea-msigdb/msigdb/release/2024.1.Hs"
-FIGSHARE = {
-    "151507": 39055556,
-    "151508": 39055589,
-    "151509": 39055586,
-    "151510": 39055583,
-    "151669": 39055580,
-    "151670": 39055577,
-    "151671": 39055574,
-    "151672": 39055571,
-    "151673": 39055568,
-    "151674": 39055565,
-    "151675": 39055562,
-    "151676": 39055559,
-}
-PLAIN = {
-    "ca1": [
-        Item(f"{CA1}/iss/spots.csv", "spots.csv"),
-        Item(f"{CA1}/segmentation/label_image.coo.npz", "label_image.coo.npz"),
-    ],
-    "hallmark": [Item(f"{MSIGDB}/h.all.v2024.1.Hs.symbols.gmt", "h.all.symbols.gmt")],
-}
 HDF5, CHUNK = b"\x89HDF\r\n\x1a\n", 1 << 18
-MAGIC = {".h5": HDF5, ".h5ad": HDF5, ".png": b"\x89PNG\r\n\x1a\n", ".npz": b"PK\x03\x04"}
-
-
-def dlpfc_homes(sample):
-    """The two public homes of a DLPFC slice: Space Ranger parts (count matrix last, so that where
-    it is the rest is too), and one h5ad."""
-    spatial = f"{sample}/spatial"
-    return [
-        [
-            Item(f"{PILOT}/barcode_level_layer_map.tsv", "barcode_level_layer_map.tsv"),
-            Item(
-                f"{PILOT}/{sample}/tissue_positions_list.txt",
-                f"{spatial}/tissue_positions_list.csv",
-            ),
-            Item(f"{PILOT}/{sample}/scalefactors_json.json", f"{spatial}/scalefactors_json.json"),
-            *(
-                Item(f"{S3}/images/{sample}_{image}", f"{spatial}/{image}")
-                for image in ("tissue_lowres_image.png", "tissue_hires_image.png")
-            ),
-            Item(
-                f"{S3}/h5/{sample}_filtered_feature_bc_matrix.h5",
-                f"{sample}/filtered_feature_bc_matrix.h5",
-            ),
-        ],
-        [Item(f"https://ndownloader.figshare.com/files/{FIGSHARE[sample]}", f"{sample}.h5ad")],
-    ]
+HDF5_FILES = (".h5", ".h5ad", ".loom")
+MAGIC = {**dict.fromkeys(HDF5_FILES, HDF5), ".png": b"\x89PNG\r\n\x1a\n", ".npz": b"PK\x03\x04"}
 
 
 class DownloadError(DataError):
@@ -308,7 +249,7 @@ def content_problem(path, suffix):
         return f"this is no {suffix} file: it begins with {head[:20]!r}"
     # superblock: version at byte 8, end-of-file address at 40, 44 or 28 (HDF5 File Format
     # Specification, II.A)
-    if suffix in (".h5", ".h5ad"):
+    if suffix in HDF5_FILES:
         start = {0: 40, 1: 44}.get(head[8], 28) if size >= 48 else 0
         cut = not start or size < int.from_bytes(head[start : start + 8], "little")
     else:
@@ -379,14 +320,27 @@ class Folder:
                 "downloading again",
                 file=sys.stderr,
             )
-        url = item.url if self.mirror is None else self.mirror.rstrip("/") + urlsplit(item.url).path
+        url = item.url
+        if self.mirror is not None:
+            parts = urlsplit(url)
+            query = f"?{parts.query}" if parts.query else ""
+            url = self.mirror.rstrip("/") + parts.path + query
         record = fetch(url, path, item.size, item.sha256 or recorded.get("sha256"), **self.options)
         _write_json(self.root / "manifest.json", {**self.manifest(), item.name: record})
 
 
+def write_donors(root):
+    """slice_donors.csv: the donor of every DLPFC slice, which its files do not tell and
+    --split donor asks for."""
+    rows = [f"{name},{donor}" for donor, names in DONORS.items() for name in names]
+    path = Path(root, "slice_donors.csv")
+    Path(f"{path}.tmp").write_text("\n".join(["slice,donor", *rows, ""]))
+    os.replace(f"{path}.tmp", path)
+
+
 def get_dlpfc(folder, slices):
-    """Every slice from its first home, else from its second; what came of the first is then
-    removed, as loaders take a folder before an h5ad."""
+    """Every slice from its first home, else from its second, and the donors; what came of the first
+    home is then removed, as loaders take a folder before an h5ad."""
     if not set(slices) <= set(FIGSHARE):
         raise DataError(
             f"--slices {','.join(slices)!r}: the DLPFC slices are {', '.join(FIGSHARE)}"
@@ -408,6 +362,7 @@ def get_dlpfc(folder, slices):
             for name in (f"{sample}/spatial", sample):
                 with contextlib.suppress(OSError):  # not empty: someone else's files stay
                     os.rmdir(folder.root / name)
+    write_donors(folder.root)
 
 
 def get_hub(out, repository, patterns, mirror=None):
@@ -442,18 +397,27 @@ def get_hub(out, repository, patterns, mirror=None):
 
 
 def build_parser():
+    contents = "\n".join(
+        f"  {name:13} {what}; licence: {terms}" for name, (what, terms) in TERMS.items()
+    )
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=f"{contents}\n\n{ELSEWHERE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub = parser.add_subparsers(dest="dataset", required=True)
-    for name, flag, text in (
-        ("dlpfc", "--slices", "151673,151674"),
-        ("ca1", "", ""),
-        ("hallmark", "", ""),
-        ("hest", "--task", "IDC,READ"),
-        ("hest1k", "--ids", "TENX95,TENX99"),
-    ):
-        command = sub.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags = {
+        "dlpfc": ("--slices", "151673,151674"),
+        "hest": ("--task", "IDC,READ"),
+        "hest1k": ("--ids", "TENX95,TENX99"),
+    }
+    for name, (what, terms) in TERMS.items():
+        flag, text = flags.get(name, ("", ""))
+        command = sub.add_parser(
+            name,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            description=f"{what}. Licence: {terms}.",
+        )
         if flag:
             command.add_argument(
                 flag,
@@ -555,5 +519,5 @@ def main(argv=None):
         )
         print(f"error: {error}{hint}", file=sys.stderr)
         return 2
-    print(f"{args.dataset}: ready in {args.out}")
+    print(f"{args.dataset}: ready in {args.out} (licence: {TERMS[args.dataset][1]})")
     return 0

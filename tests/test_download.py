@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -26,8 +27,9 @@ from PIL import Image
 
 import data
 from data import DataError
-from plainst import download
-from plainst.download import DownloadError, Folder, Item, fetch
+from plainst import download, sources
+from plainst.download import DownloadError, Folder, fetch
+from plainst.sources import Item
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"retries": 3, "timeout": 5.0, "backoff": 0.001}
@@ -674,26 +676,31 @@ QUICK = ["--retries", "1", "--backoff", "0.001", "--timeout", "5"]
 
 
 def publish(server, items, prefix="", route=whole):
-    """Serve every item under its public path; -> {name: bytes}."""
+    """Serve every item under its public path and query; -> {name: bytes}."""
     bodies = {}
     for number, item in enumerate(items):
         suffix = Path(item.name).suffix
         body = {
             ".h5": hdf5_bytes(seed=number),
             ".h5ad": hdf5_bytes(seed=number),
+            ".loom": hdf5_bytes(seed=number),
             ".png": png_bytes(),
             ".npz": npz_bytes(),
             ".gmt": GMT,
             ".json": b'{"tissue_hires_scalef": 0.15}',
         }.get(suffix, TEXT + item.name.encode())
         bodies[item.name] = body
-        server.routes[prefix + urlsplit(item.url).path] = route(body)
+        parts = urlsplit(item.url)
+        query = f"?{parts.query}" if parts.query else ""
+        server.routes[prefix + parts.path + query] = route(body)
     return bodies
 
 
-@pytest.mark.parametrize("dataset", ["hallmark", "ca1"])
+@pytest.mark.parametrize("dataset", sorted(download.PLAIN))
 @pytest.mark.parametrize("prefix", ["", "/mirror"])
-def test_cli_hallmark_and_ca1(server, tmp_path, capsys, dataset, prefix):
+def test_cli_plain_files(server, tmp_path, capsys, monkeypatch, dataset, prefix):
+    loose = [item._replace(size=None, sha256=None) for item in download.PLAIN[dataset]]
+    monkeypatch.setitem(download.PLAIN, dataset, loose)
     bodies = publish(server, download.PLAIN[dataset], prefix)
     argv = [dataset, "--out", str(tmp_path), "--mirror", server.url + prefix, *QUICK]
     assert download.main(argv) == 0
@@ -708,7 +715,37 @@ def test_cli_hallmark_and_ca1(server, tmp_path, capsys, dataset, prefix):
         and download.main([*argv, "--verify"]) == 0
         and len(server.log) == requests
     )
-    assert "ready" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ready" in out and f"licence: {sources.TERMS[dataset][1]}" in out
+
+
+def test_pinned_file_from_a_mirror_must_be_the_pinned_one(server, tmp_path, capsys):
+    publish(server, download.PLAIN["connectomedb"])
+    argv = ["connectomedb", "--out", str(tmp_path), "--mirror", server.url, *QUICK]
+    assert download.main(argv) == 2 and "expected 26348" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_files_of_git_repositories_are_pinned_to_a_commit():
+    items = [item for items in sources.PLAIN.values() for item in items]
+    items += [item for name in sources.FIGSHARE for item in sources.dlpfc_homes(name)[0]]
+    urls = [item.url for item in items if item.url.startswith(sources.GITHUB)]
+    assert len(urls) == 2 + 1 + 3 * 12
+    assert all(re.match(rf"{sources.GITHUB}/[^/]+/[^/]+/[0-9a-f]{{40}}/", url) for url in urls)
+    assert set(sources.TERMS) == {*sources.PLAIN, "dlpfc", "hest", "hest1k"}
+
+
+def test_donors_of_all_slices(server, tmp_path, real_data):
+    """The published files do not say whose sections they are: --split donor asked in vain."""
+    argv = ["--slices", "151507,151673", "--out", str(tmp_path), "--mirror", server.url, *QUICK]
+    for name in ("151507", "151673"):
+        publish(server, sources.dlpfc_homes(name)[0])
+    assert download.main(["dlpfc", *argv]) == 0
+    rows = (tmp_path / "slice_donors.csv").read_text().split()
+    donors = dict(row.split(",") for row in rows[1:])
+    assert rows[0] == "slice,donor" and set(donors) == set(sources.FIGSHARE)
+    for folder in [*(real_data / "dlpfc").iterdir(), *(real_data / "dlpfc_labels_only").iterdir()]:
+        assert data.load_visium(folder, counts=False).patient == donors[folder.name]
 
 
 def test_addresses_are_the_documented_ones():
@@ -717,8 +754,8 @@ def test_addresses_are_the_documented_ones():
     assert {item.url for item in parts} >= {
         "https://spatial-dlpfc.s3.us-east-2.amazonaws.com/h5/151673_filtered_feature_bc_matrix.h5",
         "https://spatial-dlpfc.s3.us-east-2.amazonaws.com/images/151673_tissue_hires_image.png",
-        "https://raw.githubusercontent.com/LieberInstitute/HumanPilot/master/10X/151673/tissue_positions_list.txt",
-        "https://raw.githubusercontent.com/LieberInstitute/HumanPilot/master/10X/barcode_level_layer_map.tsv",
+        "https://raw.githubusercontent.com/LieberInstitute/HumanPilot/999faa39ed534993da1c9e491085adc6f60940bc/10X/151673/tissue_positions_list.txt",
+        "https://raw.githubusercontent.com/LieberInstitute/HumanPilot/999faa39ed534993da1c9e491085adc6f60940bc/10X/barcode_level_layer_map.tsv",
     }
     assert len(download.FIGSHARE) == 12 and len(set(download.FIGSHARE.values())) == 12
     assert parts[-1].name == "151673/filtered_feature_bc_matrix.h5"
@@ -807,7 +844,8 @@ def test_downloaded_slice_loads(server, tmp_path, real_data):
         and np.array_equal(slide.labels, direct.labels)
         and len(slide.classes) == 7
     )
-    assert slide.image_scale == scales["tissue_hires_scalef"]
+    assert slide.image_scale == scales["tissue_hires_scalef"] and slide.patient == "Br8100"
+    data.check_donors([slide])
 
 
 def test_cli_dlpfc_both_homes_down(server, tmp_path, capsys):
@@ -1025,5 +1063,5 @@ def test_help_names_every_command(capsys):
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert all(
-        word in out for word in ("dlpfc", "ca1", "hallmark", "hest", "hest1k", "manifest.json")
+        word in out for word in (*sources.TERMS, "manifest.json", "licence: MIT", "GSE111672")
     )

@@ -33,6 +33,7 @@ FORMATS = {
     "h5ad": ("hest/adata/S1.h5ad", "hdf5"),
     "patches": ("hest/patches/S1.h5", "hdf5"),
     "cells": ("cells.h5", "hdf5"),
+    "loom": ("cortex.loom", "hdf5"),
     "atlas": ("cmrcnet/atlas.h5", "hdf5"),
     "positions": ("vis/spatial/tissue_positions_list.csv", "text"),
     "metadata.tsv": ("vis/metadata.tsv", "text"),
@@ -43,6 +44,8 @@ FORMATS = {
     "split": ("hest/splits/train_0.csv", "text"),
     "HEST metadata": ("hest/metadata.csv", "text"),
     "gene list": ("hest/var_50genes.json", "json"),
+    "cell outlines": ("segmented_outputs/cell_segmentations.geojson", "json"),
+    "donors": ("slice_donors.csv", "text"),
     "pairs": ("pairs.csv", "text"),
     "reads": ("ca1/spots.csv", "text"),
     "label image": ("ca1/label_image.coo.npz", "binary"),
@@ -90,6 +93,9 @@ def write_good_files(root):
     simulate.simulate_hest(root / "hest", n_slides=3, n_spots=40, patch_size=8, n_genes=60)
     simulate.simulate_cells(root / "cells.h5", n_cells=60, n_genes=48, n_sections=2, size=16)
     slide = data.load_slide(root / "vis")
+    write_loom(root / "cortex.loom", slide)
+    write_segmented(root / "segmented_outputs", slide.subset(np.arange(30)))
+    (root / "slice_donors.csv").write_text("slice,donor\nvis,Br1\nother,Br2\n")
     vectors = np.random.default_rng(0).normal(size=(slide.n_spots, 4))
     np.savez(root / "emb.npz", embedding=vectors, barcodes=slide.barcodes)
     np.save(root / "emb.npy", vectors)
@@ -179,6 +185,37 @@ def write_good_files(root):
     )
 
 
+def write_loom(path, slide):
+    with h5py.File(path, "w") as handle:
+        handle["matrix"] = slide.counts.T.toarray()
+        handle["row_attrs/Gene"] = slide.genes.astype("S")
+        handle["col_attrs/CellID"] = slide.barcodes.astype("S")
+        handle["col_attrs/X"], handle["col_attrs/Y"] = slide.xy.T
+        handle["col_attrs/Region"] = slide.labels
+
+
+def write_segmented(folder, slide):
+    """segmented_outputs/ of Space Ranger 4, a square around every spot."""
+    from plainst import simulate
+
+    slide.barcodes = np.array([f"cellid_{i:09d}-1" for i in range(slide.n_spots)])
+    simulate.write_visium(slide, folder)
+    for path in (*(folder / "spatial").glob("tissue_positions*"), folder / "metadata.tsv"):
+        path.unlink(missing_ok=True)
+    matrix = folder / "filtered_feature_bc_matrix.h5"
+    matrix.rename(folder / "filtered_feature_cell_matrix.h5")
+    square = np.array([[0, 0], [9, 0], [9, 9], [0, 9], [0, 0]])
+    features = [
+        {
+            "properties": {"cell_id": i},
+            "geometry": {"type": "Polygon", "coordinates": [(square + centre).tolist()]},
+        }
+        for i, centre in enumerate(slide.xy)
+    ]
+    text = json.dumps({"type": "FeatureCollection", "features": features})
+    (folder / "cell_segmentations.geojson").write_text(text)
+
+
 def digest(value):
     """Shape and content as text, the same for equal numbers of another type."""
     value = np.asarray(value)
@@ -264,6 +301,7 @@ def readers_of(root):
     from evaluation import hest as hest_protocol
     from plainst import download, retrieval, run
     from plainst.readers import convert
+    from plainst.readers.slides import donor_of
 
     slide = data.load_slide(root / "vis")
     atlas = run.read_checkpoint(root / "cmrcnet" / "model.pt", "checkpoint")
@@ -329,6 +367,9 @@ def readers_of(root):
         "10x v2": lambda: matrix(root / "v2.h5"),
         "h5ad": lambda: hest(patches=False),
         "patches": hest,
+        "loom": lambda: of_slide(data.load_slide(root / "cortex.loom")),
+        "cell outlines": lambda: of_slide(data.load_slide(root / "segmented_outputs")),
+        "donors": lambda: {"patient": donor_of(root / "vis", "vis")[0]},
         "cells": lambda: of_cells(data.load_cells(root / "cells.h5")),
         "atlas": atlas_of,
         "positions": visium,
@@ -581,6 +622,14 @@ def naive(path, name):
     with h5py.File(path) as f:
         if name == "patches":
             return {}
+        if name == "loom":
+            dense = np.zeros(f["matrix"].shape[::-1])
+            for (gene, cell), value in np.ndenumerate(f["matrix"][()]):
+                dense[cell, gene] = value
+            names = [
+                v.decode() if isinstance(v, bytes) else str(int(v)) for v in f["col_attrs/CellID"]
+            ]
+            return {"counts": digest(dense), "barcodes": digest(names)}
         group, rows, cols = {
             "10x v3": ("matrix", "matrix/barcodes", "matrix/features/name"),
             "h5ad": ("X", "obs/_index", "var/_index"),

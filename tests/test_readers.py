@@ -1,13 +1,16 @@
 """Readers against naive parsers, the anndata and scanpy libraries, hand-written old layouts and
 damaged files."""
 
+import csv
 import hashlib
 import json
 import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import h5py
@@ -19,7 +22,7 @@ from PIL import Image
 from conftest import ROOT
 from data import DataError
 from plainst import readers
-from plainst.readers import checked
+from plainst.readers import checked, loom, slides
 from plainst.readers import visium as space_ranger
 
 N_SPOTS, N_GENES = 60, 12
@@ -445,11 +448,11 @@ def test_slide_names_the_files_it_was_read_from(visium, tmp_path):
     assert Path(slide.tables[0]).name.startswith("tissue_positions") and Path(
         slide.image_file
     ).name.startswith("tissue_")
-    (tmp_path / "mine.csv").write_text(f"{slide.barcodes[0]},a\n{slide.barcodes[1]},b\n")
+    (tmp_path / "mine.csv").write_text("".join(f"{code},a\n" for code in slide.barcodes))
     assert readers.load_slide(visium, labels=str(tmp_path / "mine.csv")).tables[-1] == str(
         tmp_path / "mine.csv"
     )
-    (visium / "metadata.tsv").write_text(f"barcode\tlayer_guess\n{slide.barcodes[0]}\tLayer1\n")
+    (visium / "metadata.tsv").write_text(_labels())
     assert readers.load_slide(visium).tables[1:] == [str(visium / "metadata.tsv")]
     assert all(
         Path(f).is_file()
@@ -610,7 +613,7 @@ def test_h5ad_counts_beside_normalised_x(tmp_path, counts, place):
         ).counts.toarray()
         == counts
     ).all()
-    with pytest.raises(DataError, match=r"s\.h5ad.*non-integer.*layer="):
+    with pytest.raises(DataError, match=r"s\.h5ad.*non-integer.*--layer NAME"):
         readers.load_h5ad(tmp_path / "s.h5ad", layer="X")
 
 
@@ -1264,3 +1267,524 @@ def test_last_row_that_may_be_cut(visium):
     path.write_text(path.read_text().rstrip("\n")[:-1])
     with pytest.warns(UserWarning, match="does not end with a line break"):
         readers.load_visium(visium)
+
+
+# --------------------------------------------------------------------- tables of two slides, mixed
+def mixed_slide(real_data, tmp_path, matrix, spatial, metadata, name="S"):
+    """A Space Ranger folder whose three parts are of the slices that are named."""
+    folder = tmp_path / name
+    folder.mkdir()
+    root = real_data / "dlpfc"
+    shutil.copy(root / matrix / MATRIX, folder / MATRIX)
+    (folder / "spatial").mkdir()
+    for path in (root / spatial / "spatial").iterdir():
+        shutil.copyfile(path, folder / "spatial" / path.name)
+    if metadata:
+        shutil.copyfile(root / metadata / "metadata.tsv", folder / "metadata.tsv")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "matrix, spatial, metadata, message",
+    [
+        ("151673", "151674", "151674", r"137 of the 3639 barcodes .* and 171 of its 3673"),
+        ("151673", "151674", "151673", r"137 of the 3639 barcodes .* of two slides"),
+        ("151673", "151674", None, r"137 of the 3639 barcodes .* of two slides"),
+        ("151673", "151673", "151674", r"metadata\.tsv is of sample 151674, the slide is S"),
+        ("151510", "151510", "151674", r"metadata\.tsv is of sample 151674, the slide is S"),
+    ],
+)
+def test_parts_of_two_slices(real_data, tmp_path, matrix, spatial, metadata, message):
+    """Barcodes repeat on every slide: 151673 with the spots and labels of 151674 had 17 % wrong
+    labels."""
+    with pytest.raises(DataError, match=message):
+        readers.load_visium(mixed_slide(real_data, tmp_path, matrix, spatial, metadata))
+
+
+def test_labels_of_another_slice(real_data, tmp_path):
+    """With --labels: as metadata.tsv it names its sample; as two columns its labels lie on bare
+    glass."""
+    folder = real_data / "dlpfc" / "151673"
+    other = real_data / "dlpfc" / "151674" / "metadata.tsv"
+    with pytest.raises(DataError, match="is of sample 151674, the slide is 151673"):
+        readers.load_slide(folder, labels=other)
+    table = readers.read_label_table(other, "151674")
+    path = tmp_path / "labels.csv"
+    path.write_text("".join(f"{code},{name}\n" for code, name in table.labels.items()))
+    with pytest.raises(DataError, match=r"labels\.csv labels 150 spots that lie off the tissue"):
+        readers.load_slide(folder, labels=path)
+
+
+def test_no_pair_of_dlpfc_slices_joins_in_silence(real_data):
+    """All 132 pairs: labels of one on another are an error or a warning; its own pass without a
+    word, the 28 unlabelled spots of 151673 too."""
+    tissue, labels = {}, {}
+    for folder in [*(real_data / "dlpfc").iterdir(), *(real_data / "dlpfc_labels_only").iterdir()]:
+        positions = space_ranger._read_positions(folder / "spatial" / "tissue_positions_list.csv")
+        tissue[folder.name] = positions["barcode"][positions["in_tissue"] > 0]
+        table = readers.read_label_table(folder / "metadata.tsv", folder.name)
+        names = {code: name for code, name in table.labels.items() if name != "NA"}
+        labels[folder.name] = slides.LabelTable(names, "", str(folder))
+    said = Counter()
+    for name, barcodes_of in tissue.items():
+        for other, table in labels.items():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    slides.join_labels(table, barcodes_of, [name], barcodes_of)
+                    said[name == other, "warning" if caught else "silence"] += 1
+                except DataError:
+                    said[name == other, "error"] += 1
+    assert said == {(True, "silence"): 12, (False, "error"): 123, (False, "warning"): 9}
+
+
+def test_renamed_folder_of_one_slide_loads(real_data, tmp_path):
+    """The matrix names its library and the metadata its sample: the folder may have any name."""
+    folder = mixed_slide(real_data, tmp_path, "151673", "151673", "151673", "my_brain")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slide = readers.load_visium(folder)
+    assert slide.sample == "my_brain" and (slide.labels < 0).sum() == 28
+
+
+def test_label_file_must_cover_half_of_the_spots(visium):
+    path = visium / "few.csv"
+    path.write_text(f"{barcodes()[0]},WM\n")
+    with pytest.raises(DataError, match=r"few\.csv names 1 of the 60 spots.*NA where"):
+        readers.load_visium(visium, labels=path)
+    path.write_text(
+        "".join(f"{code},{'WM' if i < 9 else 'NA'}\n" for i, code in enumerate(barcodes()))
+    )
+    assert (readers.load_visium(visium, labels=path).labels >= 0).sum() == 9
+    path.write_text("".join(f"{code},WM\n" for code in barcodes()[:40]))
+    with pytest.warns(UserWarning, match=r"few\.csv has no row for 20 of the 60 spots"):
+        assert (readers.load_visium(visium, labels=path).labels >= 0).sum() == 40
+
+
+def test_label_file_of_an_h5ad(tmp_path, counts):
+    """An h5ad does not know its bare glass: labels without a spot are a warning, few rows an
+    error."""
+    make_adata(counts).write_h5ad(tmp_path / "s.h5ad")
+    path = tmp_path / "mine.csv"
+    path.write_text("".join(f"{code},a\n" for code in [*barcodes(), "AAAC-9", "AAAG-9"]))
+    with pytest.warns(UserWarning, match=r"mine\.csv .* labels 2 spots that the slide lacks"):
+        readers.load_slide(tmp_path / "s.h5ad", labels=path)
+    path.write_text(f"{barcodes()[3]},a\n")
+    with pytest.raises(DataError, match=r"mine\.csv names 1 of the 60 spots"):
+        readers.load_slide(tmp_path / "s.h5ad", labels=path)
+
+
+def test_files_of_several_samples_in_one_folder(visium):
+    spatial = visium / "spatial"
+    (visium / MATRIX).rename(visium / f"GSM1_{MATRIX}")
+    (spatial / "tissue_positions_list.csv").rename(spatial / "GSM2_tissue_positions_list.csv")
+    with pytest.raises(DataError, match=r"mixes files of several samples \(GSM1_.*, GSM2_"):
+        readers.load_visium(visium)
+    shutil.copy(
+        spatial / "GSM2_tissue_positions_list.csv", spatial / "GSM1_tissue_positions_list.csv"
+    )
+    with pytest.raises(DataError, match=r"holds 2 files for tissue_positions_list.csv \(GSM1_"):
+        readers.load_visium(visium)
+    (spatial / "GSM2_tissue_positions_list.csv").unlink()
+    assert readers.load_visium(visium).n_spots == N_SPOTS
+    (spatial / "tissue_lowres_image.png").rename(spatial / "GSM2_tissue_lowres_image.png")
+    with pytest.raises(DataError, match="mixes files of several samples"):
+        readers.load_visium(visium)
+
+
+def test_spots_off_the_tissue_are_named(visium):
+    path = visium / "spatial" / "tissue_positions_list.csv"
+    _edit(path, f"{barcodes()[4]},1,", f"{barcodes()[4]},0,")
+    with pytest.warns(UserWarning, match="1 of the 60 barcodes .* lie off the tissue"):
+        readers.load_visium(visium)
+    _edit(path, "OUT-1,0,", "OUT-1,1,")
+    with pytest.raises(DataError, match="1 of its 60 in-tissue spots have no counts, as where"):
+        readers.load_visium(visium)
+
+
+def test_one_missing_library_size_is_named(visium):
+    """A spot without a row took the library size of the whole slide away without a word."""
+    lines = _labels().splitlines(keepends=True)
+    (visium / "metadata.tsv").write_text("".join([*lines[:9], *lines[10:]]))
+    with pytest.warns(UserWarning, match=r"no sum_umi for 1 of the 60 spots.*row sum"):
+        assert readers.load_visium(visium).library_size is None
+    (visium / "metadata.tsv").write_text("".join(lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert readers.load_visium(visium).library_size.tolist() == [5.0] * N_SPOTS
+
+
+def test_one_missing_library_size_in_an_h5ad(tmp_path, counts):
+    adata = make_adata(counts)
+    adata.obs["sum_umi"] = np.where(np.arange(N_SPOTS) == 7, np.nan, 50.0)
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    with pytest.warns(UserWarning, match=r"s\.h5ad gives no sum_umi for 1 of the 60 spots"):
+        assert readers.load_h5ad(tmp_path / "s.h5ad").library_size is None
+
+
+# ------------------------------------------------------------------- several libraries in one h5ad
+@pytest.fixture
+def two_libraries(tmp_path, counts):
+    """Two slides on the same lattice in one file with the same barcodes, as concat writes them."""
+    pandas = pytest.importorskip("pandas")
+    adata = make_adata(counts)
+    half = np.arange(N_SPOTS) < N_SPOTS // 2
+    adata.obs["library_id"] = pandas.Categorical(np.where(half, "one/a", "two"))
+    adata.obs["donor"] = np.where(half, "D1", "D2")
+    adata.obs_names = barcodes(N_SPOTS // 2) * 2
+    adata.obsm["spatial"] = np.concatenate([adata.obsm["spatial"][half]] * 2)
+    adata.write_h5ad(tmp_path / "both.h5ad")
+    return tmp_path / "both.h5ad"
+
+
+def test_libraries_are_read_one_at_a_time(two_libraries, counts):
+    with pytest.raises(
+        DataError, match=r"both\.h5ad holds 2 libraries .* library_id.*--slice.*--library_key"
+    ):
+        readers.load_slide(two_libraries)
+    assert readers.list_slices(two_libraries) == ["one_a", "two"]
+    assert not readers.is_one_slide(two_libraries)
+    first, second = (readers.load_slide(two_libraries, name) for name in ("one/a", "two"))
+    assert (first.sample, first.patient) == ("one_a", "D1")
+    assert (second.sample, second.patient) == ("two", "D2")
+    assert (np.concatenate([first.counts.toarray(), second.counts.toarray()]) == counts).all()
+    assert first.barcodes.tolist() == second.barcodes.tolist() == barcodes(N_SPOTS // 2)
+    assert len(first.labels) == len(second.grid) == N_SPOTS // 2
+    with pytest.raises(DataError, match="has no library three: choose one of one_a, two"):
+        readers.load_slide(two_libraries, "three")
+    # beside other files: the folder lists files, the file its libraries
+    assert readers.list_slices(two_libraries.parent) == ["both"]
+    with pytest.raises(DataError, match="holds 2 libraries"):
+        readers.load_slide(two_libraries.parent, "both")
+
+
+def test_library_key(two_libraries):
+    assert readers.list_slices(two_libraries, library_key="donor") == ["D1", "D2"]
+    assert readers.load_slide(two_libraries, "D2", library_key="donor").sample == "D2"
+    with pytest.raises(DataError, match="no obs column nope: .*--library_key"):
+        readers.load_slide(two_libraries, library_key="nope")
+    with pytest.raises(DataError, match="2 times"):  # taken as one tissue, its barcodes repeat
+        readers.load_slide(two_libraries, library_key="none")
+
+
+def test_usual_library_columns_and_images(tmp_path, counts):
+    adata = make_adata(counts)
+    for name in ("sample", "batch"):
+        adata.obs[name] = np.where(np.arange(N_SPOTS) < 30, "0", "1")
+        adata.write_h5ad(tmp_path / "s.h5ad")
+        with pytest.raises(DataError, match=f"2 libraries in obs column {name}"):
+            readers.load_slide(tmp_path / "s.h5ad")
+        assert readers.load_slide(tmp_path / "s.h5ad", library_key="none").n_spots == N_SPOTS
+        del adata.obs[name]
+    adata.obs["sample"] = barcodes()  # a name a spot is no library
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    assert readers.load_slide(tmp_path / "s.h5ad").sample == "s"
+    adata.uns["spatial"] = {
+        name: {
+            "images": {"hires": np.full((200, 180, 3), value)},
+            "scalefactors": {"tissue_hires_scalef": 0.15},
+        }
+        for name, value in (("a", 0.0), ("b", 1.0))
+    }
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    with pytest.raises(DataError, match=r"2 libraries \(a, b\) and no obs column.*--library_key"):
+        readers.load_slide(tmp_path / "s.h5ad")
+    adata.obs["half"] = np.where(np.arange(N_SPOTS) < 30, "a", "b")
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    slide = readers.load_slide(tmp_path / "s.h5ad", "b", library_key="half")
+    assert (slide.image == 255).all() and slide.n_spots == 30
+
+
+# ----------------------------------------------------------------------- columns and layers by name
+def test_keys_of_an_h5ad(tmp_path, counts):
+    adata = make_adata(counts)
+    adata.layers["mine"] = adata.X * 2
+    adata.var["symbol"] = ["A", "A", "", *(f"S{j}" for j in range(3, N_GENES))]
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    keys = {"label_key": "text", "layer": "mine", "gene_key": "symbol"}
+    with pytest.warns(UserWarning, match="1 repeated gene symbols"):
+        slide = readers.load_slide(tmp_path / "s.h5ad", **keys)
+    assert slide.classes == ["t0", "t1"] and (slide.counts.toarray() == 2 * counts).all()
+    assert slide.genes[:4].tolist() == ["A", "A-1", "G2", "S3"]
+    nothing = dict.fromkeys((*keys, "library_key"), "")
+    assert readers.load_slide(tmp_path / "s.h5ad", **nothing).classes == ["Layer2", "WM"]
+    for name in keys:
+        with pytest.raises(DataError, match=f"--{name}"):
+            readers.load_slide(tmp_path / "s.h5ad", **{name: "nope"})
+
+
+def test_keys_of_a_folder(visium):
+    rows = [f"{code}\tWM\t{'ab'[i % 2]}/x\t5\n" for i, code in enumerate(barcodes())]
+    (visium / "metadata.tsv").write_text("".join(["barcode\tlayer_guess\tmine\tsum_umi\n", *rows]))
+    assert readers.load_slide(visium, label_key="mine").classes == ["a/x", "b/x"]
+    table = visium / "mine.csv"
+    table.write_text('cell,"my, label",other\n' + "".join(f'"{c}","1, 2",x\n' for c in barcodes()))
+    slide = readers.load_slide(visium, labels=table, label_key="my, label")
+    assert slide.classes == ["1, 2"] and slide.library_size is not None
+    assert readers.load_slide(visium, gene_key="id").genes[2] == "ENSG00000000002"
+    for keys, message in (
+        ({"label_key": "nope"}, "no column nope: choose one of .*--label_key"),
+        ({"labels": table}, "name the label column with --label_key"),
+        ({"gene_key": "nope"}, "no gene column nope: .*--gene_key"),
+        ({"layer": "counts"}, "--layer counts is for h5ad files"),
+        ({"library_key": "a"}, "--library_key a is for h5ad files"),
+    ):
+        with pytest.raises(DataError, match=message):
+            readers.load_slide(visium, **keys)
+    (visium / "metadata.tsv").unlink()
+    with pytest.raises(DataError, match="no metadata.tsv to take --label_key mine from"):
+        readers.load_slide(visium, label_key="mine")
+
+
+def test_labels_of_every_column_type(tmp_path, counts):
+    """Integers with gaps are numbers with a point in pandas: no class may be called 0.0."""
+    pandas = pytest.importorskip("pandas")
+    adata = make_adata(counts)
+    code = np.arange(N_SPOTS) % 12
+    gap = np.arange(N_SPOTS) == 5
+    adata.obs["int"] = pandas.array(np.where(gap, 0, code), dtype="Int64")
+    adata.obs.loc[gap.tolist(), "int"] = pandas.NA
+    adata.obs["float"] = np.where(gap, np.nan, code)
+    adata.obs["category"] = pandas.Categorical(adata.obs["float"])
+    adata.obs["half"] = np.where(gap, np.nan, code / 2)
+    adata.obs["bool"] = pandas.array(
+        [None if g else bool(c % 2) for g, c in zip(gap, code)], "boolean"
+    )
+    adata.obs["plain"] = code % 2 == 0
+    adata.write_h5ad(tmp_path / "s.h5ad")
+
+    def load(name):
+        slide = readers.load_h5ad(tmp_path / "s.h5ad", label_key=name)
+        assert (slide.labels[5] < 0) == (name != "plain")
+        return slide
+
+    for name in ("int", "float", "category"):
+        assert load(name).classes == [str(i) for i in range(12)]  # 2 before 10
+        assert load(name).labels[11] == 11
+    assert load("half").classes[:3] == ["0.0", "0.5", "1.0"]
+    assert load("bool").classes == load("plain").classes == ["False", "True"]
+
+
+def test_names_with_commas_quotes_and_slashes(tmp_path, counts):
+    """In barcodes, labels and genes: a CSV of R or Python quotes them, nothing is cut."""
+    adata = make_adata(counts)
+    names = [f'{code},"{i}"' for i, code in enumerate(barcodes())]
+    adata.obs_names = names
+    adata.var_names = [f"HLA-A/B,{j // 2}" for j in range(N_GENES)]
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    with open(tmp_path / "mine.csv", "w", newline="") as handle:
+        csv.writer(handle).writerows([n, ("L2/3", 'a "b", c')[i % 2]] for i, n in enumerate(names))
+    with pytest.warns(UserWarning, match="6 repeated gene symbols"):
+        slide = readers.load_slide(tmp_path / "s.h5ad", labels=tmp_path / "mine.csv")
+    assert slide.barcodes.tolist() == names and slide.classes == ["L2/3", 'a "b", c']
+    assert slide.genes[:3].tolist() == ["HLA-A/B,0", "HLA-A/B,0-1", "HLA-A/B,1"]
+
+
+@pytest.mark.parametrize(
+    "names, is_swapped",
+    [
+        (("x", "y"), False),
+        (("pxl_row_in_fullres", "pxl_col_in_fullres"), True),
+        (("a", "b"), False),
+    ],
+)
+def test_spatial_as_a_data_frame(tmp_path, counts, names, is_swapped):
+    pandas = pytest.importorskip("pandas")
+    adata = make_adata(counts)
+    xy = adata.obsm["spatial"]
+    adata.obsm["spatial"] = pandas.DataFrame(xy, index=adata.obs_names, columns=list(names))
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    slide = readers.load_h5ad(tmp_path / "s.h5ad")
+    assert (slide.xy == (xy[:, ::-1] if is_swapped else xy)).all()
+
+
+def test_quoted_positions_of_r(visium):
+    path = visium / "spatial" / "tissue_positions_list.csv"
+    rows = [line.split(",") for line in path.read_text().split()]
+    quoted = [",".join([f'"{row[0]}"', *row[1:]]) for row in rows]
+    head = ",".join(f'"{name}"' for name in space_ranger.POSITIONS)
+    before = readers.load_visium(visium)
+    path.write_text("\n".join([head, *quoted]) + "\n")
+    assert (readers.load_visium(visium).xy == before.xy).all()
+
+
+# ----------------------------------------------------------------- Visium HD and other platforms
+def write_hd(folder, counts):
+    """outs/ of Space Ranger 4: two bin sizes and cells; returns the cells' centres."""
+    for name in ("square_002um", "square_008um"):
+        write_visium(folder / "binned_outputs" / name, counts, header=True)
+    cells = folder / "segmented_outputs"
+    write_visium(cells, counts)
+    (cells / "spatial" / "tissue_positions_list.csv").unlink()
+    (cells / MATRIX).unlink()
+    codes = [f"cellid_{i + 1:09d}-1" for i in range(len(counts))]
+    write_10x(cells / "filtered_feature_cell_matrix.h5", counts, codes=codes)
+    centres = np.stack(lattice(len(counts))[2:], axis=1)
+    shape = np.array([[0, 0], [30, 0], [30, 10], [0, 10], [0, 0]]) - [15, 5]
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [(shape + centre).tolist()]},
+            "properties": {"cell_id": i + 1},
+        }
+        for i, centre in enumerate(centres)
+    ][::-1]
+    text = json.dumps({"type": "FeatureCollection", "features": features})
+    (cells / "cell_segmentations.geojson").write_text(text)
+    return centres
+
+
+@pytest.mark.parametrize("start", ["P1/outs", "P1", "P1/outs/binned_outputs"])
+def test_visium_hd_output(tmp_path, counts, start):
+    centres = write_hd(tmp_path / "P1" / "outs", counts)
+    root = tmp_path / start
+    names = ["P1_segmented_outputs", "P1_square_002um", "P1_square_008um"]
+    assert readers.list_slices(root) == names and not readers.is_one_slide(root)
+    with pytest.raises(DataError, match="holds 3 slices"):
+        readers.load_slide(root)
+    for name in ("P1_square_008um", "square_008um"):
+        slide = readers.load_slide(root, name)
+        assert slide.sample == "P1_square_008um" and (slide.counts.toarray() == counts).all()
+    cells = readers.load_slide(root, "segmented_outputs")
+    assert cells.sample == "P1_segmented_outputs" and cells.grid is None
+    assert np.allclose(cells.xy, centres) and (cells.counts.toarray() == counts).all()
+    assert cells.image is not None and cells.image_scale == 0.1
+
+
+def test_hd_parts_of_several_samples(tmp_path, counts):
+    write_hd(tmp_path / "P1" / "outs", counts)
+    write_hd(tmp_path / "P2" / "outs", counts)
+    write_visium(tmp_path / "P3" / "outs", counts)
+    names = readers.list_slices(tmp_path)
+    assert len(names) == 7 and {"P1_square_008um", "P2_square_008um", "P3"} <= set(names)
+    for name in ("P2_square_008um", "P3"):
+        assert readers.load_slide(tmp_path, name).sample == name
+    one = tmp_path / "P2" / "outs" / "binned_outputs" / "square_008um"
+    assert readers.load_slide(one).sample == "P2_square_008um"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text[:-20], "cannot be read as JSON"),
+        (lambda text: "[1]", "no GeoJSON of cell outlines"),
+        (lambda text: text.replace("cell_id", "id"), "no GeoJSON of cell outlines"),
+        (lambda text: text.replace('"cell_id": 7}', '"cell_id": 777}'), "holds only 59 of the 60"),
+        (lambda text: '{"features": []}', "holds 0 cells"),
+        (lambda text: text.replace('"cell_id": 7}', '"cell_id": 8}'), "holds 59 cells in 60"),
+        (lambda text: text.replace("[[[", '[[["a",'), "no GeoJSON of cell outlines"),
+    ],
+)
+def test_bad_cell_outlines(tmp_path, counts, change, message):
+    write_hd(tmp_path / "outs", counts)
+    path = tmp_path / "outs" / "segmented_outputs" / "cell_segmentations.geojson"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(DataError, match=message):
+        readers.load_slide(path.parent)
+
+
+def _touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize(
+    "name, files, message",
+    [
+        ("a.zarr", [".zgroup", "obs/.zgroup"], r"AnnData zarr.*anndata.read_zarr\('.*a.zarr'\)"),
+        ("a.zarr", ["zarr.json", "tables/zarr.json"], r"SpatialData zarr.*tables\['table'\]"),
+        ("bundle", ["experiment.xenium"], "python -m plainst convert xenium .*bundle"),
+        ("region_0", ["cell_by_gene.csv", "cell_metadata.csv"], "squidpy.read.vizgen"),
+        ("cosmx", ["R5_exprMat_file.csv"], "squidpy.read.nanostring.*R5_metadata_file.csv"),
+    ],
+)
+def test_folders_of_other_platforms(tmp_path, name, files, message):
+    root = _touch(tmp_path / name, *files)
+    for call in (lambda: readers.load_slide(root), lambda: readers.load_slide(tmp_path, name)):
+        with pytest.raises(DataError, match=message) as caught:
+            call()
+        assert str(root) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_matrix_alone(visium, tmp_path):
+    with pytest.raises(DataError, match="alone holds no positions: give the Space Ranger folder"):
+        readers.load_slide(visium / MATRIX)
+    with pytest.raises(DataError, match=r"zellkonverter::writeH5AD\(sce, 'brain.h5ad'\)"):
+        readers.load_slide(_touch(tmp_path, "brain.rds") / "brain.rds")
+
+
+def test_donor_beside_the_slices(visium, tmp_path, counts):
+    make_adata(counts).write_h5ad(tmp_path / "H.h5ad")
+    path = tmp_path / "slice_donors.csv"
+    path.write_text("slice,donor\nS1,Br1\nH,Br2\n")
+    slide = readers.load_slide(tmp_path, "S1")
+    assert slide.patient == "Br1" and str(path) in slide.tables
+    assert readers.load_slide(tmp_path, "H").patient == "Br2"
+    (visium / "metadata.tsv").write_text(
+        "barcode\tsubject\n" + "".join(f"{c}\tBr9\n" for c in barcodes())
+    )
+    assert readers.load_slide(tmp_path, "S1").patient == "Br9"  # its own table first
+    (visium / "metadata.tsv").unlink()
+    path.write_text("name\nS1\n")
+    with pytest.raises(
+        DataError, match=r"slice_donors\.csv is no table of the columns slice,donor"
+    ):
+        readers.load_slide(tmp_path, "S1")
+
+
+# --------------------------------------------------------------------------------------------- loom
+def write_loom(path, counts):
+    """As loompy lays it out: genes x cells, attributes of rows and columns."""
+    _, _, x, y = lattice(len(counts))
+    with h5py.File(path, "w") as handle:
+        handle["matrix"] = counts.T.astype(np.float64)
+        handle["layers/double"] = 2 * counts.T
+        handle["row_attrs/Gene"] = np.array([f"G{j}" for j in range(counts.shape[1])], dtype="S")
+        handle["row_attrs/Accession"] = np.array([f"E{j}" for j in range(counts.shape[1])], "S")
+        handle["col_attrs/CellID"] = np.arange(len(counts)) + 100
+        handle["col_attrs/X"], handle["col_attrs/Y"] = x, y
+        handle["col_attrs/Region"] = np.array([("L2/3", "L4")[i % 2] for i in range(len(x))], "S")
+        handle["col_attrs/ClusterID"] = np.arange(len(x)) % 11
+        handle["col_attrs/Valid"] = (np.arange(len(x)) != 3).astype(np.int64)
+    return path
+
+
+def test_loom(tmp_path, counts, monkeypatch):
+    monkeypatch.setattr(loom, "BLOCK", 7)
+    path = write_loom(tmp_path / "cortex.loom", counts)
+    slide = readers.load_slide(path)
+    valid = np.arange(N_SPOTS) != 3
+    assert (slide.counts.toarray() == counts[valid]).all() and slide.classes == ["L2/3", "L4"]
+    assert slide.barcodes[3] == "104" and slide.genes[2] == "G2" and slide.sample == "cortex"
+    assert (slide.xy == np.stack(lattice()[2:], axis=1)[valid]).all()
+    assert readers.list_slices(tmp_path) == ["cortex"]
+    keys = {"layer": "double", "gene_key": "Accession", "label_key": "ClusterID"}
+    slide = readers.load_slide(tmp_path, "cortex", **keys)
+    assert slide.counts.sum() == 2 * counts[valid].sum() and slide.genes[2] == "E2"
+    assert slide.classes == [str(i) for i in range(11)]
+    for name in keys:
+        with pytest.raises(DataError, match=rf"no .* nope: choose one of .*--{name}"):
+            readers.load_slide(path, **{name: "nope"})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: f.__delitem__("col_attrs/X"), "has no positions"),
+        (lambda f: f.__delitem__("row_attrs/Gene"), "cannot be read as a loom file"),
+        (lambda f: _h5ad(f, "matrix", lambda v: v + 0.5), "non-integer values in matrix"),
+        (lambda f: _h5ad(f, "matrix", lambda v: v[:, :-1]), "cannot be read as a loom file"),
+        (lambda f: _h5ad(f, "col_attrs/CellID", lambda v: v * 0), "60 times"),
+        (lambda f: _h5ad(f, "col_attrs/Region", lambda v: v[:3]), "cannot be read as a loom file"),
+    ],
+)
+def test_bad_loom(tmp_path, counts, damage, message):
+    path = write_loom(tmp_path / "a.loom", counts)
+    with h5py.File(path, "a") as handle:
+        damage(handle)
+    with pytest.raises(DataError, match=message) as caught:
+        readers.load_slide(path)
+    assert str(path) in str(caught.value)

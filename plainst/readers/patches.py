@@ -84,13 +84,20 @@ def _patch_names(handle: h5py.File, path) -> np.ndarray:
 
 
 def load_hest(
-    root, sample: str, patches: bool = True, label_key: str | None = None, counts: bool = True
+    root,
+    sample: str,
+    patches: bool = True,
+    label_key: str | None = None,
+    counts: bool = True,
+    layer: str | None = None,
+    gene_key: str | None = None,
+    library_key: str | None = None,
 ) -> Slide:
     """One sample of HEST-1k (st/, patches/, HEST*.csv) or of a HEST-benchmark task (adata/,
     patches/, metadata.csv) -> Slide.
 
-    With patches, only spots that have one are kept (joined by barcode). Raises DataError, also when
-    h5ad and patches share no barcode.
+    With patches, only spots that have one are kept (joined by barcode). label_key, layer, gene_key,
+    library_key: as in `load_h5ad`. Raises DataError, also when h5ad and patches share no barcode.
     """
     folder = hest_folder(root)
     if sample not in hest_samples(root):
@@ -98,7 +105,8 @@ def load_hest(
             f"{folder / sample}.h5ad does not exist: choose one of "
             f"{', '.join(hest_samples(root)) or '(none here)'}"
         )
-    slide = load_h5ad(folder / f"{sample}.h5ad", label_key, counts=counts)
+    path = folder / f"{sample}.h5ad"
+    slide = load_h5ad(path, label_key, layer, counts, gene_key, library_key)
     for path in sorted(folder.parent.glob("HEST*.csv")) + sorted(
         folder.parent.glob("metadata.csv")
     ):

@@ -184,13 +184,18 @@ class Patches:
         return out[0] if np.ndim(wanted) == 0 else out[inverse.reshape(-1)]  # (n, h, w, 3)
 
 
-def read_metadata(path) -> tuple[dict[str, dict[str, str]], str | None]:
-    """spatialLIBD metadata.tsv -> {barcode: row} and its label column. R writes row names that have
-    no header: rows may be one field longer."""
+def read_metadata(path, label_key=None) -> tuple[dict[str, dict[str, str]], str | None]:
+    """spatialLIBD metadata.tsv, or any table with a header and a barcode column (else the first)
+    -> {barcode: row} and its label column, `label_key` where given. R writes row names that have no
+    header: rows may be one field longer."""
     header, rows = read_table(path)
-    label = next(
-        (name for name in ("layer_guess", "layer_guess_reordered") if name in header), None
-    )
+    if label_key is not None and label_key not in header:
+        raise DataError(
+            f"{path} has no column {label_key}: choose one of {', '.join(header)} with --label_key"
+        )
+    known = (name for name in ("layer_guess", "layer_guess_reordered") if name in header)
+    label = label_key or next(known, None)
+    barcode_key = next((name for name in header if name.lower() == "barcode"), None)
     table = {}
     for row in rows:
         if len(row) != len(rows[0]) or not 0 <= len(row) - len(header) <= 1:
@@ -199,7 +204,7 @@ def read_metadata(path) -> tuple[dict[str, dict[str, str]], str | None]:
                 "column names: it is damaged, copy it again"
             )
         record = dict(zip(header, row[len(row) - len(header) :]))
-        barcode = record.get("barcode", row[0])
+        barcode = record.get(barcode_key, row[0])
         if barcode in table:
             raise DataError(f"{path} holds barcode {barcode} twice: give one row per barcode")
         table[barcode] = record
@@ -207,14 +212,45 @@ def read_metadata(path) -> tuple[dict[str, dict[str, str]], str | None]:
 
 
 def library_of(totals, path) -> np.ndarray | None:
-    """Total counts (N,) float64, None where one is missing (NaN). Raises DataError where one is
-    negative or infinite."""
+    """Total counts (N,) float64; None, with a warning, where some are missing (NaN). Raises
+    DataError where one is negative or infinite."""
     totals = np.asarray(totals, dtype=np.float64)
     if (totals < 0).any() or np.isinf(totals).any():
         raise DataError(
             f"{path} has a sum_umi that is negative or infinite: correct it or take the column out"
         )
-    return None if np.isnan(totals).any() else totals
+    missing = int(np.isnan(totals).sum())
+    if missing:
+        # totals of one kind for all spots: a row sum over a gene subset is no neighbour of sum_umi
+        warnings.warn(
+            f"{path} gives no sum_umi for {missing} of the {len(totals)} spots: every spot of the "
+            "slide takes the row sum of its counts instead; complete the column to use it",
+            stacklevel=3,
+        )
+        return None
+    return totals
+
+
+def beside(folder: Path, name: str) -> Path | None:
+    """The file `name` in the folder or in the one above, where one serves all slices."""
+    paths = (base / name for base in (folder, folder.parent))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def donor_of(folder: Path, sample: str) -> tuple[str, list[str]]:
+    """Donor of a sample from slice_donors.csv (slice, donor; the DLPFC download writes it) in the
+    folder or the one above, and the files read; '' without one."""
+    path = beside(folder, "slice_donors.csv")
+    if path is None:
+        return "", []
+    header, rows = read_table(path)
+    is_table = header == ["slice", "donor"] and all(len(row) == 2 for row in rows)
+    if not is_table or len(dict(rows)) < len(rows):
+        raise DataError(
+            f"{path} is no table of the columns slice,donor with a row per slice: correct or "
+            "delete it"
+        )
+    return dict(rows).get(sample, ""), [str(path)]
 
 
 def unique_genes(genes: np.ndarray, path) -> np.ndarray:
@@ -238,28 +274,77 @@ def unique_genes(genes: np.ndarray, path) -> np.ndarray:
     return np.array(out, dtype=str)
 
 
+# columns that hold labels in public files, in the order in which they are believed
+LABEL_KEYS = (
+    "sce.layer_guess",
+    "layer_guess",
+    "label",
+    "labels",
+    "Layer",
+    "layer",
+    "ground_truth",
+    "Ground Truth",
+    "Region",
+    "region",
+)
 NO_LABEL = frozenset({"", "na", "nan", "none", "<na>", "undetermined"})
 _CORTEX = {**{f"L{i}": f"Layer{i}" for i in range(1, 7)}, "WM": "WM"}
 
 
+def label_names(values: np.ndarray) -> list[str]:
+    """Label values (N,) of any kind -> names, '' where missing. A whole number in a float column
+    (pandas makes floats of integers with gaps) is named without '.0'."""
+    if values.dtype.kind != "f":
+        return [str(value) for value in values.tolist()]
+    finite = values[np.isfinite(values)]
+    if (finite == np.rint(finite)).all():
+        return [str(int(v)) if np.isfinite(v) else "" for v in values.tolist()]
+    return ["" if np.isnan(v) else str(v) for v in values.tolist()]
+
+
+def has_label(name) -> bool:
+    return str(name).strip().lower() not in NO_LABEL
+
+
+def _class_order(name: str) -> tuple[float, str]:
+    return (int(name) if name.isascii() and name.isdigit() else np.inf, name)
+
+
 def encode_labels(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Label names -> labels (N,) int64 with -1 for none, classes in alphabetical order (Layer1 ..
-    Layer6, WM for the cortex)."""
-    names = ["" if str(name).strip().lower() in NO_LABEL else str(name).strip() for name in names]
+    """Label names -> labels (N,) int64 with -1 for none, classes in order: whole numbers by value
+    (2 before 10), then names by the alphabet (Layer1 .. Layer6, WM for the cortex)."""
+    names = [str(name).strip() if has_label(name) else "" for name in names]
     if set(names) - {""} <= set(_CORTEX):
         names = [_CORTEX.get(name, "") for name in names]
-    classes = sorted(set(names) - {""})
+    classes = sorted(set(names) - {""}, key=_class_order)
     code = {name: i for i, name in enumerate(classes)}
     return np.array([code.get(name, -1) for name in names], dtype=np.int64), classes
 
 
-def read_label_table(path, sample: str) -> dict[str, str]:
-    """{barcode: label} from metadata.tsv, barcode_level_layer_map.tsv (barcode, slice, label) or a
-    two-column file, header or not."""
+@dataclass
+class LabelTable:
+    """{barcode: label} of one file, and the name of the sample that the file says it is of ('' =
+    it does not say)."""
+
+    labels: dict[str, str]
+    sample: str
+    path: str
+
+
+def sample_named(table: dict[str, dict[str, str]]) -> str:
+    """The one sample_name of the rows of `read_metadata`, '' where there is none or several."""
+    names = {record.get("sample_name", "") for record in table.values()}
+    return names.pop() if len(names) == 1 else ""
+
+
+def read_label_table(path, sample: str, label_key: str | None = None) -> LabelTable:
+    """Labels from metadata.tsv, barcode_level_layer_map.tsv (barcode, slice, label), a two-column
+    file, header or not, or the column `label_key` of any table with a header."""
     header, rows = read_table(path)
-    if "layer_guess" in header or "layer_guess_reordered" in header:
-        table, label = read_metadata(path)
-        return {barcode: record[label] for barcode, record in table.items()}
+    if label_key or {"layer_guess", "layer_guess_reordered"} & set(header):
+        table, label = read_metadata(path, label_key)
+        names = {barcode: record.get(label, "") for barcode, record in table.items()}
+        return LabelTable(names, sample_named(table), str(path))
     rows = [header, *rows]
     width = len(header)
     ragged = next((row for row in rows if len(row) != width), None)
@@ -273,22 +358,74 @@ def read_label_table(path, sample: str) -> dict[str, str]:
     elif width != 2:
         raise DataError(
             f"{path} has {width} columns and no rows for {sample}: give two columns, barcode "
-            "and label"
+            "and label, or name the label column with --label_key"
         )
     if len(dict(rows)) < len(rows):
         name, n = Counter(row[0] for row in rows).most_common(1)[0]
         raise DataError(f"{path} holds barcode {name} {n} times: give one row per barcode")
-    return dict(rows)
+    return LabelTable(dict(rows), "", str(path))
 
 
-def join_labels(table: dict[str, str], barcodes: np.ndarray, path) -> tuple[np.ndarray, list[str]]:
-    if not any(barcode in table for barcode in barcodes.tolist()):
+# Barcodes repeat on every Visium slide: tables of two slides share 72 to 100 % of them. Labels of
+# one of the twelve DLPFC slices on another (132 pairs): 123 times more than 1 % of them lie on bare
+# glass, 7 times fewer do, twice none, with 23 % of the spots left without a row. A slide's own
+# labels: never one on glass, at most 3.2 % of the spots without a row.
+STRAY, GAP, COVER = 0.01, 0.05, 0.5
+
+
+def check_partners(table: LabelTable, barcodes: np.ndarray, samples=(), tissue=None) -> None:
+    """Whether a table is of the slide of barcodes (N,).
+
+    samples: the names the slide goes by; tissue: barcodes of all its in-tissue spots where the
+    slide tells (its counts may hold fewer), else None. Raises DataError, naming the file, where it
+    covers fewer than half of the spots, labels spots off the tissue or says it is of another
+    sample; warns where less speaks for another slide.
+    """
+    codes = barcodes.tolist()
+    path, n = table.path, len(codes)
+    gaps = sum(code not in table.labels for code in codes)
+    if gaps == n:
         raise DataError(
-            f"{path} shares no barcode with the slide (it has {next(iter(table), 'none')}, "
-            f"the slide {barcodes[0]}): "
-            "give the label file of this slide"
+            f"{path} shares no barcode with the slide (it has {next(iter(table.labels), 'none')}, "
+            f"the slide {codes[0]}): give the label file of this slide"
         )
-    return encode_labels([table.get(barcode, "") for barcode in barcodes.tolist()])
+    if gaps > COVER * n:
+        raise DataError(
+            f"{path} names {n - gaps} of the {n} spots: give the label file of this slide, with a "
+            "row for every spot, NA where a spot has no label"
+        )
+    known = set(codes) if tissue is None else set(tissue)
+    header = next(iter(table.labels))  # of a two-column file, where it is no barcode
+    labelled = [
+        code
+        for code, name in table.labels.items()
+        if has_label(name) and (code != header or code in known)
+    ]
+    stray = sum(code not in known for code in labelled)
+    is_far = stray > STRAY * max(len(labelled), 1)
+    if table.sample and samples and table.sample not in samples and (is_far or gaps > STRAY * n):
+        raise DataError(
+            f"{path} is of sample {table.sample}, the slide is {samples[0]}, and {gaps} spots and "
+            f"{stray} labels find no partner: give the label file of this slide"
+        )
+    if is_far and tissue is not None:
+        raise DataError(
+            f"{path} labels {stray} spots that lie off the tissue of this slide: give the label "
+            "file of this slide, or take these rows out"
+        )
+    if stray or gaps > GAP * n:
+        warnings.warn(
+            f"{path} has no row for {gaps} of the {n} spots and labels {stray} spots that the "
+            "slide lacks: check that it is of this slide",
+            stacklevel=4,
+        )
+
+
+def join_labels(table: LabelTable, barcodes: np.ndarray, samples=(), tissue=None):
+    """Labels of the slide's barcodes (N,) from a table that `check_partners` lets pass: labels
+    (N,) int64, classes."""
+    check_partners(table, barcodes, samples, tissue)
+    return encode_labels([table.labels.get(barcode, "") for barcode in barcodes.tolist()])
 
 
 IMAGE_ERRORS = (

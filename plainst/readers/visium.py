@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
@@ -19,34 +22,46 @@ from plainst.readers.checked import (
     check_xy,
     count_matrix,
     count_problem,
+    decode_strings,
     open_h5,
     read_array,
     read_json,
     read_names,
     warn_if_cut,
 )
+from plainst.readers.hd import CELL_MATRIX, OUTLINE_FILES, read_outlines, sample_of
 from plainst.readers.slides import (
+    GAP,
     IMAGE_ERRORS,
+    STRAY,
+    LabelTable,
     Slide,
+    beside,
     check_fit,
+    check_partners,
+    donor_of,
+    encode_labels,
     join_labels,
     lattice_um_per_px,
     library_of,
     read_image,
     read_label_table,
     read_metadata,
+    sample_named,
     unique_genes,
 )
 
 
-def read_10x_h5(path, counts: bool = True) -> tuple[sp.csr_matrix | None, np.ndarray, np.ndarray]:
+def read_10x_h5(
+    path, counts: bool = True, gene_key: str | None = None
+) -> tuple[sp.csr_matrix | None, np.ndarray, np.ndarray]:
     """10x HDF5 (v3 `matrix/features`, or v2 `<genome>/gene_names`) -> counts (N, G) int32 CSR,
     genes (G,), barcodes (N,).
 
     The file stores features x barcodes as CSC, which is barcodes x features as CSR. Only 'Gene
-    Expression' features are kept. With counts=False
-    the matrix is not read: None, no genes, barcodes. Raises DataError (unreadable, NaN, negative or
-    non-integer counts, repeated barcodes).
+    Expression' features are kept. Genes are symbols, or the column `gene_key` of v3's features
+    ('id'). With counts=False the matrix is not read: None, no genes, barcodes. Raises DataError
+    (unreadable, NaN, negative or non-integer counts, repeated barcodes).
     """
     with open_h5(path, "a 10x HDF5 matrix") as handle:
         groups = (
@@ -64,7 +79,7 @@ def read_10x_h5(path, counts: bool = True) -> tuple[sp.csr_matrix | None, np.nda
         check_unique(barcodes, path)
         if not counts:
             return None, np.array([], dtype=str), barcodes
-        genes = read_names(group["features/name" if "features" in group else "gene_names"])
+        genes = read_names(_gene_column(group, gene_key, path))
         n_genes, n_spots = read_array(group["shape"], "iu", (2,)).tolist()
         if len(barcodes) != n_spots or len(genes) != n_genes:
             raise DataError(
@@ -99,43 +114,88 @@ def read_10x_h5(path, counts: bool = True) -> tuple[sp.csr_matrix | None, np.nda
     return matrix, unique_genes(genes, path), barcodes
 
 
-def _folder_labels(folder: Path, sample: str, labels, barcodes: np.ndarray):
-    """labels (N,), classes, patient, library size (N,) or None, files read: from `labels`, else
-    metadata.tsv, else barcode_level_layer_map.tsv."""
-    codes, classes, patient, library_size = np.full(len(barcodes), -1, dtype=np.int64), [], "", None
-    metadata = folder / "metadata.tsv"
-    table, column = read_metadata(metadata) if metadata.is_file() else ({}, None)
-    files = [str(metadata)] if metadata.is_file() else []
-    records = [table.get(barcode, {}) for barcode in barcodes.tolist()]
-    patient = next((record["subject"] for record in records if record.get("subject")), "")
-    try:
-        library_size = library_of([float(record["sum_umi"]) for record in records], metadata)
-    except (KeyError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        library_size = None  # no such column, or a spot without a row
-    layer_map = next(
-        (
-            path
-            for path in (base / "barcode_level_layer_map.tsv" for base in (folder, folder.parent))
-            if path.is_file()
-        ),
-        None,
-    )
-    if labels is not None:
-        codes, classes = join_labels(read_label_table(labels, sample), barcodes, labels)
-        files.append(str(labels))
-    elif column is not None:
-        codes, classes = join_labels(
-            {barcode: record.get(column, "") for barcode, record in table.items()},
-            barcodes,
-            metadata,
+def _gene_column(group: h5py.Group, gene_key: str | None, path):
+    if gene_key is None:
+        return group["features/name" if "features" in group else "gene_names"]
+    columns = group.get("features", {})
+    if gene_key not in columns:
+        names = [name for name in columns if not name.startswith("_")]
+        raise DataError(
+            f"{path} has no gene column {gene_key}: choose one of {', '.join(names) or '(none)'} "
+            "with --gene_key, or leave it out"
         )
+    return columns[gene_key]
+
+
+def library_names(path) -> list[str]:
+    """The names of the libraries that Space Ranger noted in a 10x HDF5, [] where there is none."""
+    with open_h5(path, "a 10x HDF5 matrix") as handle:
+        if "library_ids" not in handle.attrs:
+            return []
+        names = decode_strings(handle.attrs["library_ids"])
+        return [str(name) for name in np.atleast_1d(names)]
+
+
+@dataclass
+class _FolderTables:
+    """What the text tables of a folder say of its spots: labels (N,), classes, patient, library
+    size (N,) or None, and the files read."""
+
+    labels: np.ndarray
+    classes: list[str]
+    patient: str
+    library_size: np.ndarray | None
+    files: list[str]
+
+
+def _read_tables(
+    folder: Path, samples: list[str], labels, label_key, barcodes: np.ndarray, tissue
+) -> _FolderTables:
+    """Labels from the file `labels`, else metadata.tsv, else barcode_level_layer_map.tsv.
+
+    samples: the names the slide goes by; tissue: barcodes of all in-tissue spots, or None."""
+    out = _FolderTables(np.full(len(barcodes), -1, dtype=np.int64), [], "", None, [])
+    path = folder / "metadata.tsv"
+    table, column = {}, None
+    if path.is_file():
+        table, column = read_metadata(path, None if labels else label_key)
+        out.files.append(str(path))
+    elif label_key and labels is None:
+        raise DataError(
+            f"{folder} has no metadata.tsv to take --label_key {label_key} from: give the table "
+            "with --labels"
+        )
+    if table:
+        names = {barcode: row.get(column, "") for barcode, row in table.items()}
+        metadata = LabelTable(names, sample_named(table), str(path))
+        check_partners(metadata, barcodes, samples, tissue)
+    rows = [table.get(barcode, {}) for barcode in barcodes.tolist()]
+    out.patient = next((row["subject"] for row in rows if row.get("subject")), "")
+    if not out.patient:
+        out.patient, files = donor_of(folder, samples[0])
+        out.files += files
+    if any("sum_umi" in row for row in rows):
+        out.library_size = library_of([_number(row.get("sum_umi", "")) for row in rows], path)
+    layer_map = beside(folder, "barcode_level_layer_map.tsv")
+    source = None
+    if labels is not None:
+        source = read_label_table(labels, samples[0], label_key)
+        out.files.append(str(labels))
+    elif column is not None:
+        out.labels, out.classes = encode_labels([row.get(column, "") for row in rows])
     elif layer_map is not None:
-        found = read_label_table(layer_map, sample)
-        codes, classes = join_labels(found, barcodes, layer_map)
-        files.append(str(layer_map))
-    return codes, classes, patient, library_size, files
+        source = read_label_table(layer_map, samples[0])
+        out.files.append(str(layer_map))
+    if source is not None:
+        out.labels, out.classes = join_labels(source, barcodes, samples, tissue)
+    return out
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 POSITIONS = (
@@ -146,19 +206,64 @@ POSITIONS = (
     "pxl_row_in_fullres",
     "pxl_col_in_fullres",
 )
+POSITION_FILES = (
+    "tissue_positions.csv",
+    "tissue_positions_list.csv",
+    "tissue_positions_list.txt",
+    "tissue_positions.parquet",
+)
+SPACE_RANGER_FILE = re.compile(
+    r"(filtered_feature_(bc|cell)_matrix|tissue_(positions|hires|lowres)|scalefactors"
+    r"|graphclust_annotated_cell_segm|cell_segm)"
+)
+
+
+def _candidates(folder: Path, name: str) -> list[Path]:
+    """The file `name` in spatial/ or the folder, else those with a sample prefix
+    (151673_tissue_hires_image.png) in the first of the two that has any."""
+    for base in (folder / "spatial", folder):
+        if (base / name).is_file():
+            return [base / name]
+        prefixed = sorted(base.glob(f"*_{name}"))
+        if prefixed:
+            return prefixed
+    return []
+
+
+def has_file(folder: Path, *names: str) -> bool:
+    return any(_candidates(folder, name) for name in names)
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
-    """The first of `names` in the folder or its spatial/, also with a sample prefix
-    (151673_tissue_hires_image.png)."""
+    """The first of `names` in the folder or its spatial/, also with a sample prefix. Raises
+    DataError where files of several prefixes are to choose from: barcodes are the same on every
+    slide, so a wrong choice would go unseen."""
     for name in names:
-        for base in (folder / "spatial", folder):
-            if (base / name).is_file():
-                return base / name
-            prefixed = sorted(base.glob(f"*_{name}"))
-            if prefixed:
-                return prefixed[0]
+        paths = _candidates(folder, name)
+        if len(paths) > 1:
+            raise DataError(
+                f"{folder} holds {len(paths)} files for {name} ({paths[0].name}, {paths[1].name} "
+                "...): put the files of each sample into a folder of their own"
+            )
+        if paths:
+            return paths[0]
     return None
+
+
+def _prefix(path: Path | None) -> str:
+    """'GSM1_' of GSM1_tissue_positions_list.csv; '' for a plain name or no file."""
+    match = None if path is None else SPACE_RANGER_FILE.search(path.name)
+    return path.name[: match.start()] if match else ""
+
+
+def _check_prefixes(folder: Path, paths: list[Path | None]) -> None:
+    named = {_prefix(path): path for path in paths if _prefix(path)}
+    if len(named) > 1:
+        first, second, *_ = named.values()
+        raise DataError(
+            f"{folder} mixes files of several samples ({first.name}, {second.name}): put the files "
+            "of each sample into a folder of their own"
+        )
 
 
 def _read_positions(path: Path) -> dict[str, np.ndarray]:
@@ -174,7 +279,7 @@ def _read_positions(path: Path) -> dict[str, np.ndarray]:
             columns = {name: table[name].to_numpy() for name in POSITIONS}
         else:
             with open(path, encoding="utf-8-sig") as handle:
-                header = handle.readline().strip().split(",")
+                header = [name.strip('"') for name in handle.readline().strip().split(",")]
             if header == [""]:
                 raise ValueError("it is empty")
             warn_if_cut(path)
@@ -188,6 +293,7 @@ def _read_positions(path: Path) -> dict[str, np.ndarray]:
                 ndmin=1,
                 encoding="utf-8",
                 comments=None,
+                quotechar='"',
                 usecols=[header.index(name) for name in POSITIONS] if named else range(6),
             )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -281,45 +387,78 @@ def _row_of(barcodes: np.ndarray, positions: dict, matrix_path, positions_path) 
     return rows
 
 
-def load_visium(folder, counts: bool = True, labels=None) -> Slide:
-    """Space Ranger 1-3 output folder (or one binned_outputs/square_*um of Visium HD) -> Slide of
-    its in-tissue spots.
+def _check_tissue(barcodes: np.ndarray, positions: dict, matrix_path, positions_path) -> None:
+    """A filtered matrix holds the in-tissue spots of its positions file, all and only those. Spots
+    off the tissue (a raw matrix, an edited in_tissue) or spots that are missing (quality filters,
+    empty bins) have innocent reasons; both together mean two slides, as in 130 of the 132 pairs of
+    DLPFC slices."""
+    tissue = set(positions["barcode"][positions["in_tissue"] > 0].tolist())
+    off = sum(barcode not in tissue for barcode in barcodes.tolist())
+    absent = len(tissue) - (len(barcodes) - off)
+    what = (
+        f"{off} of the {len(barcodes)} barcodes of {matrix_path} lie off the tissue of "
+        f"{positions_path} and {absent} of its {len(tissue)} in-tissue spots have no counts"
+    )
+    if off == len(barcodes):
+        raise DataError(
+            f"{positions_path} marks no spot of the matrix as in tissue: take both files from "
+            "the same Space Ranger run"
+        )
+    if off and absent and off + absent > STRAY * len(tissue):
+        raise DataError(
+            f"{what}, as where they are of two slides: take both from the same Space Ranger run"
+        )
+    # bins of Visium HD without a count are left out of its filtered matrix
+    is_binned = str(barcodes[0]).startswith("s_0")
+    if off or (absent > GAP * len(tissue) and not is_binned):
+        warnings.warn(
+            f"{what}: spots off the tissue are left out; check that both are of one slide",
+            stacklevel=3,
+        )
+
+
+def load_visium(
+    folder,
+    counts: bool = True,
+    labels=None,
+    label_key: str | None = None,
+    gene_key: str | None = None,
+) -> Slide:
+    """Space Ranger output folder -> Slide of its in-tissue spots; of Visium HD one
+    binned_outputs/square_*um, or segmented_outputs/ with cells as spots.
 
     Rows follow the barcodes of filtered_feature_bc_matrix.h5. With counts=False the matrix is not
     needed: then rows follow the matrix if it is there, else metadata.tsv, else the positions file.
     `labels`: a two-column CSV/TSV (barcode, label), metadata.tsv or barcode_level_layer_map.tsv;
-    without it the latter two are looked for. Raises DataError for any file that is missing, damaged
-    or of another slide.
+    without it the latter two are looked for. `label_key`: the label column of a table with a
+    header; `gene_key`: the column of the matrix's features that names genes ('id'). Raises
+    DataError for any file that is missing, damaged or of another slide.
     """
     # a linked slice keeps the name of the link
     folder = Path(os.path.abspath(folder))
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: give a Space Ranger output folder")
-    sample = folder.parent.name if folder.name == "outs" else folder.name
-    positions_path = find_file(
-        folder,
-        "tissue_positions.csv",
-        "tissue_positions_list.csv",
-        "tissue_positions_list.txt",
-        "tissue_positions.parquet",
-    )
-    if positions_path is None:
-        raise DataError(
-            f"{folder / 'spatial'} has no tissue_positions.csv, tissue_positions_list.csv or "
-            ".parquet: "
-            "copy spatial/ from the Space Ranger output"
-        )
-    matrix_path = find_file(folder, "filtered_feature_bc_matrix.h5")
+    sample = sample_of(folder)
+    matrix_path = find_file(folder, "filtered_feature_bc_matrix.h5", CELL_MATRIX)
     if matrix_path is None and counts:
         raise DataError(
             f"{folder} has no filtered_feature_bc_matrix.h5: copy it from the Space Ranger "
             "output (or load with counts=False)"
         )
-    positions = _read_positions(positions_path)
+    is_cells = matrix_path is not None and matrix_path.name.endswith(CELL_MATRIX)
+    names = OUTLINE_FILES if is_cells else POSITION_FILES
+    positions_path = find_file(folder, *names)
+    if positions_path is None:
+        raise DataError(
+            f"{folder / 'spatial'} has no {', '.join(names)}: copy it from the Space Ranger output"
+        )
+    _check_prefixes(folder, [matrix_path, positions_path])
+    positions = (read_outlines if is_cells else _read_positions)(positions_path)
     in_tissue = positions["in_tissue"] > 0
-    matrix, genes = None, np.array([], dtype=str)
+    matrix, genes, samples = None, np.array([], dtype=str), [sample]
     if matrix_path is not None:
-        matrix, genes, barcodes = read_10x_h5(matrix_path, counts=counts)
+        matrix, genes, barcodes = read_10x_h5(matrix_path, counts, gene_key)
+        samples += library_names(matrix_path)
     else:
         barcodes = positions["barcode"][in_tissue]
         listed = (
@@ -332,18 +471,16 @@ def load_visium(folder, counts: bool = True, labels=None) -> Slide:
             )
         ]
     rows = _row_of(barcodes, positions, matrix_path, positions_path)
+    if matrix_path is not None and not is_cells:
+        _check_tissue(barcodes, positions, matrix_path, positions_path)
     keep = np.flatnonzero(in_tissue[rows])
     if not len(keep):
         raise DataError(
-            f"{positions_path} marks no spot of the matrix as in tissue: take both files from "
-            "the same Space Ranger run"
+            f"{positions_path} marks no spot as in tissue: copy it from the Space Ranger output"
         )
     if len(keep) < len(rows):
-        rows, barcodes, matrix = (
-            rows[keep],
-            barcodes[keep],
-            None if matrix is None else matrix[keep],
-        )
+        rows, barcodes = rows[keep], barcodes[keep]
+        matrix = None if matrix is None else matrix[keep]
     # x, y
     xy = check_xy(
         np.stack(
@@ -352,12 +489,15 @@ def load_visium(folder, counts: bool = True, labels=None) -> Slide:
         len(rows),
         positions_path,
     )
-    # (N, 2)
-    grid = np.stack([positions["array_row"][rows], positions["array_col"][rows]], axis=1).astype(
-        np.int64
-    )
-    codes, classes, patient, library_size, tables = _folder_labels(folder, sample, labels, barcodes)
+    grid = None
+    if not is_cells:
+        # (N, 2)
+        grid = np.stack([positions["array_row"][rows], positions["array_col"][rows]], axis=1)
+        grid = grid.astype(np.int64)
+    tissue = None if is_cells else positions["barcode"][in_tissue].tolist()
+    tables = _read_tables(folder, samples, labels, label_key, barcodes, tissue)
     image, scale, scales, image_file = _folder_image(folder, xy)
+    _check_prefixes(folder, [matrix_path, positions_path, Path(image_file)])
     um_per_px = scales.get("microns_per_pixel") or lattice_um_per_px(grid, xy)
     return Slide(
         matrix,
@@ -365,16 +505,16 @@ def load_visium(folder, counts: bool = True, labels=None) -> Slide:
         barcodes,
         xy,
         grid,
-        codes,
-        classes,
+        tables.labels,
+        tables.classes,
         image,
         scale,
         None,
         um_per_px,
         sample,
-        patient,
+        tables.patient,
         str(matrix_path or positions_path),
-        library_size,
-        [str(positions_path), *tables],
+        tables.library_size,
+        [str(positions_path), *tables.files],
         image_file,
     )
