@@ -378,8 +378,10 @@ def draw_losses(log):
     for axis, title in zip(axes, ("weighted loss terms", "their gradient norms")):
         axis.set(yscale="log", xlabel="epoch of the stage", title=title)
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
 
 
+# --------------------------------------------------------------------------------------------------
 # Report
 # --------------------------------------------------------------------------------------------------
 
