@@ -1,11 +1,14 @@
 """run: flags, records, atomic writes, errors."""
 
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -264,6 +267,58 @@ def test_makefile(tmp_path):
         assert status == 2 and f'{name} is "my folder"' in out
 
 
+def folder_of(script, words, monkeypatch):
+    """(data, slice or fold, variant) of a run, as its program names them."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    config = run.parse(module.Config, words)
+    if script == "spatia.py":  # which names its record before it reads a file
+        named = []
+
+        def named_only(method, config, part, variant, start, name):
+            named.append((name, part, variant))
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run, "Run", named_only)
+            module.main(words)
+        return named[0]
+    if script == "cmrcnet.py":
+        config = module.resolved(config)
+    by_fold = script in ("stformer.py", "cmrcnet.py") and not config.slice
+    part = f"fold{config.fold}" if by_fold else config.slice
+    return Path(config.data).name, part, module.variant(config)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_targets_of_make_are_the_files_that_the_runs_write(tmp_path, monkeypatch):
+    """Else every run would be made again by the next make."""
+    for path in (
+        *("datasets/dlpfc/151673.h5ad", "datasets/dlpfc/151674.h5ad", "datasets/ca1/cells.h5"),
+        *("datasets/her2st/splits/test_0.csv", "datasets/hallmark/h.all.symbols.gmt"),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    words = (
+        "SLICES=151673 151674",
+        "MODELS=full gcn_only expr_only",
+        "HELD_OUT_MODELS=full-gated",
+        "MULTIST=default image:off k:12+alpha:0.5 dec:False",
+        "SPATIA=default mae:False+niche:False rho:0.25",
+        *("SECTIONS=C2", "FOLDS=0 1", "CONTROLS=1", "ABLATE_CMRCNET=1"),
+    )
+    # the data base of make: every target with its recipe
+    _, out = make(tmp_path, "-p", "reproduce", *words)
+    rules = re.findall(r"^(runs/\S+/run\.json):(?:.*\n)(?:#.*\n)*\t *python3 (.*)$", out, re.M)
+    scripts = set()
+    for target, command in rules:
+        script, *flags = command.split()
+        scripts.add(script)
+        data, part, variant = folder_of(script, flags, monkeypatch)
+        method = script.removesuffix(".py")
+        assert target == f"runs/{method}/{data}/{part}/{variant}/seed0/run.json", command
+    assert len(rules) > 60 and len(scripts) == 5
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_launch_stands_before_every_run(tmp_path):
     """LAUNCH="srun ..." or "torchrun ..." as the README gives it: every training run goes through
@@ -289,7 +344,7 @@ def test_launch_stands_before_every_run(tmp_path):
         assert status == 0, out
         for line in out.splitlines():
             script = next((w for w in line.split() if w.endswith(".py")), None)
-            if script in ("report.py", "download.py", "data.py"):
+            if " -m " in line:  # reports, simulators, downloads
                 assert not line.startswith("srun")
             elif script:
                 assert line.startswith("srun --gres=gpu:1 python3 "), line
