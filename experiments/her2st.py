@@ -19,8 +19,7 @@ FOLD_MODELS = {"stformer": {"": ""}, "cmrcnet": {"": "--backbone features"}}
 def jobs(data=DATA, slices=(), seeds=SEEDS, splits=("folds", "section"), encoder=ENCODER):
     """Every fold of the folder, then every section of `slices`, with both methods."""
     sections = slices or (SECTIONS if Path(data) == Path(DATA) else ())
-    files = sorted(Path(data).glob("splits/test_*.csv"), key=lambda path: len(path.name))
-    folds = [path.stem.removeprefix("test_") for path in files]
+    folds = folds_of(data)
     if not folds and not sections:
         raise DataError(f"{data} holds no splits/test_<k>.csv: give a HEST-benchmark task folder")
     both = f"--encoder {encoder}" if encoder else ""
@@ -33,6 +32,12 @@ def jobs(data=DATA, slices=(), seeds=SEEDS, splits=("folds", "section"), encoder
             for name in sections:
                 where = f"--split section --slice {name} {both}"
                 yield from runs_of(SECTION_MODELS, data, name, where, seed, "section")
+
+
+def folds_of(data):
+    """Numbers of the folder's own splits, as text; none where the folder is not there."""
+    numbers = [path.stem.removeprefix("test_") for path in Path(data).glob("splits/test_*.csv")]
+    return sorted(numbers, key=lambda number: (len(number), number))
 
 
 def runs_of(models, data, part, where, seed, split):

@@ -7,6 +7,7 @@ help text. A preset is a dictionary of flags.
 import argparse
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -70,6 +71,7 @@ class SlideConfig(Config):
         return {name: getattr(self, name) for name in names}
 
 
+@functools.cache  # reading the source takes a tenth of a second
 def field_help(cls):
     """Field name -> the string literal that stands under it in the class body, base classes
     included."""

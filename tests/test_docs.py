@@ -18,6 +18,7 @@ import spatia
 import stformer
 from bench import figure_honest
 from conftest import ROOT
+from experiments.__main__ import LISTS
 from plainst import run, simulate
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,9 +77,11 @@ def test_every_command_parses(page, capsys):
             targets = [w for w in given[1:] if "=" not in w and not w.startswith("-")]
             makefile = (ROOT / "Makefile").read_text()
             for target in targets:
-                assert re.search(rf"^{re.escape(target)}:", makefile, re.M), (
-                    f"{page.name}: {command}"
-                )
+                by_list = re.sub(r"^reproduce-(.+)$", "reproduce-%", target)
+                names = "|".join(map(re.escape, {target, by_list}))
+                assert re.search(rf"^({names}):", makefile, re.M), f"{page.name}: {command}"
+                if by_list != target:
+                    assert target.removeprefix("reproduce-") in LISTS, f"{page.name}: {command}"
             for name in (w.split("=")[0] for w in given[1:] if "=" in w):
                 assert f"$({name})" in makefile or re.search(rf"\b{name}\b", makefile), (
                     f"{page.name}: {command}"
@@ -224,7 +227,10 @@ def test_every_command_of_the_pages_runs(reader, monkeypatch, capsys):
     for command in runnable():
         name, given = program(words(command))
         is_method = name in METHODS
-        short = SHORT[name if is_method else given[1]].split()
+        is_simulator = name == "plainst.__main__"
+        short = (
+            SHORT[given[1] if is_simulator else name].split() if is_method or is_simulator else []
+        )
         if {"--predict", "--help"} & set(given):
             short = []
         try:

@@ -1,14 +1,11 @@
 """run: flags, records, atomic writes, errors."""
 
-import importlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -195,161 +192,6 @@ def test_unwritable_runs_folder(tmp_path):
     (tmp_path / "runs").write_text("a file, not a folder")
     with pytest.raises(data.DataError, match="--runs"):
         finished(tmp_path)
-
-
-def make(folder, *words):
-    """Exit status and output of `make -n` with this Makefile in another folder."""
-    done = subprocess.run(
-        ["make", "-n", "-f", str(ROOT / "Makefile"), "PY=python3", "SEEDS=0", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
-def test_makefile(tmp_path):
-    slices = tmp_path / "datasets" / "dlpfc"
-    slices.mkdir(parents=True)
-    # an interrupted download: the others are still to come
-    (slices / "151673.h5ad").touch()
-    status, out = make(
-        tmp_path,
-        "sweep",
-        "SLICES=151673 151674",
-        "MODELS=full",
-        "HELD_OUT_MODELS=gcn_full",
-        "SPLITS=random slice",
-    )
-    assert status == 0 and "plainst download dlpfc --slices 151674 --out datasets/dlpfc" in out
-    assert (
-        "--slice 151673 --split random --mode full --fusion cross" in out
-        and out.count("--split random") == 2
-    )
-    assert (
-        "--slice 151673 --split slice --train 151674 --mode gcn_full --fusion cross" in out
-        and out.count("--split slice") == 2
-    )
-    assert make(tmp_path, "sweep", "SPLITS=random", "MODELS=full")[1].count("gat_fusion.py") == 12
-    record = tmp_path / "runs" / "gat_fusion" / "dlpfc" / "151673" / "random-full-cross" / "seed0"
-    record.mkdir(parents=True)
-    (record / "run.json").touch()
-    out = make(tmp_path, "sweep", "SLICES=151673", "SPLITS=random", "MODELS=full")[1]
-    assert (
-        "plainst download" not in out and "gat_fusion.py" not in out and "evaluation.report" in out
-    )
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    done = subprocess.run(
-        ["make", "-f", str(ROOT / "Makefile"), "PY=false", "sweep", "DATA=mine"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (
-        done.returncode == 2
-        and "DATA=mine holds no slice" in done.stderr
-        and "download" not in done.stdout
-    )
-    (mine / "a.h5ad").touch()
-    status, out = make(tmp_path, "sweep", "DATA=mine", "SPLITS=random", "MODELS=gat_only")
-    assert (
-        status == 0
-        and out.count("gat_fusion.py") == 1
-        and "--data mine --slice a" in out
-        and "plainst download" not in out
-    )
-    for name in ("DATA", "RUNS"):
-        status, out = make(tmp_path, "sweep", f"{name}=my folder")
-        assert status == 2 and f'{name} is "my folder"' in out
-
-
-def folder_of(script, words, monkeypatch):
-    """(data, slice or fold, variant) of a run, as its program names them."""
-    module = importlib.import_module(script.removesuffix(".py"))
-    config = run.parse(module.Config, words)
-    if script == "spatia.py":  # which names its record before it reads a file
-        named = []
-
-        def named_only(method, config, part, variant, start, name):
-            named.append((name, part, variant))
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(run, "Run", named_only)
-            module.main(words)
-        return named[0]
-    if script == "cmrcnet.py":
-        config = module.resolved(config)
-    by_fold = script in ("stformer.py", "cmrcnet.py") and not config.slice
-    part = f"fold{config.fold}" if by_fold else config.slice
-    return Path(config.data).name, part, module.variant(config)
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
-def test_targets_of_make_are_the_files_that_the_runs_write(tmp_path, monkeypatch):
-    """Else every run would be made again by the next make."""
-    for path in (
-        *("datasets/dlpfc/151673.h5ad", "datasets/dlpfc/151674.h5ad", "datasets/ca1/cells.h5"),
-        *("datasets/her2st/splits/test_0.csv", "datasets/hallmark/h.all.symbols.gmt"),
-    ):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
-    words = (
-        "SLICES=151673 151674",
-        "MODELS=full gcn_only expr_only",
-        "HELD_OUT_MODELS=full-gated",
-        "MULTIST=default image:off k:12+alpha:0.5 dec:False",
-        "SPATIA=default mae:False+niche:False rho:0.25",
-        *("SECTIONS=C2", "FOLDS=0 1", "CONTROLS=1", "ABLATE_CMRCNET=1"),
-    )
-    # the data base of make: every target with its recipe
-    _, out = make(tmp_path, "-p", "reproduce", *words)
-    rules = re.findall(r"^(runs/\S+/run\.json):(?:.*\n)(?:#.*\n)*\t *python3 (.*)$", out, re.M)
-    scripts = set()
-    for target, command in rules:
-        script, *flags = command.split()
-        scripts.add(script)
-        data, part, variant = folder_of(script, flags, monkeypatch)
-        method = script.removesuffix(".py")
-        assert target == f"runs/{method}/{data}/{part}/{variant}/seed0/run.json", command
-    assert len(rules) > 60 and len(scripts) == 5
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
-def test_launch_stands_before_every_run(tmp_path):
-    """LAUNCH="srun ..." or "torchrun ..." as the README gives it: every training run goes through
-    it, reports and downloads do not."""
-    for path in (
-        "datasets/dlpfc/151673.h5ad",
-        "datasets/ca1/cells.h5",
-        "datasets/her2st/splits/test_0.csv",
-        "datasets/her2st/splits/train_0.csv",
-    ):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
-    ran = set()
-    for target in ("reproduce-dlpfc", "reproduce-hest", "reproduce-ca1"):
-        status, out = make(
-            tmp_path,
-            target,
-            "LAUNCH=srun --gres=gpu:1",
-            "SLICES=151673",
-            "HEST=datasets/her2st",
-            "SECTIONS=C2",
-        )
-        assert status == 0, out
-        for line in out.splitlines():
-            script = next((w for w in line.split() if w.endswith(".py")), None)
-            if " -m " in line:  # reports, simulators, downloads
-                assert not line.startswith("srun")
-            elif script:
-                assert line.startswith("srun --gres=gpu:1 python3 "), line
-                ran.add(script)
-    assert ran == {"gat_fusion.py", "multist.py", "stformer.py", "cmrcnet.py", "spatia.py"}
 
 
 def test_runs_from_another_folder(tmp_path):
