@@ -157,7 +157,7 @@ def rows_of(records, entry_of):
     for (r, entry), edition in zip(entries, [editions[r["path"]] for r, _ in entries]):
         for baseline, scores in entry.baselines.items():
             settings = {**entry.settings, **edition}
-            place = (r["data"], r["part"], entry.inputs)
+            place = (r["data"], r["part"], entry.inputs, r["config"].get("seed"))
             observed[entry.group, baseline].append((place, settings, scores))
         if entry.name is not None:
             row = Row(entry.name, r["preset"], words_of(edition))
@@ -167,7 +167,8 @@ def rows_of(records, entry_of):
         for place, settings, scores in runs:
             chosen = {name: settings.get(name) for name in names}
             row = Row(baseline, "", words_of(chosen), True)
-            key = (group, row, place, json.dumps(scores, sort_keys=True))
+            # a score that no seed changes counts once
+            key = (group, row, place[:3], json.dumps(scores, sort_keys=True))
             if key not in seen:
                 seen.add(key)
                 table[group][row][place[1]].append(scores)
@@ -181,24 +182,41 @@ def words_of(settings):
 
 def settings_that_matter(runs):
     """Names of the settings by which the runs [(place, settings, scores)] of a baseline must not be
-    put into one row: those that vary, but for one whose every value is seen to give the scores of
-    another value, at the same place and all else equal."""
+    put into one row: those that vary, less every one without which each row still holds runs that
+    are seen to agree. Earlier settings stay before later ones."""
     every = dict.fromkeys(name for _, settings, _ in runs for name in settings)
-    # a record from before a flag existed has it empty
-    value_of = {name: [str(settings.get(name) or "") for _, settings, _ in runs] for name in every}
-    names = [name for name, values in value_of.items() if len(set(values)) > 1]
     common = set.intersection(*(set(scores) for _, _, scores in runs))
-    for name in list(names):
-        others = [k for k in names if k != name]
-        cases = defaultdict(lambda: defaultdict(set))
-        for i, (place, _, scores) in enumerate(runs):
-            case = (place, *(value_of[k][i] for k in others))
-            cases[case][value_of[name][i]].add(rounded(scores, common))
-        compared = {value for case in cases.values() if len(case) > 1 for value in case}
-        is_same = all(len(set(map(frozenset, case.values()))) == 1 for case in cases.values())
-        if is_same and compared == set(value_of[name]):
+    # {choice of settings: {place: {scores}}}
+    choices = defaultdict(lambda: defaultdict(set))
+    for place, settings, scores in runs:
+        # a record from before a flag existed has it empty
+        choice = tuple(str(settings.get(name) or "") for name in every)
+        choices[choice][place].add(rounded(scores, common))
+    names = [i for i in range(len(every)) if len({choice[i] for choice in choices}) > 1]
+    for name in reversed(names):
+        others = [i for i in names if i != name]
+        groups = defaultdict(list)
+        for choice, places in choices.items():
+            groups[tuple(choice[i] for i in others)].append(places)
+        if all(map(agree, groups.values())):
             names = others
-    return names
+    return [name for i, name in enumerate(every) if i in names]
+
+
+def agree(choices):
+    """Whether choices of settings [{place: {scores}}] give the same scores wherever two of them
+    stand at one place, and such places link all of them."""
+    linked, left = dict(choices[0]), choices[1:]
+    while left:
+        near = [places for places in left if linked.keys() & places.keys()]
+        if not near:
+            return False
+        for places in near:
+            if any(linked[place] != places[place] for place in linked.keys() & places.keys()):
+                return False
+            linked |= places
+        left = [places for places in left if not any(places is other for other in near)]
+    return True
 
 
 def rounded(scores, names):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import DataError
-from evaluation import figures, report
+from evaluation import figures, records, report
 
 
 def write(root, part, variant, seed, ari, split="random", leaks=True, floor=0.9, **config):
@@ -173,6 +173,21 @@ def test_a_setting_that_changes_no_baseline_parts_no_row(tmp_path):
     }
 
 
+def test_settings_that_matter():
+    """Two methods write the same baseline beside flags of their own; a row is parted only where
+    scores differ, or nothing shows that they do not."""
+
+    def run(place, score, **settings):
+        return place, settings, {"pcc_mean": score}
+
+    same = [run("a", 0.5, method="x", rings=2), run("a", 0.5, method="x", rings=3)]
+    same.append(run("a", 0.5, method="y", markers="breast"))
+    assert records.settings_that_matter(same) == []
+    assert records.settings_that_matter([*same, run("a", 0.25, method="z")]) == ["method"]
+    other = run("b", 0.25, method="y", markers="all")
+    assert records.settings_that_matter([*same, other]) == ["markers"]
+
+
 def changed(path, **facts):
     """Change facts of a record; -> it."""
     record = json.loads(path.read_text()) | facts
@@ -209,26 +224,26 @@ def test_presets_stand_apart(tmp_path):
         write(tmp_path, "151673", variant, 0, ari, "slice", preset=preset, train="151674")
     for preset, variant in (("tuned", "tuned"), ("paper", "paper-image-off")):
         write_domains(tmp_path, "151673", variant, 0, 0.5, 0.25, config={"preset": preset})
-    records = report.read_runs(tmp_path)
-    text = report.markdown(records)
+    of_runs = report.read_runs(tmp_path)
+    text = report.markdown(of_runs)
     assert row(text, "full-cross (tuned)").split(" | ")[1] == "0.800"
     assert row(text, "full-cross (paper)").split(" | ")[1] == "0.600"
     assert all(".928" in row(text, f"full-cross ({p})") for p in ("tuned", "paper"))
     assert row(text, "gcn_only (tuned)") and row(text, "multist (tuned)").endswith("151673: .620 |")
     assert row(text, "multist image-off (paper)") and "Missing: gat_fusion" not in text
-    first = min(records, key=figures._main_variant_first)
+    first = min(of_runs, key=figures._main_variant_first)
     assert first["variant"] == "paper-random-full-cross"
-    figures.draw_scores(report.panels_of(records))
+    figures.draw_scores(report.panels_of(of_runs))
 
 
 def test_undefined_scores_show(tmp_path):
     """Two of four runs without a correlation are no median of the other two, unsaid."""
     for seed, ari in enumerate((0.5, None, 0.75, float("nan"))):
         write_domains(tmp_path, "a", "full", seed, ari, 0.25)
-    records = report.read_runs(tmp_path)
-    text = report.markdown(records)
+    of_runs = report.read_runs(tmp_path)
+    text = report.markdown(of_runs)
     assert "| 0.625 (0.500-0.750), 2 of 4 undefined |" in row(text, "multist full")
-    (panel,) = report.panels_of(records)
+    (panel,) = report.panels_of(of_runs)
     assert "multist full, 2 undefined" in panel.rows
     assert report.cell([None, None]) == "-, 2 of 2 undefined" and report.cell([]) == "-"
 
@@ -291,8 +306,8 @@ def test_unsupervised_domains(tmp_path):
         checkpoint="model.pt",
     )
     write(tmp_path, "151673", "random-full-cross", 0, 0.8)
-    records = report.read_runs(tmp_path)
-    text = report.markdown(records)
+    of_runs = report.read_runs(tmp_path)
+    text = report.markdown(of_runs)
     assert (
         "### domains (unsupervised)\n\n| method | ARI 151673 | ARI 151674 | ami | "
         "completeness | homogeneity | runs | published ARI |" in text
@@ -313,7 +328,7 @@ def test_unsupervised_domains(tmp_path):
         and "predict" not in text
     )
     assert "### Split `random`" in text and text.index("pca_gmm") < text.index("multist full")
-    assert len(figures.draw_scores(report.panels_of(records)).axes) == 2
+    assert len(figures.draw_scores(report.panels_of(of_runs)).axes) == 2
 
 
 def test_genes_from_histology(tmp_path):
