@@ -39,7 +39,7 @@ import metrics
 from data import DataError
 from evaluation import baselines, figures, hest
 from plainst import jobs, retrieval, run
-from plainst.features import read_tensors
+from plainst.features import input_files, read_tensors
 
 SIZES = {
     "vit": {"dim": 256, "snn": 2048, "n_hvg": 1000, "lr": 1e-4, "epochs": 60},
@@ -1024,6 +1024,9 @@ def main(argv=None):
             f"choose a multiple of {record.world}"
         )
     task = load(config, train_names, test_names)
+    slides = [s.slide for s in [*task.fit, *task.test]]
+    more = [*hest.task_files(config), config.weights]
+    checksum = record.note_inputs(input_files(slides, config.encoder, more))
     run.say(
         f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; "
         f"{len(task.pairs)} training spots, {task.n_targets} "
@@ -1037,8 +1040,6 @@ def main(argv=None):
         task.fit[0].x.shape[1] if config.backbone == "features" else config.backbone,
         len(task.inputs),
     )
-    slides = [s.slide for s in [*task.fit, *task.test]]
-    checksum = data.file_checksum(*hest.input_files(config, slides, config.weights))
     model, histories, val = train(
         make,
         task.fit,
@@ -1085,7 +1086,6 @@ def main(argv=None):
         found,
         others,
         split,
-        checksum,
         leaks_patient=leaks,
         train_slides=train_names,
         test_slides=test_names,
@@ -1140,7 +1140,6 @@ def write(
     found,
     others,
     split,
-    checksum,
     **more,
 ):
     """Write the record, the figures, the model and the atlas."""
@@ -1184,7 +1183,6 @@ def write(
         arrays,
         sum(p.numel() for p in model.parameters()),
         split,
-        checksum,
         {
             "model.pt": lambda f: torch.save(saved, f),
             "atlas.h5": lambda f: retrieval.write_atlas(
@@ -1239,6 +1237,7 @@ def predict_folder(config, start):
         f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}",
         start,
     )
+    record.note_inputs(input_files(slides, known.encoder, [config.predict, atlas]))
     samples = [Sample(s.sample, s.patient, s, hest.slide_features(known, s)) for s in slides]
     for s in samples:
         hest.check_width(s.frozen, dim_in, s.name, known.encoder, config.predict)
@@ -1259,7 +1258,6 @@ def predict_folder(config, start):
         {},
         arrays_of(samples, genes, predicted, neighbours),
         sum(p.numel() for p in model.parameters()),
-        checksum=data.file_checksum(config.predict),
         checkpoint=config.predict,
     )
     return 0

@@ -815,6 +815,7 @@ def main(argv=None):
         )
     slides = load(config)
     record = run.Run("gat_fusion", config, slides[0].sample, variant(config), start)
+    record.note_inputs(used_files(config, slides))
     task = Task(config, slides)
     here, test = task.slide_of == 0, task.split.test
     distance = boundary_distance(slides[0], task.labels[here])
@@ -877,7 +878,6 @@ def main(argv=None):
         arrays,
         n_params,
         task.split,
-        data.file_checksum(*used_files(config, slides)),
         files,
         epochs=0 if history is None else len(history),
         receptive_field_pitches=task.reach,
@@ -1008,6 +1008,7 @@ def predict_slide(config, start):
     )
     name = f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}"
     record = run.Run("gat_fusion", config, slide.sample, name, start)
+    record.note_inputs([*used_files(config, [slide]), config.predict])
     x, image = predict_inputs(config, saved, slide)
     table = data.knn_table(slide.xy, config.k, name=slide.sample)
     record.lap("read")
@@ -1065,7 +1066,6 @@ def predict_slide(config, start):
         {},
         arrays,
         sum(w.numel() for w in model.parameters()),
-        checksum=data.file_checksum(*used_files(config, [slide])),
         checkpoint=config.predict,
         library=config.library,
         spots_of_absent_classes=absent,

@@ -1063,6 +1063,8 @@ def main(argv=None):
     if config.n_domains != "bic":
         clustering.number_of_domains(config.n_domains, slide)
     record = run.Run("multist", config, slide.sample, variant(config), start)
+    encoder = config.encoder if use_image else ""
+    record.note_inputs(input_files([slide], encoder, [config.lr_pairs]))
     arrays, embeddings, others, k, facts = train(slide, config, use_image, record)
     final = "fused" if use_image else "gene"
     more, scores = clustering.domains_of(
@@ -1098,14 +1100,11 @@ def main(argv=None):
     record.lap("downstream")
     if config.figures:
         figures.draw_multist(record, slide, arrays, facts["losses"], final)
-    # files whose content can change a number
-    files = input_files([slide], config.encoder if use_image else "", [config.lr_pairs])
     record.finish(
         scores | more_scores | {"k": k},
         others,
         arrays,
         facts.pop("n_params"),
-        checksum=data.file_checksum(*files),
         output=f"{final} + diffusion",
         **facts,
         **text,

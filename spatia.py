@@ -1142,6 +1142,7 @@ def main(argv=None):
     size, path = SIZES[config.size], Path(config.data)
     part = f"{config.score}-fold{config.fold}"
     record = run.Run("spatia", config, part, variant(config), start)
+    checksum = record.note_inputs([config.data])
     dataset = load(config, size, record.device)
     cells, rows = dataset.cells, dataset.rows["test"]
     n_train, (channels, side) = len(dataset.rows["train"]), dataset.shape
@@ -1149,7 +1150,6 @@ def main(argv=None):
         f"{path.name}: {n_train} cells train, {len(rows)} are scored ({dataset.split.detail}); "
         f"{cells.n_genes} genes, crops {channels} x {side} x {side}"
     )
-    checksum = data.file_checksum(config.data)
     latest = record.folder / "latest.pt"
     stages = Stages(config, latest, "spatia checkpoint", checksum, "cells")
     record.lap("load")
@@ -1185,7 +1185,6 @@ def main(argv=None):
         arrays,
         sum(p.numel() for m in models.values() for p in m.parameters()),
         dataset.split,
-        checksum,
         {"model.pt": lambda f: torch.save(state, f)},
         n_train=n_train,
         n_scored=len(rows),

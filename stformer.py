@@ -39,6 +39,7 @@ import metrics
 from data import DataError
 from evaluation import bags, baselines, figures, hest
 from plainst import jobs, run
+from plainst.features import input_files
 
 QUADRANTS = ("p2p", "p2h", "h2p", "h2h")
 # layers, width, heads
@@ -1073,6 +1074,9 @@ def main(argv=None):
     )
     record = run.Run("stformer", config, part, variant(config), start)
     raw, genes = load(config, train_names, test_names)
+    slides = [raw[n].slide for n in [*train_names, *test_names]]
+    more = [*hest.task_files(config), config.gene_sets]
+    checksum = record.note_inputs(input_files(slides, config.encoder, more))
     sets, member = [], None
     if config.gene_sets:
         sets, member = read_gmt(
@@ -1116,8 +1120,6 @@ def main(argv=None):
         return model
 
     bag = config.mode == "global"
-    slides = [raw[n].slide for n in [*train_names, *test_names]]
-    checksum = data.file_checksum(*hest.input_files(config, slides, config.gene_sets))
     models, histories, val = train(
         make,
         fit,
@@ -1153,7 +1155,6 @@ def main(argv=None):
         arrays,
         sum(w.numel() for w in models[0].parameters()),
         split,
-        checksum,
         {
             "model.pt": lambda f: torch.save(
                 state_of(config, models, linear, scaler, genes, sets), f
@@ -1250,6 +1251,7 @@ def predict_folder(config, start):
         f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}",
         start,
     )
+    record.note_inputs(input_files(slides, known.encoder, [config.predict]))
     samples = [to_sample(known, s) for s in slides]
     for s in samples:
         hest.check_width(s.x, dim_in, s.name, known.encoder, config.predict)
@@ -1287,7 +1289,6 @@ def predict_folder(config, start):
         {},
         arrays_of(samples, found, pairs, genes, sets),
         sum(w.numel() for w in models[0].parameters()),
-        checksum=data.file_checksum(*hest.input_files(known, slides, known.gene_sets)),
         checkpoint=config.predict,
     )
     return 0

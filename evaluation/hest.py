@@ -322,15 +322,18 @@ def say_what_is_left_out(sample, min_counts, n_targets=None):
         )
 
 
-def input_files(config, slides, *more):
-    """Files whose content can change a number of a run: counts, patches or features of the slides,
-    and `more` (paths, empty ones are left out)."""
-    files = []
-    for s in slides:
-        if has_feature_files(config.encoder):
-            files.append(config.encoder.replace("{sample}", s.sample))
-        files += [s.source, s.patches.path if s.patches is not None else s.image_file]
-    return [str(f) for f in dict.fromkeys([*files, *more]) if f]
+def task_files(config):
+    """Files of a HEST folder, beside its slides, whose content can change a number of a run: the
+    tables of its fold, its list of genes, and the truth of a simulated task."""
+    root, files = Path(config.data), []
+    if config.split == "folds":
+        files += [root / "splits" / f"{side}_{config.fold}.csv" for side in ("train", "test")]
+    if config.genes == "task":
+        files.append(root / "var_50genes.json")
+    elif not config.genes.isdigit():
+        files.append(Path(config.genes))
+    truth = root / "truth.npz"
+    return [*files, truth] if truth.is_file() else files
 
 
 # --------------------------------------------------------------------------------------------------

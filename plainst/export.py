@@ -465,10 +465,7 @@ def export_record(record, out=None, data=None) -> list[Path]:
     place = Path(out) if out else folder
     paths = {place / name: write for name, write in files.items()}
     paths = {p: write for p, write in paths.items() if p.suffix == ".h5ad" or not p.exists()}
-    try:
-        write_together(paths)
-    except DataError as error:
-        raise DataError("--out".join(str(error).rsplit("--runs", 1))) from error
+    write_together(paths, "--out")
     return [*paths]
 
 

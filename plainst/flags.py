@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plainst.readers.checked import DataError
+from plainst.readers.hd import sample_of
 
 
 @dataclass
@@ -152,11 +153,14 @@ def refuse_idle_flags(config, rules):
 
 def data_name(path):
     """Name of the data in a record's path: the last part of --data as given, so that a link keeps
-    its own name; of a cells.h5 its folder."""
+    its own name; of a cells.h5 its folder. A folder of which every Space Ranger output has one
+    (outs, binned_outputs, square_008um) takes the name of the sample above it."""
     path = os.path.abspath(path)
     if os.path.basename(path) == "cells.h5":
         path = os.path.dirname(os.path.realpath(path))
-    return os.path.basename(path).removesuffix(".h5ad").removesuffix(".h5")
+    if os.path.basename(path) == "binned_outputs":
+        path = os.path.dirname(path)
+    return sample_of(Path(path)).removesuffix(".h5ad").removesuffix(".h5")
 
 
 # flags that say where, how fast or how often, and so stand in no folder name

@@ -328,3 +328,29 @@ def test_chart_of_the_honest_page(tmp_path, capsys):
     assert sum(line.endswith("missing") for line in lines) == 2 + 6 + 6
     with pytest.raises(data.DataError, match="--slices blocks"):
         figure_honest.main([*folders, "--slices", "blocks"])
+
+
+def test_chart_of_the_honest_page_shows_one_preset(tmp_path, capsys):
+    def record(preset, variant, ari, **config):
+        name = f"gat_fusion/d/a/{preset}-random-{variant}/seed0/run.json"
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        facts = {
+            "method": "gat_fusion",
+            "metrics": {"ari": ari},
+            "baselines": {"coords_knn": {"ari": 0.5 + 0.25 * (variant != "full-cross")}},
+            "split": {"name": "random", "leaks_position": True, "detail": ""},
+            "config": {"seed": 0, "preset": preset} | config,
+        }
+        path.write_text(json.dumps(facts))
+
+    folders = ["--runs", str(tmp_path), "--noise", str(tmp_path), "--out", str(tmp_path / "c.png")]
+    record("tuned", "full-cross", 0.875, library="given")
+    # an ablation, whose baselines are others
+    record("tuned", "full-cross-library-own", 0.125, library="own")
+    record("paper", "full-cross", 0.25, library="given")
+    with pytest.raises(data.DataError, match="paper, tuned: choose one with --preset"):
+        figure_honest.main(folders)
+    assert figure_honest.main([*folders, "--preset", "tuned"]) == 0
+    out = capsys.readouterr().out
+    assert "0.875 (0.875-0.875), 1 values" in out and "0.500 (0.500-0.500), 1 values" in out

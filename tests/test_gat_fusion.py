@@ -832,6 +832,7 @@ def test_files_a_run_depends_on(cortex, real_data):
     assert names == [
         "filtered_feature_bc_matrix.h5",
         "tissue_positions_list.csv",
+        "scalefactors_json.json",
         "metadata.tsv",
         "tissue_hires_image.png",
     ]
@@ -842,9 +843,16 @@ def test_files_a_run_depends_on(cortex, real_data):
     assert gf.used_files(config(cortex, mode="img_expr", encoder="f.npy"), [slide])[-1] == "f.npy"
     hest = data.load_hest(real_data / "her2st", "A2", counts=False)
     names = input_files([hest, hest], "f/{sample}.npz", ["sets.gmt", ""])
-    assert [Path(f).name for f in names] == ["A2.h5ad", "A2.h5", "A2.npz", "sets.gmt"]
+    assert [Path(f).name for f in names] == [
+        "A2.h5ad",
+        "metadata.csv",
+        "A2.h5",
+        "A2.npz",
+        "sets.gmt",
+    ]
     assert [Path(f).suffix for f in gf.used_files(config(cortex, mode="img_expr"), [hest])] == [
         ".h5ad",
+        ".csv",
         ".h5",
     ]
 

@@ -453,7 +453,9 @@ def test_slide_names_the_files_it_was_read_from(visium, tmp_path):
         tmp_path / "mine.csv"
     )
     (visium / "metadata.tsv").write_text(_labels())
-    assert readers.load_slide(visium).tables[1:] == [str(visium / "metadata.tsv")]
+    scales, metadata = readers.load_slide(visium).tables[1:]
+    assert Path(scales).name == "scalefactors_json.json"
+    assert metadata == str(visium / "metadata.tsv")
     assert all(
         Path(f).is_file()
         for f in (*readers.load_slide(visium).tables, slide.image_file, slide.source)

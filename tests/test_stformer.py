@@ -592,13 +592,15 @@ def test_end_to_end_record_resume_and_predict(task, tmp_path, capsys, monkeypatc
     assert all(
         torch.equal(a[k], b[k]) for a, b in zip(full["weights"], again["weights"]) for k in a
     )
+    # its record would stop a run on other data before the checkpoint does
+    next((tmp_path / "again").rglob("run.json")).unlink()
     read = []
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(DataError, match="other files, slides or genes"),
     ):
         patch.setattr(
-            st.data, "file_checksum", lambda *paths: read.extend(paths) or "of slides that changed"
+            st.run, "file_checksum", lambda *paths: read.extend(paths) or "of slides that changed"
         )
         st.main(
             flags(
@@ -1059,3 +1061,20 @@ def test_linear_layer_in_the_average():
         assert (genes == want).all() and scores is None
     with pytest.raises(DataError, match="--linear_weight is 1.5"):
         st.check(st.Config(linear_weight=1.5))
+
+
+def test_the_record_lists_fold_genes_and_metadata(real_data):
+    root = real_data / "her2st"
+    slide = data.load_hest(root, "A2", counts=False)
+    more = st.hest.task_files(st.Config(data=str(root), fold=1))
+    files = st.run.list_files(st.input_files([slide], "handmade", more), root)
+    assert list(files) == [
+        "adata/A2.h5ad",
+        "metadata.csv",
+        "patches/A2.h5",
+        "splits/train_1.csv",
+        "splits/test_1.csv",
+        "var_50genes.json",
+    ]
+    genes = st.hest.task_files(st.Config(data="none", split="section", genes="mine.json"))
+    assert [str(path) for path in genes] == ["mine.json"]

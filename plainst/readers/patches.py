@@ -115,6 +115,7 @@ def load_hest(
             raise DataError(
                 f"{path} has no column id or a row of another length: download it again"
             )
+        slide.tables = [*slide.tables, str(path)]
         records = [
             record for record in (dict(zip(header, row)) for row in rows) if record["id"] == sample
         ]
