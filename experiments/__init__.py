@@ -40,7 +40,7 @@ class Job:
     preset: str = "tuned"
     split: str = ""
     download: str = ""
-    is_extra: bool = False  # runs only where --models names it
+    is_extra: bool = False  # runs only where --models and --splits name it
 
     def words(self, runs):
         """Words of the command line behind the interpreter."""
@@ -69,10 +69,9 @@ def is_chosen(job, models=(), presets=(), splits=()):
 
     `multist` takes every model of the method, `multist/image-off` this one.
     """
-    if job.model in models:
-        is_model = True
-    else:
-        is_model = not job.is_extra and (not models or job.method in models)
+    if job.is_extra and not (job.model in models and job.split in splits):
+        return False
+    is_model = not models or job.model in models or job.method in models
     is_split = not splits or not job.split or job.split in splits
     return is_model and is_split and (not presets or job.preset in presets)
 

@@ -20,8 +20,10 @@ LAYERS = {  # model of gat_fusion: its flags
     "gcn_full-cross": "--mode gcn_full --fusion cross",
     "expr_only": "--mode expr_only",
 }
-FLOORS = {"coords_knn": "--mode coords_knn"}  # no gene; runs where MODELS names it
-HELD_OUT = ("full-cross",)  # also on blocks and on another slice; others where MODELS names them
+FLOORS = {"coords_knn": "--mode coords_knn"}  # no gene; where MODELS and SPLITS name it
+HELD_OUT = (
+    "full-cross",
+)  # also on blocks and on another slice; others where MODELS and SPLITS name them
 SPLITS = ("random", "blocks", "slice")
 FOLDS = (0, 1, 2, 3, 4)  # of the blocks
 DOMAINS = {"": "", "image-off": "--image off", "image-permuted": "--image permuted"}

@@ -112,6 +112,7 @@ def test_what_narrows_a_sweep():
     assert experiments.is_chosen(job, ["multist/image-off"])
     assert not experiments.is_chosen(job, ["multist/k-3"])
     assert not experiments.is_chosen(extra, ["gat_fusion"])
+    assert not experiments.is_chosen(extra, ["gat_fusion/x"])
     assert experiments.is_chosen(extra, ["gat_fusion/x"], splits=["blocks"])
     assert not experiments.is_chosen(extra, ["gat_fusion/x"], splits=["random"])
     assert not experiments.is_chosen(job, presets=["paper"])
