@@ -35,7 +35,7 @@ demo: $(stamp)  ## no download, no GPU: simulate small data, run every method, r
 	$(PY) -m plainst simulate cells $(RUNS)/demo/cells.h5 --n_cells 800
 	$(MAKE) --no-print-directory reproduce-dlpfc DATA=$(RUNS)/demo/cortex RUNS=$(RUNS)/demo \
 	  SLICES="sim1 sim2" SEEDS=0 FOLDS=0 \
-	  MODELS="gat_fusion/full-cross gat_fusion/gcn_only gat_fusion/expr_only multist"
+	  MODELS="gat_fusion/full-cross gat_fusion/gcn_only gat_fusion/expr_only multist/default"
 	$(PY) stformer.py --data $(RUNS)/demo/patches --epochs 15 --members 1 --runs $(RUNS)/demo
 	$(PY) cmrcnet.py --data $(RUNS)/demo/patches --epochs 15 --runs $(RUNS)/demo
 	$(PY) spatia.py --data $(RUNS)/demo/cells.h5 --steps_a 80 --steps_b 80 --steps_c 150 \

@@ -26,7 +26,7 @@ class Job:
     """One run: `python <method>.py --data <data> <flags> --seed <seed>`.
 
     part: slice, fold or section, as it stands in the record's path; model: what a table calls it,
-    `<method>` or `<method>/<variant>`; split, preset: as in the flags, to choose by; download:
+    `<method>/<variant>`; split, preset: as in the flags, to choose by; download:
     where the data is lacking, the words behind `python -m plainst` that fetch it, several commands
     parted by `;`.
     """
@@ -67,7 +67,7 @@ class Job:
 def is_chosen(job, models=(), presets=(), splits=()):
     """Whether the lists of words that narrow a sweep let a job pass; an empty list lets all.
 
-    `multist` takes every model of the method, `multist/image-off` this one.
+    `multist` takes every model of the method, `multist/default` this one.
     """
     if job.is_extra and not (job.model in models and job.split in splits):
         return False

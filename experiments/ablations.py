@@ -43,8 +43,9 @@ SPATIA_PARTS = ("--no-mae", "--no-fusion", "--no-niche", "--no-tissue")  # every
 
 
 def label(flags):
-    """Short name of a variant: `--image off` -> `image-off`."""
-    return "+".join(part.replace(" ", "-") for part in flags.removeprefix("--").split(" --"))
+    """Short name of a variant: `--image off` -> `image-off`; of none `default`."""
+    flags = flags.removeprefix("--backbone features").strip()
+    return flags.removeprefix("--").replace(" --", "+").replace(" ", "-") or "default"
 
 
 def jobs(data="", slices=(), seeds=SEEDS, encoder=her2st.ENCODER):
@@ -61,7 +62,7 @@ def multist_jobs(data, slices, seed):
         is_lacking = data == dlpfc.DATA and not (Path(data) / name).exists()
         download = f"download dlpfc --slices {name} --out {data}" if is_lacking else ""
         for flags in MULTIST:
-            model, text = f"multist/{label(flags)}".rstrip("/"), f"--slice {name} {flags}"
+            model, text = f"multist/{label(flags)}", f"--slice {name} {flags}"
             yield Job("multist", data, name, text, seed, model, "tuned", "", download)
 
 
@@ -75,7 +76,7 @@ def hest_jobs(data, slices, seed, encoder):
     for name in slices:
         where = f"--split section --slice {name} {both}"
         for method, flags in variants:
-            model = f"{method}/{label(flags)}".rstrip("/")
+            model = f"{method}/{label(flags)}"
             yield Job(method, data, name, where + flags, seed, model, "tuned", "section")
     for fold in her2st.folds_of(data):
         for method, flags in retrieval:
@@ -88,5 +89,5 @@ def spatia_jobs(data, seed):
     subsets = [" ".join(filter(None, parts)) for parts in product(*(("", p) for p in SPATIA_PARTS))]
     download = DOWNLOAD if data == CA1 and not Path(data).exists() else ""
     for flags in [*SPATIA, *(f"{parts} --no-generate".strip() for parts in subsets)]:
-        model = f"spatia/{label(flags)}".rstrip("/")
+        model = f"spatia/{label(flags)}"
         yield Job("spatia", data, "test-fold0", flags, seed, model, "tuned", "blocks", download)

@@ -18,4 +18,6 @@ def jobs(data=DATA, seeds=SEEDS, folds=FOLDS):
                 flags = f"--fold {fold}"
                 download = DOWNLOAD if data == DATA and not Path(data).exists() else ""
                 part, split = f"test-fold{fold}", "blocks"
-                yield Job("spatia", data, part, flags, seed, "spatia", preset, split, download)
+                yield Job(
+                    "spatia", data, part, flags, seed, "spatia/default", preset, split, download
+                )

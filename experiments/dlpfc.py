@@ -26,7 +26,7 @@ HELD_OUT = (
 )  # also on blocks and on another slice; others where MODELS and SPLITS name them
 SPLITS = ("random", "blocks", "slice")
 FOLDS = (0, 1, 2, 3, 4)  # of the blocks
-DOMAINS = {"": "", "image-off": "--image off", "image-permuted": "--image permuted"}
+DOMAINS = {"default": "", "image-off": "--image off", "image-permuted": "--image permuted"}
 PRESETS = {"gat_fusion": ("tuned",), "multist": ("tuned",)}
 
 
@@ -54,7 +54,7 @@ def jobs(data=DATA, slices=(), seeds=SEEDS, splits=SPLITS, folds=FOLDS):
                 for preset in PRESETS["gat_fusion"]:
                     yield Job(*run, preset, split, download, is_extra)
             for variant, flags in DOMAINS.items():
-                model, text = f"multist/{variant}".rstrip("/"), f"--slice {name} {flags}"
+                model, text = f"multist/{variant}", f"--slice {name} {flags}"
                 for preset in PRESETS["multist"]:
                     yield Job("multist", data, name, text, seed, model, preset, "", download)
 

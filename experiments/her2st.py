@@ -10,10 +10,13 @@ SECTIONS = ("C2", "C3", "C4", "C5")  # of one patient: leaks the patient, and th
 ENCODER = ""  # file of features with {sample} in its name; empty: the hand-made descriptor
 PRESETS = {"stformer": ("tuned",), "cmrcnet": ("tuned",)}
 SECTION_MODELS = {  # model: its flags on a held-out section
-    "stformer": {"": "", "patch-only": "--interactions p2p"},
-    "cmrcnet": {"": "--backbone features"},
+    "stformer": {"default": "", "patch-only": "--interactions p2p"},
+    "cmrcnet": {"default": "--backbone features"},
 }
-FOLD_MODELS = {"stformer": {"": ""}, "cmrcnet": {"": "--backbone features"}}
+FOLD_MODELS = {
+    "stformer": {"default": ""},
+    "cmrcnet": {"default": "--backbone features"},
+}
 
 
 def jobs(data=DATA, slices=(), seeds=SEEDS, splits=("folds", "section"), encoder=ENCODER):
@@ -44,6 +47,6 @@ def runs_of(models, data, part, where, seed, split):
     """The jobs of one fold or section."""
     for method, variants in models.items():
         for variant, flags in variants.items():
-            model = f"{method}/{variant}".rstrip("/")
+            model = f"{method}/{variant}"
             for preset in PRESETS[method]:
                 yield Job(method, data, part, f"{where} {flags}", seed, model, preset, split)
