@@ -488,7 +488,7 @@ SMALL = ("--epochs", 2, "--dim", 16, "--hidden", 16)
         ("--mode", "img_expr"),
         ("--mode", "coords_knn"),
         ("--mode", "smoothed_lr"),
-        ("--split", "blocks", "--buffer", 3),
+        ("--split", "blocks", "--buffer", 3, "--n_blocks", 3),
         ("--split", "slice"),
         ("--split", "donor"),
         ("--mode", "gcn_only", "--split", "slice", "--train", "s2"),
