@@ -42,7 +42,7 @@ from plainst.neighbour_sums import (
     softmax_over_table,
     weighted_neighbour_sum,
 )
-from plainst.scaled import ScaledRows, agreed_library
+from plainst.scaled import ScaledRows, agreed_library, library_sizes
 from plainst.tiles import make_tiles, prediction_size
 
 GAT_MODES = {"gat_only", "concat", "full", "embedding", "multimodal"}
@@ -463,18 +463,11 @@ class Task:
     def expression(self):
         """data.Expression: gene choice and scaler, fitted on training rows."""
         c, genes = self.config, data.common_genes(self.slides)
-        parts = [
-            (s.select_genes(genes), self.split.train[self.slide_of == i])
-            for i, s in enumerate(self.slides)
-        ]
-        sizes = (
-            np.concatenate([s.library_size[rows] for s, rows in parts])
-            if self.library == "given"
-            else None
-        )
-        return data.Expression(c.n_top_genes, c.hvg).fit(
-            sp.vstack([s.counts[rows] for s, rows in parts if rows.any()]).tocsr(), genes, sizes
-        )
+        parts = [(s, self.split.train[self.slide_of == i]) for i, s in enumerate(self.slides)]
+        # of all genes of a slide, as in `scaled_slide`, not of those that all slides share
+        sizes = np.concatenate([library_sizes(s, self.library)[rows] for s, rows in parts])
+        counts = [s.select_genes(genes).counts[rows] for s, rows in parts if rows.any()]
+        return data.Expression(c.n_top_genes, c.hvg).fit(sp.vstack(counts).tocsr(), genes, sizes)
 
     @cached_property
     def x(self):
@@ -516,9 +509,8 @@ def scaled_slide(config, expression, slide, library):
     own_scale = config.scale == "slice" or (
         config.scale == "auto" and config.split in ("slice", "donor")
     )
-    x, present = expression.log1p(
-        slide.counts, slide.genes, slide.library_size if library == "given" else None
-    )  # (N, G) CSR, (G,)
+    sizes = library_sizes(slide, library)
+    x, present = expression.log1p(slide.counts, slide.genes, sizes)  # (N, G) CSR, (G,)
     scaler = data.Standardise(expression.clip).fit(x) if own_scale else expression.scaler
     return x, scaler, ~present
 

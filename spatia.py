@@ -147,8 +147,9 @@ class Config(run.Config):
     "every how manieth block is held out (files of three sections or more hold out whole sections)"
     width: float = 600.0
     "width of the blocks in full-resolution px"
-    buffer: float = 96.0
-    "training cells within so many px of a held-out cell are dropped"
+    buffer: float = -1.0
+    """training cells within so many um (px where the cell file has no um_per_px) of a held-out cell
+    are dropped; -1: the diagonal of a crop, beyond which no two crops overlap"""
     fold: int = 0
     "which of the blocks or sections are held out"
     size: Literal["tiny", "base"] = "tiny"
@@ -1053,7 +1054,7 @@ def check(config):
         {
             "test_every": (lambda v: v >= 2, "at least 2"),
             "width": run.POSITIVE,
-            "buffer": zero,
+            "buffer": (lambda v: v == -1 or v >= 0, "at least 0, or -1"),
             "fold": zero,
             "guidance": zero,
             "draws": one,
@@ -1088,9 +1089,8 @@ def load(config, size, device):
                 f"of {p} px: convert with another crop size"
             )
     val = 0 if config.score == "test" else 4
-    split = data.cell_split(
-        cells, config.test_every, config.width, None, config.buffer, val, config.fold
-    )
+    buffer = None if config.buffer == -1 else config.buffer
+    split = data.cell_split(cells, config.test_every, config.width, None, buffer, val, config.fold)
     if config.score == "val":
         split.test, split.val, split.name = split.val, np.zeros_like(split.val), f"{split.name}-val"
     normalise = Normaliser().fit(cells.counts[np.flatnonzero(split.train)], log_moments)

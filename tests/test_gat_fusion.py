@@ -294,7 +294,8 @@ def test_block_split_of_the_task_knows_its_reach(cortex):
     tasks = [
         gf.Task(c, gf.load(c))
         for c in (
-            config(cortex, split="blocks", mode=mode, fusion=fusion) for mode, fusion in modes
+            config(cortex, split="blocks", n_blocks=3, mode=mode, fusion=fusion)
+            for mode, fusion in modes
         )
     ]
     assert all(
@@ -302,7 +303,7 @@ def test_block_split_of_the_task_knows_its_reach(cortex):
         for t in tasks
     )
     for fusion, leaks in (("cross", True), ("gated", False)):
-        c = config(cortex, split="blocks", buffer=2.0, fusion=fusion)
+        c = config(cortex, split="blocks", n_blocks=3, buffer=2.0, fusion=fusion)
         assert gf.Task(c, gf.load(c)).split.leaks_position == leaks
 
 
@@ -487,7 +488,7 @@ SMALL = ("--epochs", 2, "--dim", 16, "--hidden", 16)
         ("--mode", "img_expr"),
         ("--mode", "coords_knn"),
         ("--mode", "smoothed_lr"),
-        ("--split", "blocks", "--buffer", 3),
+        ("--split", "blocks", "--buffer", 3, "--n_blocks", 3),
         ("--split", "slice"),
         ("--split", "donor"),
         ("--mode", "gcn_only", "--split", "slice", "--train", "s2"),
@@ -752,6 +753,19 @@ def test_donor_split_of_files_without_a_patient(cortex, tmp_path, capsys):
         == 2
     )
     assert "slide s1 names no patient" in capsys.readouterr().err
+
+
+def test_own_library_of_slides_with_different_panels(cortex, tmp_path):
+    """The scaler is fitted on the values that the network sees: a spot's own library is over all
+    genes of its file, not over the genes that the slides share."""
+    c = config(cortex, slice="s1", split="slice", train="s2", library="own", scale="train")
+    slides = gf.load(c)
+    slides[0] = slides[0].select_genes(slides[0].genes[: slides[0].n_genes // 2])
+    task = gf.Task(c, slides)
+    z = task.z[task.split.train]
+    is_clipped = (np.abs(z) > 9.9).any(0)
+    np.testing.assert_allclose(z[:, ~is_clipped].mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(z[:, ~is_clipped].std(0, ddof=1), 1, atol=1e-3)
 
 
 def test_one_library_rule_for_all_slides(cortex, tmp_path, capsys):

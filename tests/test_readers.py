@@ -756,6 +756,33 @@ def test_hest_1k_layout(hest, counts):
     ).n_spots == N_SPOTS
 
 
+@pytest.mark.parametrize(
+    "text, patient",
+    [
+        ('{"id": "T1", "patient": "Patient 7", "pixel_size_um_estimated": 0.5}', "Patient 7"),
+        ('{"patient": 7}', "7"),
+        ('{"patient": null}', ""),
+        ('{"patient": NaN, "pixel_size_um_estimated": NaN}', ""),
+        ('{"patient": "unknown"}', ""),
+    ],
+)
+def test_hest_1k_patient_from_the_json_of_a_sample(hest, text, patient):
+    (hest / "HEST_v1_1_0.csv").unlink()
+    (hest / "metadata").mkdir()
+    path = hest / "metadata" / "T1.json"
+    path.write_text(text)
+    slide = readers.load_hest(hest, "T1", patches=False)
+    assert slide.patient == patient and str(path) in slide.tables
+    if "0.5" in text:
+        assert slide.um_per_px == 0.5
+    (hest / "metadata.csv").write_text("id,patient\nT1,P9\n")
+    assert readers.load_hest(hest, "T1", patches=False).patient == "P9"
+    for bad, message in (("[1]", "no JSON object"), ("{", "cannot be read as JSON")):
+        path.write_text(bad)
+        with pytest.raises(DataError, match=message):
+            readers.load_hest(hest, "T1", patches=False)
+
+
 def test_hest_bad_patches(hest):
     with h5py.File(hest / "patches" / "T1.h5", "a") as handle:
         del handle["barcode"]

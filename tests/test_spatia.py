@@ -916,7 +916,7 @@ def test_ca1_split_and_ridge_are_the_published_anchor(real_data, tmp_path):
     data.from_ca1(real_data / "ca1", tmp_path / "cells.h5")
     field = sp.load(config_of(tmp_path / "cells.h5"), SMALL, torch.device("cpu"))
     fit, rows = field.rows["train"], field.rows["test"]
-    assert (len(fit), len(rows)) == (1593, 645)
+    assert (len(fit), len(rows)) == (1506, 645)
     x = [field.expression_matrix(part)[:, :-1] for part in ("train", "test")]
     p = [tasks.channel_coverage(field.cells.crops[r], field.cells.channels) for r in (fit, rows)]
     found = metrics.pcc(p[1], tasks.ridge(x[0], p[0], x[1]))

@@ -7,6 +7,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,30 @@ def no_figures(request, monkeypatch):
     """Figures are half the time of a small run: only the end-to-end test draws them."""
     if request.node.name != "test_end_to_end_record_resume_and_predict":
         monkeypatch.setattr(st, "draw", lambda *args: None)
+
+
+def test_unknown_patient_means_leaking(tmp_path):
+    """A slide without a patient may be of any patient: the split leaks and names it."""
+    root = simulate.simulate_hest(tmp_path / "h", n_slides=3, n_spots=40, patch_size=8, n_genes=60)
+    for path in (root / "adata").glob("*.h5ad"):
+        with h5py.File(path, "a") as handle:
+            del handle["uns/patient"]
+    (root / "metadata.csv").write_text("id,patient\nS1,P1\nS2,\nS3,nan\n")
+    split, _, _, _, leaks = hest.hest_partition(root, "folds", 0)
+    assert leaks and split.leaks_position
+    assert "no patient on both sides" not in split.detail
+    for name in ("S2", "S3"):
+        assert name in split.detail.split("patient of ")[1].split(" unknown")[0]
+    (root / "metadata").mkdir()
+    for name in ("S2", "S3"):
+        (root / "metadata" / f"{name}.json").write_text(json.dumps({"patient": f"of {name}"}))
+    split, _, _, _, leaks = hest.hest_partition(root, "folds", 0)
+    assert not leaks and split.detail.endswith("no patient on both sides")
+    (root / "metadata" / "S3.json").write_text('{"patient": "P1"}')
+    split, train, test, _, leaks = hest.hest_partition(root, "sample", sample="S1")
+    assert leaks and split.detail.endswith(
+        "other slides of the same patient train: leaks the patient"
+    )
 
 
 def flags(root, tmp_path, *more):

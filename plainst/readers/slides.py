@@ -306,7 +306,8 @@ def has_label(name) -> bool:
     return str(name).strip().lower() not in NO_LABEL
 
 
-def _class_order(name: str) -> tuple[float, str]:
+def class_order(name: str) -> tuple[float, str]:
+    """Sorting key of class names: whole numbers by value (2 before 10), then names."""
     return (int(name) if name.isascii() and name.isdigit() else np.inf, name)
 
 
@@ -316,7 +317,7 @@ def encode_labels(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     names = [str(name).strip() if has_label(name) else "" for name in names]
     if set(names) - {""} <= set(_CORTEX):
         names = [_CORTEX.get(name, "") for name in names]
-    classes = sorted(set(names) - {""}, key=_class_order)
+    classes = sorted(set(names) - {""}, key=class_order)
     code = {name: i for i, name in enumerate(classes)}
     return np.array([code.get(name, -1) for name in names], dtype=np.int64), classes
 
