@@ -1097,7 +1097,7 @@ def test_training_on_tiles(cortex, tmp_path):
             path.with_name("model.pt"),
         )
 
-    whole, large, few = (run_of("--slice", "s1", *small, "--tile", n) for n in (0, 10**6, 150))
+    whole, large, tiled = (run_of("--slice", "s1", *small, "--tile", n) for n in (0, 10**6, 150))
     assert all(np.array_equal(whole[1][k], large[1][k]) for k in ("prob", "embedding", "attention"))
     assert (
         tiled[0]["metrics"]["ari"] > 0.5

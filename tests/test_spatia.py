@@ -690,8 +690,6 @@ def test_bfloat16_products_stay_near_float32(cells, tmp_path, capsys):
         ["--path", "ddpm", "--rho", "0.5", "--guidance", "0"],
         ["--condition", "none", "--no-mae", "--no-fusion"],
         [
-            "--condition",
-            "expression",
             "--no-niche",
             "--no-tissue",
             "--score",
