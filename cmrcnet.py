@@ -38,7 +38,7 @@ import data
 import metrics
 from data import DataError
 from evaluation import baselines, figures, hest
-from plainst import jobs, retrieval, run
+from plainst import export, jobs, retrieval, run
 from plainst.features import input_files, read_tensors
 
 SIZES = {
@@ -894,6 +894,30 @@ def check(config):
         raise DataError(
             f"--weights {config.weights} is a ViT-B/32 checkpoint: give --backbone base with it"
         )
+    run.refuse_idle_flags(config, idle_flags(config))
+
+
+def idle_flags(config):
+    """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
+    them. With a ViT, --encoder still rules the baselines."""
+    exact = (config.index == "exact", "with --index exact", ("lists", "probe"))
+    if config.predict:
+        used = ("genes", "k", "weighting", "index", "lists", "probe", "atlas")
+        return [run.idle_with_predict(config, used), exact]
+    split, has_vit = f"with --split {config.split}", config.backbone != "features"
+    has_groups, has_one = config.val == "groups", config.split in ("section", "sample")
+    alone = config.reconstruction == "none"
+    return [
+        exact,
+        (config.split != "folds", split, ("fold",)),
+        (config.split != "patient", split, ("patient",)),
+        (not has_one, split, ("slice",)),
+        (not has_vit, "with --backbone features", ("augment",)),
+        (has_vit, f"with --backbone {config.backbone}", ("scale",)),
+        (alone, "with --reconstruction none", ("mask_rate", "share")),
+        (not has_groups, f"with --val {config.val}", ("folds",)),
+        (True, "without --predict", ("atlas",)),
+    ]
 
 
 def resolved(config):
@@ -1188,7 +1212,8 @@ def write(
             "atlas.h5": lambda f: retrieval.write_atlas(
                 f, keys.cpu().numpy(), values, names, attributes
             ),
-        },
+        }
+        | export.files_of("cmrcnet", arrays, [s.slide for s in test], config),
         epochs=len(histories[-1]),
         history=histories[-1],
         parameters=parameter_table(model),
@@ -1253,11 +1278,13 @@ def predict_folder(config, start):
     model.to(record.device)
     predicted, neighbours, recall = retrieve(model, known, keys.to(record.device), values, samples)
     draw(record, known, Task([], samples, genes, len(genes), inputs, {}, None, None), predicted, [])
+    arrays, known.h5ad = arrays_of(samples, genes, predicted, neighbours), config.h5ad
     record.finish(
         {"recall_at_k": recall},
         {},
-        arrays_of(samples, genes, predicted, neighbours),
+        arrays,
         sum(p.numel() for p in model.parameters()),
+        files=export.files_of("cmrcnet", arrays, slides, known),
         checkpoint=config.predict,
     )
     return 0

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 import data
 from data import DataError
 from evaluation import baselines, clustering, downstream, figures
-from plainst import run, stain
+from plainst import export, run, stain
 from plainst.features import input_files
 from plainst.graphs import Graph, SpotBatches, graph_product, neighbours_in_batch
 
@@ -934,6 +934,32 @@ def check(config):
             ),
         },
     )
+    run.refuse_idle_flags(config, idle_flags(config))
+
+
+# flags of Stage III
+FUSION = (
+    *("encoder", "crop_um", "colour", "smooth", "attention", "m", "alpha", "fused_dim", "heads"),
+    *("fusion_epochs", "fusion_lr", "batch", "tau", "fusion_mask", "lambda_keep", "readout"),
+)
+
+
+def idle_flags(config):
+    """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
+    them. With --mask_mode none the masked consistency still reads --mask_rate of the spots."""
+    has_files = data.is_features_file(config.encoder)
+    pixels = ("crop_um", "colour")
+    return [
+        (config.image == "off", "with --image off", FUSION),
+        (config.image == "zero", "with --image zero", (*pixels, "smooth")),
+        (has_files, "with ready-made features of --encoder", pixels),
+        (config.hvg == "none", "with --hvg none", ("n_top_genes",)),
+        (config.mask_rate == 0, "with --mask_rate 0", ("mask_mode", "lambda_mask")),
+        (config.gan == "off", "with --gan off", ("lambda_gan",)),
+        (not config.dec, "with --no-dec", ("dec_epochs", "dec_update", "dec_tol", "lambda_dec")),
+        (config.diffusion_steps == 0, "with --diffusion_steps 0", ("diffusion_k",)),
+        (config.permutations == 0, "with --permutations 0", ("lr_pairs",)),
+    ]
 
 
 def variant(config):
@@ -1105,6 +1131,7 @@ def main(argv=None):
         others,
         arrays,
         facts.pop("n_params"),
+        files=export.files_of("multist", arrays, [slide], config),
         output=f"{final} + diffusion",
         **facts,
         **text,

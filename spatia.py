@@ -38,7 +38,7 @@ import data
 from data import DataError
 from evaluation import cells as tasks
 from evaluation import figures
-from plainst import run
+from plainst import export, run
 from plainst.cell_data import CellDataset, Normaliser, random_orientation
 from plainst.stages import Stages, ema_update, rank_slice, sample_batch, sum_over_processes
 
@@ -1070,6 +1070,12 @@ def check(config):
             "save_every": zero,
         },
     )
+    generator = ("path", "rho", "condition", "guidance", "draws", "ode_steps", "steps_c")
+    rules = [
+        (not config.generate, "with --no-generate", generator),
+        (config.condition == "none", "with --condition none", ("guidance",)),
+    ]
+    run.refuse_idle_flags(config, rules)
 
 
 def log_moments(counts, total):
@@ -1081,6 +1087,8 @@ def load(config, size, device):
     """CellDataset with the split that is scored: as test cells the test part, or with --score val
     the validation part."""
     cells = data.load_cells(config.data)
+    case = f"on {config.data}: of three sections or more whole ones are held out"
+    run.refuse_idle_flags(config, [(len(cells.sections) >= 3, case, ("width", "buffer"))])
     side = cells.crops.shape[2]
     for p in (size.patch, size.decoder_patch):
         if side % p or side // p % 2:
@@ -1185,7 +1193,8 @@ def main(argv=None):
         arrays,
         sum(p.numel() for m in models.values() for p in m.parameters()),
         dataset.split,
-        {"model.pt": lambda f: torch.save(state, f)},
+        {"model.pt": lambda f: torch.save(state, f)}
+        | export.files_of("spatia", arrays, [cells], config),
         n_train=n_train,
         n_scored=len(rows),
     )

@@ -38,7 +38,7 @@ import data
 import metrics
 from data import DataError
 from evaluation import bags, baselines, figures, hest
-from plainst import jobs, run
+from plainst import export, jobs, run
 from plainst.features import input_files
 
 QUADRANTS = ("p2p", "p2h", "h2p", "h2h")
@@ -1155,11 +1155,8 @@ def main(argv=None):
         arrays,
         sum(w.numel() for w in models[0].parameters()),
         split,
-        {
-            "model.pt": lambda f: torch.save(
-                state_of(config, models, linear, scaler, genes, sets), f
-            )
-        },
+        {"model.pt": lambda f: torch.save(state_of(config, models, linear, scaler, genes, sets), f)}
+        | export.files_of("stformer", arrays, [s.slide for s in test], config),
         leaks_patient=leaks,
         train_slides=train_names,
         test_slides=test_names,
@@ -1195,6 +1192,28 @@ def check(config):
             "save_every": zero,
         },
     )
+    run.refuse_idle_flags(config, idle_flags(config))
+
+
+def idle_flags(config):
+    """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
+    them. --rings, and in global mode the loss, still rule the baselines."""
+    if config.predict:
+        return [run.idle_with_predict(config, ())]
+    split, has_h2h = f"with --split {config.split}", "h2h" in quadrants(config.interactions)
+    is_local = has_h2h and config.h2h == "local" and config.rings > 0
+    has_pcc = config.loss in ("pcc", "mse_pcc")
+    return [
+        (config.split != "folds", split, ("fold",)),
+        (config.split != "patient", split, ("patient",)),
+        (config.split != "section", split, ("slice",)),
+        (not has_h2h, f"with --interactions {config.interactions}", ("h2h",)),
+        (not is_local, "without local h2h of a ring or more", ("distance_bias",)),
+        (not config.gene_sets, "without --gene_sets", ("shuffle_sets", "lambda_pathway")),
+        (bool(config.gene_sets), "with --gene_sets", ("pathways",)),
+        (not has_pcc, f"with --loss {config.loss}", ("pcc_weight",)),
+        (config.mode == "global", "in --mode global", ("linear_weight", "lambda_pathway")),
+    ]
 
 
 def pathway_agreement(samples, pairs, member):
@@ -1284,11 +1303,13 @@ def predict_folder(config, start):
         for (p, _), s in zip(pairs, samples)
     ]
     draw(record, samples, found, pairs, genes, sets, [], known.mode == "global")
+    arrays, known.h5ad = arrays_of(samples, found, pairs, genes, sets), config.h5ad
     record.finish(
         {},
         {},
-        arrays_of(samples, found, pairs, genes, sets),
+        arrays,
         sum(w.numel() for w in models[0].parameters()),
+        files=export.files_of("stformer", arrays, slides, known),
         checkpoint=config.predict,
     )
     return 0

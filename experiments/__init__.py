@@ -49,14 +49,15 @@ class Job:
 
     def record(self, runs):
         """Path of the record that the command writes. Raises DataError for a flag that the method
-        does not know."""
+        does not know, or that does nothing beside the others."""
         module, words = importlib.import_module(self.method), self.words(runs)
         message = io.StringIO()
         try:
             with contextlib.redirect_stderr(message):
                 config = run.parse(module.Config, words[1:])
-        except SystemExit as stop:
-            reason = message.getvalue().strip().splitlines()[-1:]
+                module.check(config)
+        except (SystemExit, DataError) as stop:
+            reason = message.getvalue().strip().splitlines()[-1:] or [str(stop)]
             text = f"the list of experiments asks for `{shlex.join(words)}`: "
             raise DataError(text + " ".join(reason).split("error: ")[-1]) from stop
         name = run.data_name(self.data)

@@ -5,8 +5,7 @@ Seurat, `loupe.csv` for the Loupe browser.
 
 writes them for a finished run of any of the five methods. A run writes the same files itself:
 
-    results = export.results_of("multist", arrays, [slide])
-    record.finish(..., arrays, files=files | export.writers(results, h5ad=config.h5ad))
+    record.finish(..., arrays, files=files | export.files_of("multist", arrays, [slide], config))
 
 One h5ad holds one slide, because barcodes repeat from slide to slide; its layout is that of anndata
 0.12 (https://anndata.readthedocs.io/en/stable/fileformat-prose.html). Nothing is ever written
@@ -347,6 +346,13 @@ def _join(result: Result, ids: np.ndarray, xy: np.ndarray, source) -> np.ndarray
             f"{source} holds other {result.table.kind} than the record: give the data of this run"
         )
     return rows
+
+
+def files_of(method: str, arrays: dict, sources: Iterable, config) -> dict[str, Callable]:
+    """The files that a run writes of its arrays, by name: those of `writers`, h5ad and loupe.csv
+    with --h5ad."""
+    results = results_of(method, arrays, sources, getattr(config, "target", ""))
+    return writers(results, config.h5ad)
 
 
 def writers(results: Sequence[Result], h5ad: bool = True) -> dict[str, Callable]:

@@ -40,6 +40,7 @@ from plainst.flags import (  # noqa: F401 - a script reads its flags through `ru
     SlideConfig,
     check_flags,
     data_name,
+    idle_with_predict,
     of_preset,
     parse,
     refuse_idle_flags,

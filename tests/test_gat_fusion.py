@@ -477,6 +477,8 @@ def program(*argv):
 
 
 SMALL = ("--epochs", 2, "--dim", 16, "--hidden", 16)
+# of a mode without an MLP on the genes
+NO_MLP = SMALL[:4]
 
 
 @pytest.mark.parametrize(
@@ -495,6 +497,11 @@ SMALL = ("--epochs", 2, "--dim", 16, "--hidden", 16)
     ],
 )
 def test_end_to_end(cortex, tmp_path, capsys, flags):
+    small = SMALL
+    if flags[1] in gf.GRAPH_ONLY:
+        small = NO_MLP
+    if flags[1] in gf.BASELINES:
+        small = ()
     assert (
         program(
             "--data",
@@ -505,7 +512,7 @@ def test_end_to_end(cortex, tmp_path, capsys, flags):
             tmp_path,
             "--cache",
             tmp_path / "cache",
-            *SMALL,
+            *small,
             *flags,
         )
         == 0
@@ -566,7 +573,7 @@ def test_embedding_from_a_file(cortex, tmp_path):
             tmp_path / "e.npz",
             "--runs",
             tmp_path / "r",
-            *SMALL,
+            *NO_MLP,
         )
         == 0
     )
@@ -958,7 +965,7 @@ def test_predict_with_vectors_of_the_new_slide(cortex, tmp_path, capsys, mode, f
             trained_on,
             "--runs",
             tmp_path / "r",
-            *SMALL,
+            *(NO_MLP if mode == "embedding" else SMALL),
         )
         == 0
     )
@@ -1018,7 +1025,7 @@ def test_embedding_of_several_slices(cortex, tmp_path):
             tmp_path / "{slice}.npz",
             "--runs",
             tmp_path / "r",
-            *SMALL,
+            *NO_MLP,
         )
         == 0
     )
@@ -1100,26 +1107,11 @@ def test_training_on_tiles(cortex, tmp_path):
     """One tile of all spots is the whole slide, bit for bit; several learn as well, and predict
     alike with any tile."""
 
+    small = ("--epochs", 15, "--dim", 16, "--hidden", 16)
+
     def run_of(*words):
         folder = tmp_path / "-".join(map(str, words))
-        assert (
-            program(
-                "--data",
-                cortex,
-                "--slice",
-                "s1",
-                "--epochs",
-                15,
-                "--dim",
-                16,
-                "--hidden",
-                16,
-                "--runs",
-                folder,
-                *words,
-            )
-            == 0
-        )
+        assert program("--data", cortex, "--runs", folder, *words) == 0
         (path,) = folder.rglob("run.json")
         return (
             json.loads(path.read_text()),
@@ -1127,14 +1119,14 @@ def test_training_on_tiles(cortex, tmp_path):
             path.with_name("model.pt"),
         )
 
-    whole, large, small = (run_of("--tile", n) for n in (0, 10**6, 150))
+    whole, large, tiled = (run_of("--slice", "s1", *small, "--tile", n) for n in (0, 10**6, 150))
     assert all(np.array_equal(whole[1][k], large[1][k]) for k in ("prob", "embedding", "attention"))
     assert (
-        small[0]["metrics"]["ari"] > 0.5
-        and small[0]["baselines"]["coords_rbf"] == whole[0]["baselines"]["coords_rbf"]
+        tiled[0]["metrics"]["ari"] > 0.5
+        and tiled[0]["baselines"]["coords_rbf"] == whole[0]["baselines"]["coords_rbf"]
     )
     probs = [
-        run_of("--slice", "s2", "--predict", small[2], "--tile", n)[1]["prob"] for n in (0, 90)
+        run_of("--slice", "s2", "--predict", tiled[2], "--tile", n)[1]["prob"] for n in (0, 90)
     ]
     assert abs(probs[0] - probs[1]).max() < 1e-5
 

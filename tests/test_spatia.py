@@ -65,6 +65,7 @@ def small(request, monkeypatch):
 
 
 def flags(path, tmp_path, *more):
+    draws = [] if "--no-generate" in more else ["--draws", "2", "--ode_steps", "2"]
     return [
         "--data",
         str(path),
@@ -72,10 +73,7 @@ def flags(path, tmp_path, *more):
         str(tmp_path / "runs"),
         "--device",
         "cpu",
-        "--draws",
-        "2",
-        "--ode_steps",
-        "2",
+        *draws,
         *more,
     ]
 
@@ -606,6 +604,7 @@ def test_end_to_end_record_and_figures(cells, tmp_path, capsys):
     assert {f.name for f in path.parent.iterdir()} == {
         "run.json",
         "arrays.npz",
+        "cells.csv",
         "model.pt",
         "generated.png",
         "embedding.png",
@@ -639,6 +638,7 @@ def test_same_seed_same_numbers_and_resume(cells, tmp_path, capsys, monkeypatch)
     not."""
     for name in ("task_generation", "task_imputation", "task_image_to_genes", "task_labels"):
         monkeypatch.setattr(tasks, name, lambda *args: tasks.TaskResult())
+    monkeypatch.setattr(sp.export, "files_of", lambda *args: {})
     sp.main(flags(cells, tmp_path, "--save_every", "3"))
     path, _ = last_record(capsys)
     full = torch.load(path.with_name("model.pt"), weights_only=True)
@@ -692,8 +692,6 @@ def test_bfloat16_products_stay_near_float32(cells, tmp_path, capsys):
         ["--path", "ddpm", "--rho", "0.5", "--guidance", "0"],
         ["--condition", "none", "--no-mae", "--no-fusion"],
         [
-            "--condition",
-            "expression",
             "--no-niche",
             "--no-tissue",
             "--score",
