@@ -18,10 +18,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from plainst import run
-from plainst.readers.checked import DataError
-
 torch.set_num_threads(1)
 # a plugin may have loaded numpy before the line above
 threadpoolctl.threadpool_limits(1)
@@ -47,8 +43,8 @@ def without_idle_flags(module, words):
     words = [str(word) for word in words]
     while True:
         try:
-            module.check(run.parse(module.Config, words))
-        except DataError as error:
+            module.check(module.run.parse(module.Config, words))
+        except module.DataError as error:
             idle = re.match(r"--(\w+) has no effect", str(error))
             if not idle:
                 return words
