@@ -742,8 +742,6 @@ def test_tiny_vit_end_to_end(task, tmp_path, capsys):
             *flags(
                 task,
                 tmp_path,
-                "--fold",
-                "0",
                 "--epochs",
                 "1",
                 "--split",

@@ -17,7 +17,7 @@ import data
 import spatia
 import stformer
 from bench import figure_honest
-from conftest import ROOT
+from conftest import ROOT, without_idle_flags
 from experiments.__main__ import LISTS
 from plainst import run, simulate
 
@@ -91,7 +91,8 @@ def test_every_command_parses(page, capsys):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{page.name}: {command}"
         try:
             if module in METHODS:
-                run.parse(importlib.import_module(module).Config, given)
+                method = importlib.import_module(module)
+                method.check(run.parse(method.Config, given))
             elif module == "plainst.__main__":
                 known = importlib.import_module(module)
                 assert given[0] in known.COMMANDS, f"{page.name}: {command}"
@@ -233,8 +234,11 @@ def test_every_command_of_the_pages_runs(reader, monkeypatch, capsys):
         )
         if {"--predict", "--help"} & set(given):
             short = []
+        module, given_short = importlib.import_module(name), [*given, *short]
+        if is_method and short:
+            given_short = without_idle_flags(module, given_short)
         try:
-            status = importlib.import_module(name).main([*given, *short])
+            status = module.main(given_short)
         except SystemExit as stop:
             status = stop.code
         assert not status, command
