@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
 
+from plainst.classes import sorted_classes
 from plainst.features import (
     crops,
     handmade_descriptor,
@@ -585,8 +586,8 @@ def common_genes(slides):
 
 
 def global_labels(slides):
-    """One label map over several slides: (list of classes, sorted; list of (N_i,) label arrays in
-    that numbering)."""
-    classes = sorted({c for s in slides for c in s.classes})
+    """One label map over several slides: (list of classes in the order of `sorted_classes`; list
+    of (N_i,) label arrays in that numbering)."""
+    classes = sorted_classes(c for s in slides for c in s.classes)
     code = {c: i for i, c in enumerate(classes)}
     return classes, [np.array([code[c] for c in s.classes] + [-1])[s.labels] for s in slides]
