@@ -17,6 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
 from sklearn.utils.sparsefuncs import mean_variance_axis
 
+from plainst.classes import sorted_classes
 from plainst.features import (
     crops,
     handmade_descriptor,
@@ -62,7 +63,7 @@ from plainst.readers.checked import (
 )
 from plainst.readers.convert import from_ca1, from_xenium
 from plainst.readers.crops import Cells, load_cells, write_cells
-from plainst.readers.slides import Patches, Slide, class_order
+from plainst.readers.slides import Patches, Slide
 from plainst.readers.visium import read_10x_h5
 
 # --------------------------------------------------------------------------------------------------
@@ -590,8 +591,8 @@ def common_genes(slides):
 
 
 def global_labels(slides):
-    """One label map over several slides: (list of classes, whole numbers by value, then names by
-    the alphabet, as in one slide; list of (N_i,) label arrays in that numbering)."""
-    classes = sorted({c for s in slides for c in s.classes}, key=class_order)
+    """One label map over several slides: (list of classes in the order of `sorted_classes`; list
+    of (N_i,) label arrays in that numbering)."""
+    classes = sorted_classes(c for s in slides for c in s.classes)
     code = {c: i for i, c in enumerate(classes)}
     return classes, [np.array([code[c] for c in s.classes] + [-1])[s.labels] for s in slides]

@@ -796,7 +796,7 @@ def score(task, prob, lattice):
     """Flat dict of the scores of prob (N, C) on the test spots; boundary scores by the lattice
     distance of the scored slide."""
     test = task.split.test
-    out = metrics.classification(task.labels[test], prob[test])
+    out = metrics.classification(task.labels[test], prob[test], task.classes)
     here = task.slide_of == 0
     return out | metrics.boundary_accuracy(
         task.labels[here], prob[here].argmax(1), lattice, mask=test[here]
@@ -1099,9 +1099,8 @@ def predict_slide(config, start):
     }
     found = {}
     if len(np.unique(labels[labels >= 0])) > 1:
-        found = metrics.classification(labels, p) | metrics.boundary_accuracy(
-            labels, p.argmax(1), boundary_distance(slide, labels)
-        )
+        found = metrics.classification(labels, p, saved["classes"])
+        found |= metrics.boundary_accuracy(labels, p.argmax(1), boundary_distance(slide, labels))
         print(score_row("predict", found))
     figures.draw_gat_fusion(record, slide, arrays, None)
     record.finish(

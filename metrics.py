@@ -14,6 +14,9 @@ from scipy import sparse, stats
 from scipy.linalg import eigh, svdvals
 from scipy.spatial import cKDTree
 from sklearn import metrics as sk
+from sklearn.metrics.pairwise import polynomial_kernel
+
+from plainst.classes import class_ranks
 
 
 # ----------------------------------------------------------------------------------- 1 input checks
@@ -99,46 +102,48 @@ def expected_calibration_error(correct, confidence, bins=15):
     return float(np.abs(gap).sum() / len(confidence))
 
 
-def classification(true, prob, classes_present=None):
+def quadratic_kappa(true, pred, classes):
+    """Cohen's kappa with weights (i - j)^2 (Cohen 1968); true, pred (n,) int, indices into the
+    class names `classes` (C,), i and j the ranks of `class_ranks`.
+
+    nan where the classes have no order or are unknown (None), and where truth and prediction are
+    one and the same single class: chance agreement is then 1."""
+    rank = None if classes is None else class_ranks(classes)
+    if rank is None or len(np.union1d(true, pred)) < 2:
+        return float("nan")
+    labels = np.arange(len(rank))
+    return float(sk.cohen_kappa_score(rank[true], rank[pred], labels=labels, weights="quadratic"))
+
+
+def classification(true, prob, classes=None):
     """Scores of a probabilistic classifier.
 
-    true (N,) int, -1 = left out; prob (N, C) class probabilities; column order = order of the
-    classes (layers from pia to white matter).
-    classes_present: column indices that macro_f1 is averaged over; None = the classes that occur in
-    the scored truth (a class that the tissue lacks has no F1; predicting it still costs recall of
-    the true class). balanced_accuracy averages recall over the classes in the scored truth.
-    kappa_quadratic: Cohen's kappa with weights (i - j)^2 (Cohen 1968), nan when truth and
-    prediction are one and the same single class. top2: true class among the two most probable, ties
-    to the lower column. log_loss: mean -log p_true in nats, p clipped to [1e-7, 1 - 1e-7].
-    ece: 15 equal-width bins of the top probability. Returns a flat dict, with ari, nmi, ami of the
-    arg-max as well. Raises ValueError for a shape mismatch, no labelled row, labels outside the
-    columns, or rows of prob that are no probabilities."""
+    true (N,) int, -1 = left out; prob (N, C) class probabilities; classes (C,) the names of the
+    columns, which decide whether kappa_quadratic is defined: see `quadratic_kappa`.
+    macro_f1: as in scikit-learn, mean over the classes in the scored truth or the prediction: a
+    class that the tissue lacks counts 0 once it is predicted. balanced_accuracy: recall averaged
+    over the classes in the scored truth. top2: true class among the two most probable, ties to the
+    lower column. log_loss: mean -log p_true in nats, p clipped to [1e-7, 1 - 1e-7]. ece: 15
+    equal-width bins of the top probability. Returns a flat dict, with ari, nmi, ami of the arg-max
+    as well. Raises ValueError for a shape mismatch, no labelled row, labels outside the columns,
+    or rows of prob that are no probabilities."""
     true, prob = _checked_probabilities(true, prob)
-    n_classes = prob.shape[1]
+    if classes is not None and len(classes) != prob.shape[1]:
+        raise ValueError(f"prob has {prob.shape[1]} columns, but {len(classes)} classes are named")
     pred = prob.argmax(1)  # (n,)
     in_truth = np.unique(true)
-    averaged = in_truth if classes_present is None else np.unique(classes_present)
     p_true = np.clip(prob[np.arange(len(true)), true], 1e-7, 1 - 1e-7)
     top2 = np.argsort(-prob, axis=1, kind="stable")[:, :2]  # (n, 2)
-    undefined = n_classes == 1 or (len(in_truth) == 1 and (pred == true).all())
-    kappa = (
-        np.nan
-        if undefined
-        else sk.cohen_kappa_score(true, pred, labels=np.arange(n_classes), weights="quadratic")
-    )
     partition = clustering(true, pred)
+    recall = sk.recall_score(true, pred, labels=in_truth, average="macro", zero_division=0)
     return {
         "ari": partition["ari"],
         "nmi": partition["nmi"],
         "ami": partition["ami"],
         "accuracy": float((pred == true).mean()),
-        "macro_f1": float(
-            sk.f1_score(true, pred, labels=averaged, average="macro", zero_division=0)
-        ),
-        "balanced_accuracy": float(
-            sk.recall_score(true, pred, labels=in_truth, average="macro", zero_division=0)
-        ),
-        "kappa_quadratic": float(kappa),
+        "macro_f1": float(sk.f1_score(true, pred, average="macro", zero_division=0)),
+        "balanced_accuracy": float(recall),
+        "kappa_quadratic": quadratic_kappa(true, pred, classes),
         "top2": float((top2 == true[:, None]).any(1).mean()),
         "log_loss": float(-np.log(p_true).mean()),
         "ece": expected_calibration_error(pred == true, np.minimum(prob.max(1), 1.0)),
@@ -232,9 +237,11 @@ def _placed(pred, xy):
 def pas(pred, xy, k=10):
     """Proportion of abnormal spots, lower = smoother: spots of which more than k/2 of the k nearest
     spots carry another label, for k = 10 six or more (Shang & Zhou 2022, SpatialPCA; Yuan et al.
-    2024, SDMBench). pred (N,) int, -1 = left out; xy (N, 2). Equal distances in KD-tree order."""
+    2024, SDMBench). pred (N,) int, -1 = left out; xy (N, 2). Equal distances in KD-tree order. nan
+    where there are not k other spots."""
     pred, xy = _placed(pred, xy)
-    k = min(k, len(pred) - 1)
+    if len(pred) <= k:
+        return float("nan")
     _, index = _nearest(xy, k)
     return float(((pred[index] != pred[:, None]).sum(1) > k / 2).mean())
 
@@ -242,19 +249,18 @@ def pas(pred, xy, k=10):
 def chaos(pred, xy):
     """Mean distance to the nearest spot of the same domain over coordinates z-scored per axis,
     lower = more compact (Shang & Zhou 2022, SpatialPCA; Yuan et al. 2024, SDMBench). pred (N,) int,
-    -1 = left out; xy (N, 2). As in SpatialPCA a domain of one spot adds 0 to the sum and its spot
-    counts in the mean. The z-score per axis makes it free of shift and scale and of quarter turns,
-    not of other rotations; it is dominated by the lattice pitch, so compare it on one slide
-    only."""
+    -1 = left out; xy (N, 2). As in SDMBench a domain of one or two spots adds 0 to the sum, and its
+    spots count in the mean; nan where there is no larger domain. The z-score per axis makes it free
+    of shift and scale and of quarter turns, not of other rotations; it is dominated by the lattice
+    pitch, so compare it on one slide only."""
     pred, xy = _placed(pred, xy)
     spread = xy.std(0)
     xy = (xy - xy.mean(0)) / np.where(spread > 0, spread, 1)
-    total = 0.0
-    for domain in np.unique(pred):
-        members = xy[pred == domain]
-        if len(members) > 1:
-            total += _nearest(members, 1)[0].sum()
-    return float(total / len(pred))
+    names, sizes = np.unique(pred, return_counts=True)
+    domains = [xy[pred == name] for name in names[sizes > 2]]
+    if not domains:
+        return float("nan")
+    return float(sum(_nearest(members, 1)[0].sum() for members in domains) / len(pred))
 
 
 def spatial_coherence(pred, xy, k=6):
@@ -372,9 +378,14 @@ def pcc(true, pred, mask=None):
     return _correlation(_gene_moments(true, pred, mask))
 
 
+def scored_pcc(true, pred):
+    """`pcc` as it enters a mean: (N, G), (N, G) -> (G,), nan where truth is constant, 0 where only
+    the prediction is (leaving it out would reward a collapsed model)."""
+    return _scored_correlation(_gene_moments(true, pred))
+
+
 def _scored_correlation(moments):
-    """Pearson per gene for a summary: nan where truth is constant, 0 where only the prediction
-    is."""
+    """As `scored_pcc`, from `_gene_moments`."""
     return np.where(
         moments["constant_true"],
         np.nan,
@@ -386,16 +397,19 @@ def pcc_summary(true, pred, slide_ids=None, mask=None):
     """Summary of gene prediction. true, pred (N, G); slide_ids (N,) any type, None = one slide;
     mask (N, G) bool, True = measured.
 
-    Correlation is taken per gene across the spots of ONE slide; pcc_mean, pcc_median, pcc_std (ddof
-    0) and variance_ratio_median (variance of the prediction / of the truth; below 1 = too smooth)
-    are that statistic over the genes of a slide, then averaged over slides.
-    * truth constant on the slide: the gene is left out there and counted in n_constant_truth; fewer
-    than 2 measured spots: counted in n_unmeasured.
+    Two means of Pearson's r, which answer different questions:
+    * pcc_mean: per gene across the spots of ONE slide, mean over genes, then over slides. With
+    pcc_median, pcc_std (ddof 0) and variance_ratio_median (variance of the prediction / of the
+    truth; below 1 = too smooth), which are averaged over slides likewise.
+    * pcc_pooled: per gene across the spots of all slides together, mean over genes. This is
+    `pearson_mean` of the HEST benchmark (Jaume et al. 2024), there on log1p of raw counts;
+    differences between slides enter it.
+    Where r is undefined, for both:
+    * truth constant: the gene is left out and counted in n_constant_truth; fewer than 2 measured
+    spots: counted in n_unmeasured.
     * prediction constant where truth varies: scores 0 (leaving it out would reward a collapsed
     model), counted in n_constant_pred.
       All three count (slide, gene) pairs.
-    pcc_pooled: per gene across the spots of all slides at once, mean over genes; differences
-    between slides enter it: not comparable with pcc_mean.
     rmse: over all measured entries. Values are nan where no gene is left. Raises ValueError as
     `pcc`."""
     true, pred = _same_rows(true=true, pred=pred)
@@ -440,14 +454,16 @@ def pcc_summary(true, pred, slide_ids=None, mask=None):
 
 
 def spearman(a, b):
-    """Spearman rank correlation (ties share their mean rank): (N,), (N,) -> float; (N, G), (N, G)
-    -> (G,) by column; nan for a constant column."""
+    """Spearman rank correlation of a (N,) and b (N,), ties sharing their mean rank; nan where one
+    is constant. Raises ValueError for other shapes and for nan or infinity."""
     a, b = _same_rows(a=a, b=b)
-    if a.ndim == 1 and b.ndim == 1:
-        return float(spearman(a[:, None], b[:, None])[0])
+    if a.ndim != 1 or b.ndim != 1:
+        raise ValueError(f"ranks need two (N,) arrays, got {a.shape} and {b.shape}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("ranks need finite values: a or b holds nan or infinity")
-    return pcc(stats.rankdata(a, axis=0), stats.rankdata(b, axis=0))
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(stats.spearmanr(a, b).statistic)
 
 
 def gene_gene_agreement(true, pred):
@@ -551,15 +567,13 @@ def kernel_distance(a, b, chunk=1024):
         )
 
     def total(x, y):
-        return sum(
-            ((x[i : i + chunk] @ y.T / x.shape[1] + 1) ** 3).sum() for i in range(0, len(x), chunk)
-        )
+        parts = (x[i : i + chunk] for i in range(0, len(x), chunk))
+        return sum(polynomial_kernel(part, y, degree=3).sum() for part in parts)
 
-    # without the pairs of a row and itself
     def within(x):
-        return (total(x, x) - (((x * x).sum(1) / x.shape[1] + 1) ** 3).sum()) / (
-            len(x) * (len(x) - 1)
-        )
+        # without the pairs of a row and itself
+        diagonal = ((x * x).sum(1) / x.shape[1] + 1) ** 3  # (rows,)
+        return (total(x, x) - diagonal.sum()) / (len(x) * (len(x) - 1))
 
     return float(within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b)))
 

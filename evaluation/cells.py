@@ -126,12 +126,18 @@ def detected_genes(dataset):
     return counts.getnnz(0) > 0.03 * counts.shape[0]
 
 
+def defined(values):
+    """The values (n,) that are not nan, or a single nan where there is none."""
+    values = values[~np.isnan(values)]
+    return values if len(values) else np.array([np.nan])
+
+
 def gene_scores(true, pred, detected, prefix):
-    """PCC per gene over cells (mean over detected genes; 0 where the prediction is constant), RMSE.
-    -> flat dict."""
-    r = np.nan_to_num(metrics.pcc(true, pred))[detected]
+    """PCC per gene over cells (mean over the detected genes that vary, as in
+    `metrics.scored_pcc`), RMSE. -> flat dict."""
+    r = defined(metrics.scored_pcc(true, pred)[detected])
     return {
-        f"{prefix}_pcc_mean": float(r.mean()),
+        f"{prefix}_pcc_mean": float(np.mean(r)),
         f"{prefix}_pcc_median": float(np.median(r)),
         f"{prefix}_rmse": float(np.sqrt(np.mean((true - pred)[:, detected] ** 2))),
     }
@@ -165,8 +171,9 @@ def channel_coverage(images, channels):
 
 
 def probe_scores(real, guess):
-    """{cond_pcc_<probe>: PCC over cells} of a guess of the probes, both (n, 3)."""
-    r = np.nan_to_num(metrics.pcc(real, guess))
+    """{cond_pcc_<probe>: PCC over cells} of a guess of the probes, both (n, 3): a plain correlation
+    of pixel means."""
+    r = metrics.scored_pcc(real, guess)
     return {f"cond_pcc_{probe}": value for probe, value in zip(PROBES, r)}
 
 
@@ -193,7 +200,7 @@ def task_generation(dataset, method, seed, draws):
     }
     baselines = {name: probe_scores(probes, guess) for name, guess in guesses.items()}
     scores = probe_scores(probes, probes_made.mean(0))
-    one = np.nan_to_num([metrics.pcc(probes, p) for p in probes_made]).mean(0)
+    one = np.mean([metrics.scored_pcc(probes, p) for p in probes_made], 0)
     scores |= {f"cond_pcc_{probe}_one_draw": r for probe, r in zip(PROBES, one)}
     features = ImageFeatures().fit(real_fit)
     f_fit, f_real, f_made = features(real_fit), features(real), features(made[0])
@@ -211,8 +218,8 @@ def task_generation(dataset, method, seed, draws):
     back = ridge(f_fit, x_fit[:, :-1], np.concatenate([f_made, f_real]))
     detected = detected_genes(dataset)
     for name, guess in (("", back[: len(rows)]), ("_ceiling", back[len(rows) :])):
-        r = np.nan_to_num(metrics.pcc(x[:, :-1], guess))[detected]
-        scores[f"round_trip_pcc{name}"] = float(r.mean())
+        r = defined(metrics.scored_pcc(x[:, :-1], guess)[detected])
+        scores[f"round_trip_pcc{name}"] = float(np.mean(r))
     scores |= truth_scores(dataset, rows, probes_made.mean(0)[:, 0], probes[:, 0])
     arrays = {"generated": made[0], "probes_generated": probes_made, "probes_real": probes}
     return TaskResult(scores, baselines, arrays)
@@ -221,7 +228,7 @@ def task_generation(dataset, method, seed, draws):
 def named_distances(scores, name):
     """Scores of `generated_images`; distances to the real pictures carry the name of whose they
     are."""
-    return {f"{k}_{name}" if k in ("fd", "kid", "w1", "ks") else k: v for k, v in scores.items()}
+    return {f"{k}_{name}" if k in ("fd", "kid", "w1", "ks_d") else k: v for k, v in scores.items()}
 
 
 def truth_scores(dataset, rows, made, real):

@@ -135,7 +135,7 @@ def gene_maps(sample, predicted, genes, n_targets=None):
     if sample.y is None:
         return most_varied_maps(predicted, genes, xy)
     true, scored = np.asarray(sample.y), np.asarray(sample.scored)
-    r = np.nan_to_num(metrics.pcc(true[scored], predicted[scored]))
+    r = metrics.scored_pcc(true[scored], predicted[scored])
     r = np.where(np.asarray(sample.measured), r, np.nan)[:n_targets]
     order = [j for j in np.argsort(-r) if np.isfinite(r[j])]
     shown = np.where(scored[:, None], true, np.nan)

@@ -125,11 +125,13 @@ def generated_images(real, made, train, seed=0, halves=5):
     """Scores of a set of generated pictures by features (n, D) of real scored cells, generated
     pictures of the same cells (row by row) and real training cells.
 
-    fd, kid: distance between the generated pictures of one random half of the cells and the real
-    pictures of the other half, so that it is on the same footing as fd_floor, kid_floor (real
+    fd, kid: Frechet and kernel distance of these hand-made features (FID and KID are of a network's
+    features: other numbers), between the generated pictures of one random half of the cells and the
+    real pictures of the other half, so that it is on the same footing as fd_floor, kid_floor (real
     against real, the same halves); mean over `halves` splits and both directions. w1: mean
     1-Wasserstein distance of the features, in their training s.d.; w1_floor: of the two real
-    halves. ks: 1 - mean Kolmogorov-Smirnov D.
+    halves. ks_d: mean over the features, one at a time, of the two-sample Kolmogorov-Smirnov
+    statistic D: 0 = the same distribution, 1 = disjoint (papers whose "KS" goes up mean 1 - D).
     nearest_train: median distance of a generated picture to the nearest training picture over that
     of the real scored ones: far below 1 = copies.
     diversity: mean distance between random pairs, over that of the real ones. Raises ValueError
@@ -156,7 +158,7 @@ def generated_images(real, made, train, seed=0, halves=5):
         "kid_floor": float(kid_floor),
         "w1": float(w1),
         "w1_floor": float(w1_floor),
-        "ks": float(1 - np.mean([stats.ks_2samp(x, y).statistic for x, y in zip(made.T, real.T)])),
+        "ks_d": float(np.mean([stats.ks_2samp(x, y).statistic for x, y in zip(made.T, real.T)])),
         "nearest_train": float(nearest[0] / nearest[1]) if nearest[1] > 0 else np.nan,
         "diversity": float(spread[0] / spread[1]) if spread[1] > 0 else np.nan,
     }

@@ -163,16 +163,43 @@ def handmade_descriptor(patches):
     return np.concatenate([p.reshape(len(rgb), -1) for p in parts], 1).astype(np.float32)
 
 
-def pretrained_encoder(name, device="cpu"):
-    """A frozen Hugging Face vision model as a function (n, h, w, 3) uint8 -> (n, D) float32. Needs
-    transformers (extra `[pretrained]`).
+# what one vector of a picture is, by the model_type of a Hugging Face encoder: the class token
+# after the last norm, the mean of all tokens, or the model's own pooled output (the projected image
+# features where it has a text side)
+POOLING = {
+    "vit": "cls",
+    "deit": "cls",
+    "vit_msn": "cls",
+    "dinov2": "cls",
+    "dinov2_with_registers": "cls",
+    "dinov3_vit": "cls",
+    "ijepa": "mean",
+    "clip": "pooler",
+    "clip_vision_model": "pooler",
+    "siglip": "pooler",
+    "siglip_vision_model": "pooler",
+    "beit": "pooler",
+    "data2vec-vision": "pooler",
+    "swin": "pooler",
+    "swinv2": "pooler",
+    "hiera": "pooler",
+    "resnet": "pooler",
+    "regnet": "pooler",
+    "convnext": "pooler",
+    "convnextv2": "pooler",
+    "efficientnet": "pooler",
+    "timm_wrapper": "pooler",
+}
 
-    name: hub name or local folder. Input is resized to the model's image size (224 where it does
-    not say) and normalised by its own mean and std (ImageNet's where it has none). Output:
-    projected image features (CLIP), else the pooled output, else the mean token.
+
+def load_vision_model(name):
+    """The Hugging Face model `name` in eval mode, and its entry of POOLING.
+
+    Raises DataError without transformers, for a model that cannot be loaded or has no entry, and
+    where the file lacks weights that the features would pass through: transformers draws them at
+    random.
     """
     try:
-        import torch
         from transformers import AutoModel
     except ImportError as error:
         raise DataError(
@@ -180,12 +207,51 @@ def pretrained_encoder(name, device="cpu"):
             "safetensors, or --encoder handmade"
         ) from error
     try:
-        model = AutoModel.from_pretrained(name).eval().to(device)
-    except (OSError, ValueError) as error:
+        model, loading = AutoModel.from_pretrained(name, output_loading_info=True)
+    # RuntimeError: weights of another size than the configuration's
+    except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"encoder {name!r} cannot be loaded ({str(error).splitlines()[0]}): check the "
             "name, or the connection"
         ) from error
+    kind = model.config.model_type
+    if kind not in POOLING:
+        raise DataError(
+            f"encoder {name!r} is a {kind}, of which it is not known how its tokens make one "
+            f"vector: choose one of {', '.join(POOLING)}, or give its features as an .npz file"
+        )
+    # of a masked patch in pre-training, never read here
+    unread = ("mask_token",) if POOLING[kind] == "pooler" else ("mask_token", "pooler.")
+    missing = sorted(key for key in loading["missing_keys"] if not any(u in key for u in unread))
+    if missing:
+        raise DataError(
+            f"encoder {name!r} lacks {len(missing)} weights ({missing[0]} ...), which would be "
+            "random: give a complete checkpoint, or its features as an .npz file"
+        )
+    return model.eval(), POOLING[kind]
+
+
+def pooled(output, pooling):
+    """(n, D) of a model's output, by an entry of POOLING."""
+    if pooling == "pooler":
+        # projected image features come as a tensor or as an output, by the version
+        return output if hasattr(output, "flatten") else output.pooler_output
+    tokens = output.last_hidden_state  # (n, tokens, D)
+    return tokens[:, 0] if pooling == "cls" else tokens.mean(1)
+
+
+def pretrained_encoder(name, device="cpu"):
+    """A frozen Hugging Face vision model as a function (n, h, w, 3) uint8 -> (n, D) float32. Needs
+    transformers (extra `[pretrained]`).
+
+    name: hub name or local folder. Input is resized to the model's image size (224 where it does
+    not say) and normalised by its own mean and std (ImageNet's where it has none). Output: as
+    POOLING says of the model's type. Raises DataError as `load_vision_model`.
+    """
+    model, pooling = load_vision_model(name)
+    import torch
+
+    model = model.to(device)
     vision = getattr(model.config, "vision_config", model.config)
     size, mean, std = (
         getattr(vision, "image_size", 224) or 224,
@@ -219,17 +285,11 @@ def pretrained_encoder(name, device="cpu"):
             x, size=(size, size), mode="bicubic", antialias=True, align_corners=False
         ).clamp(0, 1)
         x = (x - mean) / std  # (n, 3, size, size)
-        out = (
-            model.get_image_features(pixel_values=x)
-            if hasattr(model, "get_image_features")
-            else model(pixel_values=x)
-        )
-        if not torch.is_tensor(out):
-            out = (
-                out.pooler_output
-                if getattr(out, "pooler_output", None) is not None
-                else out.last_hidden_state.mean(1)
-            )
+        if hasattr(model, "get_image_features"):
+            out = model.get_image_features(pixel_values=x)
+        else:
+            out = model(pixel_values=x)
+        out = pooled(out, pooling)
         return out.flatten(1).float().cpu().numpy()  # (n, D)
 
     return encode
@@ -287,6 +347,8 @@ def cache_key(slide, encoder, crop_um):
             )
         ).encode()
     )
+    if encoder != "handmade":
+        key.update(repr(POOLING).encode())
     if slide.patches is not None:
         key.update(file_checksum(slide.patches.path).encode())
         key.update(slide.patches.rows.tobytes())

@@ -786,6 +786,10 @@ def test_common_genes_and_global_labels():
     assert classes == ["L1", "L2", "WM"]
     assert a.tolist() == [0, 2, -1] * 10 and b.tolist() == [1, -1, 0] * 10
     assert (data.global_labels([one, toy_slide()])[1][1] == -1).all()
+    # numbers are numbered by value, in several slides as in one
+    one.classes, two.classes = ["2", "10"], ["1", "2"]
+    classes, (a, b) = data.global_labels([one, two])
+    assert classes == ["1", "2", "10"] and a[:2].tolist() == [1, 2] and b[[0, 2]].tolist() == [0, 1]
 
 
 # ----------------------------------------------------------------------------------- frozen vectors
@@ -1090,6 +1094,7 @@ def tiny_models():
                 embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"
             )
         ),
+        "beit": lambda: t.BeitModel(t.BeitConfig(**vision, use_mean_pooling=True)),
         "clip": lambda: t.CLIPModel(
             t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=10)
         ),
@@ -1097,7 +1102,8 @@ def tiny_models():
 
 
 @pytest.mark.parametrize(
-    "kind, width, side", [("vit", 16, 32), ("resnet", 12, 224), ("clip", 10, 32)]
+    "kind, width, side",
+    [("vit", 16, 32), ("resnet", 12, 224), ("clip", 10, 32), ("beit", 16, 32)],
 )
 def test_pretrained_encoder_equals_the_model(kind, width, side, tmp_path, rng):
     make = tiny_models()[kind]
@@ -1120,6 +1126,8 @@ def test_pretrained_encoder_equals_the_model(kind, width, side, tmp_path, rng):
         with torch.no_grad():
             if kind == "clip":
                 truth = model.visual_projection(model.vision_model(pixel_values=x).pooler_output)
+            elif kind == "vit":
+                truth = model(pixel_values=x).last_hidden_state[:, 0]
             else:
                 truth = model(pixel_values=x).pooler_output.flatten(1)
         np.testing.assert_allclose(out, truth.numpy(), atol=1e-4)
@@ -1145,8 +1153,53 @@ def test_pretrained_encoder_in_image_features(tmp_path, rng):
     np.testing.assert_allclose(out, encode(data.crops(slide, np.arange(30), 40.0)), atol=1e-4)
 
 
+def test_vision_transformer_saved_without_a_pooler(tmp_path, rng):
+    """transformers gives it a random one, another at every loading: the class token is read."""
+    t = pytest.importorskip("transformers")
+    complete = tiny_models()["vit"]()
+    complete.save_pretrained(tmp_path / "complete")
+    bare = t.ViTModel(complete.config, add_pooling_layer=False)
+    bare.load_state_dict(complete.state_dict(), strict=False)
+    bare.save_pretrained(tmp_path / "bare")
+    patches = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    once = data.pretrained_encoder(str(tmp_path / "bare"))(patches)
+    for name in ("bare", "complete"):
+        encode = data.pretrained_encoder(str(tmp_path / name))
+        np.testing.assert_array_equal(encode(patches), once)
+
+
+def test_encoders_with_random_weights_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for kind, prefix, n in (("vit", "encoder.layer.0", 16), ("beit", "pooler.", 2)):
+        folder = tmp_path / kind
+        tiny_models()[kind]().save_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+        cut = {k: v for k, v in weights.items() if not k.startswith(prefix)}
+        assert len(weights) - len(cut) == n
+        save_file(cut, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(DataError, match=f"lacks {n} weights .*would be random"):
+            data.pretrained_encoder(str(folder))
+
+
+def test_encoders_without_a_known_pooling_are_refused(tmp_path):
+    t = pytest.importorskip("transformers")
+    small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    # its tokens are a random quarter of the picture, at prediction too
+    t.ViTMAEModel(t.ViTMAEConfig(**small, image_size=32, patch_size=8)).save_pretrained(tmp_path)
+    with pytest.raises(
+        DataError, match="is a vit_mae, of which it is not known.*choose one of vit"
+    ):
+        data.pretrained_encoder(str(tmp_path))
+
+
 def test_pretrained_encoder_that_cannot_be_loaded(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="cannot be loaded"):
+        data.pretrained_encoder(str(tmp_path))
+    tiny_models()["vit"]().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 24}))
     with pytest.raises(DataError, match="cannot be loaded"):
         data.pretrained_encoder(str(tmp_path))

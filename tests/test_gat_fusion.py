@@ -830,7 +830,7 @@ def test_record_holds_neighbours_reading_time_and_all_inputs(cortex, tmp_path, c
                 "--labels",
                 tmp_path / "l.csv",
                 "--runs",
-                tmp_path,
+                tmp_path / name,
                 *SMALL,
                 "--k",
                 4,

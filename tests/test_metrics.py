@@ -163,7 +163,7 @@ def test_classification_agrees_with_sklearn_and_loops(rng):
     true = rng.integers(0, 5, 400)
     prob = rng.dirichlet(np.ones(5), 400) + 0.4 * one_hot(true, 5)
     prob /= prob.sum(1, keepdims=True)
-    score, pred = metrics.classification(true, prob), prob.argmax(1)
+    score, pred = metrics.classification(true, prob, range(5)), prob.argmax(1)
     assert score["accuracy"] == sk.accuracy_score(true, pred)
     assert score["macro_f1"] == pytest.approx(sk.f1_score(true, pred, average="macro"))
     assert score["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(true, pred))
@@ -176,13 +176,14 @@ def test_classification_agrees_with_sklearn_and_loops(rng):
     }
     assert all(type(v) is float for v in score.values())
     # an unlabelled row is not even read
-    padded = metrics.classification(np.append(true, -1), np.vstack([prob, np.full(5, np.nan)]))
+    more = np.append(true, -1), np.vstack([prob, np.full(5, np.nan)])
+    padded = metrics.classification(*more, range(5))
     assert padded == pytest.approx(score)
 
 
 def test_classification_by_hand():
     prob = np.array([[0.7, 0.2, 0.1], [0.1, 0.5, 0.4], [0.3, 0.3, 0.4], [0.6, 0.3, 0.1]])
-    score = metrics.classification([0, 2, 2, 1], prob)  # arg-max 0, 1, 2, 0
+    score = metrics.classification([0, 2, 2, 1], prob, range(3))  # arg-max 0, 1, 2, 0
     assert score["accuracy"] == 0.5 and score["top2"] == 1
     assert score["macro_f1"] == pytest.approx((2 / 3 + 0 + 2 / 3) / 3)
     assert score["balanced_accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
@@ -201,9 +202,35 @@ def test_kappa_follows_the_order_of_the_layers():
     near, far = true.copy(), true.copy()
     near[0], far[0] = 1, 3  # the same number of errors, one layer off or three
     kappa = [
-        metrics.classification(true, one_hot(p, 4))["kappa_quadratic"] for p in (true, near, far)
+        metrics.classification(true, one_hot(p, 4), ["Layer1", "Layer2", "L3", "WM"])
+        for p in (true, near, far)
     ]
+    kappa = [scores["kappa_quadratic"] for scores in kappa]
     assert kappa[0] == 1 and kappa[0] > kappa[1] > kappa[2]
+
+
+def test_kappa_needs_an_order_of_the_classes(rng):
+    true = rng.integers(0, 4, 200)
+    pred = np.where(rng.random(200) < 0.7, true, rng.integers(0, 4, 200))
+
+    def kappa(classes):
+        return metrics.classification(true, one_hot(pred, 4), classes)["kappa_quadratic"]
+
+    assert kappa(["1", "2", "9", "10"]) == pytest.approx(naive_kappa(true, pred, 4))
+    # columns sorted as text: the numbers decide
+    rank = np.array([0, 3, 1, 2])
+    by_value = naive_kappa(rank[true], rank[pred], 4)
+    assert (
+        kappa(["1", "10", "2", "9"]) == kappa(["0", "2.5", "1", "1.5"]) == pytest.approx(by_value)
+    )
+    # layers, white matter deepest wherever its column stands
+    rank = np.array([3, 0, 1, 2])
+    by_depth = naive_kappa(rank[true], rank[pred], 4)
+    assert kappa(["WM", "Layer1", "Layer2", "Layer6"]) == pytest.approx(by_depth)
+    for classes in (None, ["tumour", "stroma", "fat", "1"], ["1", "1.0", "2", "3"]):
+        assert np.isnan(kappa(classes))
+    with pytest.raises(ValueError, match="4 columns, but 3 classes"):
+        kappa(["1", "2", "3"])
 
 
 def test_certain_and_wrong_costs_the_clipped_log_loss():
@@ -212,26 +239,21 @@ def test_certain_and_wrong_costs_the_clipped_log_loss():
     )
 
 
-def test_macro_f1_and_balanced_accuracy_average_the_classes_of_the_truth():
+def test_macro_f1_counts_predicted_classes_and_balanced_accuracy_those_of_the_truth():
     # a class the tissue lacks is predicted once
     true, pred = np.array([1, 1, 1, 2, 2, 2]), np.array([1, 1, 0, 2, 2, 2])
     score = metrics.classification(true, one_hot(pred, 4))
-    assert score["macro_f1"] == pytest.approx((0.8 + 1) / 2) and score[
-        "balanced_accuracy"
-    ] == pytest.approx((2 / 3 + 1) / 2)
-    wider = metrics.classification(true, one_hot(pred, 4), classes_present=[0, 1, 2])
-    assert (
-        wider["macro_f1"] == pytest.approx((0 + 0.8 + 1) / 3)
-        and wider["balanced_accuracy"] == score["balanced_accuracy"]
-    )
+    assert score["macro_f1"] == pytest.approx((0 + 0.8 + 1) / 3)
+    assert score["macro_f1"] == sk.f1_score(true, pred, average="macro")
+    assert score["balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
 
 
 def test_one_class_only():
-    alone = metrics.classification([1, 1, 1], one_hot([1, 1, 1], 3))
+    alone = metrics.classification([1, 1, 1], one_hot([1, 1, 1], 3), range(3))
     assert alone["accuracy"] == alone["macro_f1"] == alone["balanced_accuracy"] == alone[
         "ari"
     ] == 1 and np.isnan(alone["kappa_quadratic"])
-    mixed = metrics.classification([1, 1, 1], one_hot([1, 1, 0], 3))
+    mixed = metrics.classification([1, 1, 1], one_hot([1, 1, 0], 3), range(3))
     assert mixed["kappa_quadratic"] == 0 and mixed["balanced_accuracy"] == pytest.approx(2 / 3)
     assert metrics.classification([0, 0], np.ones((2, 1)))["top2"] == 1
 
@@ -470,12 +492,13 @@ def naive_pas(pred, xy, k=10):
 
 
 def naive_chaos(pred, xy):
+    """As SDMBench: domains of one or two spots add nothing."""
     z, total = (xy - xy.mean(0)) / xy.std(0), 0
     for i in range(len(xy)):
         distances = [
             np.linalg.norm(z[i] - z[j]) for j in range(len(xy)) if j != i and pred[j] == pred[i]
         ]
-        total += min(distances) if distances else 0
+        total += min(distances) if len(distances) > 1 else 0
     return total / len(xy)
 
 
@@ -535,7 +558,7 @@ def test_spatial_order_prefers_domains_to_noise_and_ignores_pose(rng):
     ) == pytest.approx(metrics.chaos(noise, xy))
 
 
-def test_spatial_order_at_the_edges():
+def test_spatial_order_at_the_edges(rng):
     same_place = np.zeros((30, 2))
     assert (
         metrics.pas(np.zeros(30, int), same_place) == 0
@@ -543,7 +566,10 @@ def test_spatial_order_at_the_edges():
     )
     # with more duplicates than neighbours no spot becomes its own neighbour
     assert metrics.pas(np.arange(30), same_place) == 1
-    assert metrics.pas([0, 1], [[0, 0], [1, 0]]) == 1
+    # ten others are needed, and a domain of three
+    assert np.isnan(metrics.pas(np.arange(10), rng.random((10, 2))))
+    assert metrics.pas(np.arange(11), rng.random((11, 2))) == 1
+    assert np.isnan(metrics.chaos([0, 0, 1, 1], rng.random((4, 2))))
     with pytest.raises(ValueError, match="two spots"):
         metrics.pas([0, -1], [[0, 0], [1, 0]])
 
@@ -700,6 +726,29 @@ def test_pcc_summary_agrees_with_the_loop(rng):
     )
 
 
+def hest_pearson_mean(true, pred):
+    """`pearson_mean` of the HEST benchmark: a gene over all spots of the test split together."""
+    return np.mean([stats.pearsonr(true[:, g], pred[:, g])[0] for g in range(true.shape[1])])
+
+
+def test_pcc_pooled_is_that_of_the_hest_benchmark(rng):
+    slides = np.repeat(["A", "B"], [60, 90])
+    true = np.log1p(rng.poisson(np.where(slides == "A", 1, 6)[:, None] * (0.5 + rng.random(12))))
+    pred = true + rng.normal(size=true.shape)
+    score = metrics.pcc_summary(true, pred, slides)
+    within = [hest_pearson_mean(true[slides == s], pred[slides == s]) for s in "AB"]
+    assert score["pcc_pooled"] == pytest.approx(hest_pearson_mean(true, pred))
+    assert score["pcc_mean"] == pytest.approx(np.mean(within))
+    assert score["pcc_pooled"] > score["pcc_mean"] + 0.1
+
+
+def test_scored_pcc_leaves_undefined_undefined(rng):
+    true, pred = rng.normal(size=(20, 3)), rng.normal(size=(20, 3))
+    true[:, 1], pred[:, 2] = 1, 1
+    found = metrics.scored_pcc(true, pred)
+    assert found[0] == metrics.pcc(true, pred)[0] and np.isnan(found[1]) and found[2] == 0
+
+
 def test_collapsed_model_scores_zero_and_is_counted(rng):
     true = rng.normal(size=(40, 6))
     score = metrics.pcc_summary(true, np.tile(true.mean(0), (40, 1)))
@@ -743,10 +792,9 @@ def test_unmeasured_genes_are_left_out_and_counted(rng):
 
 
 def test_spearman_agrees_with_scipy(rng):
-    a, b = rng.poisson(2, (80, 5)), rng.poisson(2, (80, 5))  # many ties
-    assert metrics.spearman(a, b) == pytest.approx(
-        [stats.spearmanr(a[:, g], b[:, g])[0] for g in range(5)]
-    )
+    a, b = rng.poisson(2, 80), rng.poisson(2, 80)  # many ties
+    by_ranks = np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1]
+    assert metrics.spearman(a, b) == pytest.approx(by_ranks)
     x = rng.normal(size=50)
     assert metrics.spearman(x, np.exp(x)) == pytest.approx(1) and isinstance(
         metrics.spearman(x, x), float

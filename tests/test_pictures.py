@@ -75,7 +75,7 @@ def test_scores_of_generated_discs(rng):
     same = pictures.generated_images(real, rng.normal(size=(300, 4)), train)
     assert (
         same["fd"] < 3 * same["fd_floor"]
-        and same["ks"] > 0.9
+        and same["ks_d"] < 0.1
         and same["nearest_train"] == pytest.approx(1, abs=0.15)
     )
     assert same["diversity"] == pytest.approx(1, abs=0.15)
@@ -83,7 +83,7 @@ def test_scores_of_generated_discs(rng):
     assert (
         shifted["fd"] > 10
         and shifted["w1"] == pytest.approx(2, abs=0.2)
-        and shifted["ks"] < 0.5
+        and shifted["ks_d"] > 0.5
         and shifted["kid"] > shifted["kid_floor"] + 1
     )
     copies = pictures.generated_images(real, train[:300], train)

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 from PIL import Image
 
+from plainst.classes import sorted_classes
 from plainst.readers.checked import (
     DataError,
     check_stored_size,
@@ -306,18 +307,13 @@ def has_label(name) -> bool:
     return str(name).strip().lower() not in NO_LABEL
 
 
-def class_order(name: str) -> tuple[float, str]:
-    """Sorting key of class names: whole numbers by value (2 before 10), then names."""
-    return (int(name) if name.isascii() and name.isdigit() else np.inf, name)
-
-
 def encode_labels(names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Label names -> labels (N,) int64 with -1 for none, classes in order: whole numbers by value
-    (2 before 10), then names by the alphabet (Layer1 .. Layer6, WM for the cortex)."""
+    """Label names -> labels (N,) int64 with -1 for none, classes in the order of
+    `sorted_classes`."""
     names = [str(name).strip() if has_label(name) else "" for name in names]
     if set(names) - {""} <= set(_CORTEX):
         names = [_CORTEX.get(name, "") for name in names]
-    classes = sorted(set(names) - {""}, key=class_order)
+    classes = sorted_classes(set(names) - {""})
     code = {name: i for i, name in enumerate(classes)}
     return np.array([code.get(name, -1) for name in names], dtype=np.int64), classes
 
