@@ -38,8 +38,8 @@ import data
 import metrics
 from data import DataError
 from evaluation import baselines, figures, hest
-from plainst import jobs, retrieval, run
-from plainst.features import read_tensors
+from plainst import export, jobs, retrieval, run
+from plainst.features import input_files, read_tensors
 
 SIZES = {
     "vit": {"dim": 256, "snn": 2048, "n_hvg": 1000, "lr": 1e-4, "epochs": 60},
@@ -894,6 +894,30 @@ def check(config):
         raise DataError(
             f"--weights {config.weights} is a ViT-B/32 checkpoint: give --backbone base with it"
         )
+    run.refuse_idle_flags(config, idle_flags(config))
+
+
+def idle_flags(config):
+    """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
+    them. With a ViT, --encoder still rules the baselines."""
+    exact = (config.index == "exact", "with --index exact", ("lists", "probe"))
+    if config.predict:
+        used = ("genes", "k", "weighting", "index", "lists", "probe", "atlas")
+        return [run.idle_with_predict(config, used), exact]
+    split, has_vit = f"with --split {config.split}", config.backbone != "features"
+    has_groups, has_one = config.val == "groups", config.split in ("section", "sample")
+    alone = config.reconstruction == "none"
+    return [
+        exact,
+        (config.split != "folds", split, ("fold",)),
+        (config.split != "patient", split, ("patient",)),
+        (not has_one, split, ("slice",)),
+        (not has_vit, "with --backbone features", ("augment",)),
+        (has_vit, f"with --backbone {config.backbone}", ("scale",)),
+        (alone, "with --reconstruction none", ("mask_rate", "share")),
+        (not has_groups, f"with --val {config.val}", ("folds",)),
+        (True, "without --predict", ("atlas",)),
+    ]
 
 
 def resolved(config):
@@ -1024,6 +1048,9 @@ def main(argv=None):
             f"choose a multiple of {record.world}"
         )
     task = load(config, train_names, test_names)
+    slides = [s.slide for s in [*task.fit, *task.test]]
+    more = [*hest.task_files(config), config.weights]
+    checksum = record.note_inputs(input_files(slides, config.encoder, more))
     run.say(
         f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; "
         f"{len(task.pairs)} training spots, {task.n_targets} "
@@ -1037,8 +1064,6 @@ def main(argv=None):
         task.fit[0].x.shape[1] if config.backbone == "features" else config.backbone,
         len(task.inputs),
     )
-    slides = [s.slide for s in [*task.fit, *task.test]]
-    checksum = data.file_checksum(*hest.input_files(config, slides, config.weights))
     model, histories, val = train(
         make,
         task.fit,
@@ -1085,7 +1110,6 @@ def main(argv=None):
         found,
         others,
         split,
-        checksum,
         target=config.target,
         leaks_patient=leaks,
         train_slides=train_names,
@@ -1141,7 +1165,6 @@ def write(
     found,
     others,
     split,
-    checksum,
     **more,
 ):
     """Write the record, the figures, the model and the atlas."""
@@ -1185,13 +1208,13 @@ def write(
         arrays,
         sum(p.numel() for p in model.parameters()),
         split,
-        checksum,
         {
             "model.pt": lambda f: torch.save(saved, f),
             "atlas.h5": lambda f: retrieval.write_atlas(
                 f, keys.cpu().numpy(), values, names, attributes
             ),
-        },
+        }
+        | export.files_of("cmrcnet", arrays, [s.slide for s in test], config),
         epochs=len(histories[-1]),
         history=histories[-1],
         parameters=parameter_table(model),
@@ -1240,6 +1263,7 @@ def predict_folder(config, start):
         f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}",
         start,
     )
+    record.note_inputs(input_files(slides, known.encoder, [config.predict, atlas]))
     samples = [Sample(s.sample, s.patient, s, hest.slide_features(known, s)) for s in slides]
     for s in samples:
         hest.check_width(s.frozen, dim_in, s.name, known.encoder, config.predict)
@@ -1255,12 +1279,13 @@ def predict_folder(config, start):
     model.to(record.device)
     predicted, neighbours, recall = retrieve(model, known, keys.to(record.device), values, samples)
     draw(record, known, Task([], samples, genes, len(genes), inputs, {}, None, None), predicted, [])
+    arrays, known.h5ad = arrays_of(samples, genes, predicted, neighbours), config.h5ad
     record.finish(
         {"recall_at_k": recall},
         {},
-        arrays_of(samples, genes, predicted, neighbours),
+        arrays,
         sum(p.numel() for p in model.parameters()),
-        checksum=data.file_checksum(config.predict),
+        files=export.files_of("cmrcnet", arrays, slides, known),
         checkpoint=config.predict,
     )
     return 0

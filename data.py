@@ -15,6 +15,7 @@ from scipy.linalg import eigh
 from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
+from sklearn.utils.sparsefuncs import mean_variance_axis
 
 from plainst.classes import sorted_classes
 from plainst.features import (
@@ -78,26 +79,20 @@ def normalise_log1p(counts, library_size=None, target_sum=1e4):
     where the file holds a subset of the genes). Returns (N, G) CSR float32.
     """
     out = sp.csr_matrix(counts, dtype=np.float32, copy=True)
-    # (N,)
-    total = (
-        np.asarray(out.sum(1), np.float64).ravel()
-        if library_size is None
-        else np.asarray(library_size, np.float64)
-    )
+    if library_size is None:
+        library_size = out.sum(1)
+    total = np.asarray(library_size, np.float64).ravel()  # (N,)
     scale = np.divide(target_sum, total, out=np.zeros_like(total), where=total > 0)
     out.data = np.log1p(out.data * np.repeat(scale, np.diff(out.indptr)).astype(np.float32))
     return out
 
 
 def mean_var(x):
-    """Column means and unbiased variances of a sparse (N, G) matrix in float64, without densifying:
-    (G,), (G,)."""
+    """Column means and unbiased variances of a CSR or CSC (N, G) matrix in float64, without
+    densifying: (G,), (G,)."""
     n = x.shape[0]
-    # squares of 32-bit counts overflow from 46,341 on
-    x = x.astype(np.float64) if x.dtype.kind in "iu" else x
-    mean = np.asarray(x.mean(0, dtype=np.float64)).ravel()
-    square = np.asarray(x.multiply(x).sum(0, dtype=np.float64)).ravel() / n
-    return mean, np.maximum(square - mean**2, 0) * n / max(n - 1, 1)
+    mean, var = mean_variance_axis(x.astype(np.float64), axis=0)
+    return mean, var * n / max(n - 1, 1)
 
 
 def _top(score, n_top):
@@ -125,10 +120,8 @@ def hvg_seurat(log_counts, n_top=3000):
             # a bin of one gene: its deviation is taken as one
             score[rows] = 1.0
         elif rows.any():
-            spread = dispersion[rows].std(ddof=1)
-            score[rows] = (dispersion[rows] - dispersion[rows].mean()) / (
-                spread if spread > 0 else 1.0
-            )
+            spread = dispersion[rows].std(ddof=1) or 1.0
+            score[rows] = (dispersion[rows] - dispersion[rows].mean()) / spread
     return _top(score, n_top)
 
 
@@ -211,16 +204,17 @@ class Expression:
         self.target_sum, self.clip = target_sum, clip
 
     def fit(self, counts, genes, library_size=None):
-        """counts (n, G) CSR raw counts of the training rows, genes (G,), library_size (n,) or None.
-        Raises DataError on an empty panel."""
+        """counts (n, G) CSR raw counts of the training rows, genes (G,), library_size (n,) or None:
+        the sum over all G genes, before the filter, as in `log1p`. Raises DataError on an empty
+        panel."""
         seen = np.flatnonzero(counts.getnnz(axis=0) >= min(self.min_spots, counts.shape[0]))
         if len(seen) == 0:
             raise DataError(
                 f"no gene is seen in {self.min_spots} training spots: give a slide with "
                 "counts or more training spots"
             )
+        x = normalise_log1p(counts, library_size, self.target_sum)[:, seen]
         counts = counts[:, seen]
-        x = normalise_log1p(counts, library_size, self.target_sum)
         pick = {
             "seurat": lambda: hvg_seurat(x, self.n_top_genes),
             "seurat_v3": lambda: hvg_seurat_v3(counts, self.n_top_genes),
@@ -232,7 +226,7 @@ class Expression:
 
     def log1p(self, counts, genes, library_size=None):
         """(N, n_top) CSR of log1p values in the fitted gene order, and the mask (n_top,) of genes
-        this panel has."""
+        this panel has. library_size (N,), None: the sum over all genes of `counts`."""
         x = normalise_log1p(counts, library_size, self.target_sum).tocsc()
         column = {g: j for j, g in reversed(list(enumerate(genes)))}
         at = np.array([column.get(g, -1) for g in self.genes])
@@ -300,7 +294,8 @@ def truncated_pca(x, n_components, fit_rows=None, seed=0):
     sparse matrix is never densified as a whole.
 
     By Lanczos iterations (ARPACK), or of a tall sparse matrix by its (G, G) covariance where that
-    is less work: same components up to sign.
+    is less work: same components up to sign. sklearn's `covariance_eigh` gives the same, but took
+    half as long again and twice the memory at 291,000 x 1,000.
     """
     fit = x if fit_rows is None else x[fit_rows]
     n_components = min(n_components, min(fit.shape) - 1)
@@ -313,12 +308,8 @@ def truncated_pca(x, n_components, fit_rows=None, seed=0):
         return np.concatenate(
             [(part @ axes - mean @ axes).astype(np.float32) for part in dense_parts(x.tocsr())]
         )
-    return (
-        PCA(n_components, svd_solver="arpack", random_state=seed)
-        .fit(fit)
-        .transform(x)
-        .astype(np.float32)
-    )
+    pca = PCA(n_components, svd_solver="arpack", random_state=seed).fit(fit)
+    return pca.transform(x).astype(np.float32)
 
 
 def covariance_axes(x, n_components):
@@ -383,14 +374,15 @@ def random_split(labels, seed=42):
 def block_split(
     labels, xy, fold=0, n_blocks=5, n_folds=5, buffer=3.0, pitch=None, seed=0, val=True, reach=0.0
 ):
-    """Whole n_blocks x n_blocks tiles of the tissue's bounding box are held out; training spots
-    within `buffer` lattice pitches of a test spot are dropped. Tiles are dealt to folds at random;
-    the next fold's tiles are for validation (`val`), also kept `buffer` from the test.
+    """Whole n_blocks x n_blocks tiles of the tissue's bounding box are held out. Tiles are dealt to
+    folds at random; the next fold's tiles are for validation (`val`). Spots within `buffer` lattice
+    pitches of a test spot are dropped, then validation spots within it of a training spot: what is
+    trained without validation loses nothing to it.
 
     labels (N,) int, xy (N, 2) px, pitch px (median nearest-neighbour distance where None). `reach`
     is the model's receptive field in pitches: the split leaks position where the buffer is 0 or
-    smaller than that. No buffer lies between training and validation spots. Raises DataError where
-    the test, the validation (if asked for) or all but one training class would be empty.
+    smaller than that. Raises DataError where the test, the validation (if asked for) or all but one
+    training class would be empty.
     """
     check_labels(labels)
     if not 0 <= fold < n_folds:
@@ -403,41 +395,41 @@ def block_split(
     deal = np.random.default_rng(seed).permutation(np.arange(n_blocks**2) % n_folds)
     fold_of = deal[tile[:, 0] * n_blocks + tile[:, 1]]  # (N,)
     labelled = labels >= 0
-    test, validate = (
-        labelled & (fold_of == fold),
-        labelled & (fold_of == (fold + 1) % n_folds) & val,
-    )
-    train = labelled & ~test & ~validate
+    test = labelled & (fold_of == fold)
     if not test.any():
         raise DataError(
             f"fold {fold} of the {n_blocks} x {n_blocks} blocks holds no labelled spot: "
             "choose another fold or fewer blocks"
         )
-    pitch = pitch or lattice_pitch(xy)
-    near = (
-        cKDTree(xy[test]).query(xy)[0] <= buffer * pitch + 1e-6
-        if buffer > 0
-        else np.zeros(len(xy), bool)
-    )
+    radius = buffer * (pitch or lattice_pitch(xy)) + 1e-6 if buffer > 0 else -1.0
+    usable = labelled & ~test & ~_within(xy, test, radius)
+    is_val_tile = (fold_of == (fold + 1) % n_folds) & val
+    train = usable & ~is_val_tile
+    validate = usable & is_val_tile & ~_within(xy, train, radius)
     detail = (
         f"fold {fold} of {n_folds}, {n_blocks} x {n_blocks} blocks, buffer {buffer:g} pitches, "
         f"seed {seed}"
     )
-    split = Split(
-        "blocks", train & ~near, validate & ~near, test, buffer <= 0 or buffer < reach, detail
-    )
-    if len(np.unique(labels[split.train])) < 2:
+    if len(np.unique(labels[train])) < 2:
         raise DataError(
             f"the buffer of {buffer:g} pitches leaves fewer than two classes to train on: "
             "choose a smaller buffer or more blocks"
         )
-    if val and not split.val.any():
+    if val and not validate.any():
         raise DataError(
             f"fold {fold} of the {n_blocks} x {n_blocks} blocks with a buffer of {buffer:g} "
             "pitches leaves no labelled spot for validation: "
-            "choose a smaller buffer, more blocks or another fold"
+            "choose a smaller buffer, another number of blocks or another fold"
         )
-    return split
+    return Split("blocks", train, validate, test, buffer <= 0 or buffer < reach, detail)
+
+
+def _within(xy, part, radius):
+    """(N,) spots within `radius` of a spot of `part` (N,), those of the part themselves included;
+    none where the radius is negative or the part empty."""
+    if radius < 0 or not part.any():
+        return np.zeros(len(xy), bool)
+    return cKDTree(xy[part]).query(xy)[0] <= radius
 
 
 def holdout_split(slides, labels, name="slice", seed=0, n_blocks=5):
@@ -445,11 +437,18 @@ def holdout_split(slides, labels, name="slice", seed=0, n_blocks=5):
     validation. labels (N,) stacked over slides.
 
     `slice` leaks position where a slide is, or may be (patient unknown), of the scored slide's
-    donor: neighbouring sections are near copies. `donor` does not; it raises DataError unless every
-    slide's patient is known.
+    donor: neighbouring sections are near copies, and the detail names them. `donor` does not; it
+    raises DataError unless every slide's patient is known and no training slide is of the donor.
     """
+    of_donor = [s.sample for s in slides[1:] if s.patient == slides[0].patient != ""]
+    unknown = [s.sample for s in slides if not s.patient]
     if name == "donor":
         check_donors(slides)
+    if name == "donor" and of_donor:
+        raise DataError(
+            f"slices {', '.join(of_donor)} are of donor {slides[0].patient}, as is the scored "
+            f"{slides[0].sample}: take them out of --train, or use --split slice"
+        )
     start = np.cumsum([0] + [s.n_spots for s in slides])
     for s, a, b in zip(slides, start, start[1:]):
         check_labels(labels[a:b], s.sample)
@@ -461,27 +460,28 @@ def holdout_split(slides, labels, name="slice", seed=0, n_blocks=5):
         )
         train[rows], val[rows] = part.train, part.test
     test = (labels >= 0) & (np.arange(len(labels)) < start[1])
-    same = (
-        any(s.patient == slides[0].patient or not s.patient for s in slides[1:])
-        or not slides[0].patient
-    )
     detail = (
         f"{slides[0].sample} held out, trained on {', '.join(s.sample for s in slides[1:])}, a "
         "fifth of their blocks for validation"
     )
-    return Split(name, train, val, test, same, detail)
+    if of_donor:
+        detail += f"; {', '.join(of_donor)} of the same donor: leaks the donor"
+    if unknown:
+        detail += f"; donor of {', '.join(unknown)} unknown: may leak the donor"
+    return Split(name, train, val, test, bool(of_donor or unknown), detail)
 
 
-def cell_split(cells, test_every=4, width=600.0, offset=None, buffer=96.0, val=4, fold=0):
+def cell_split(cells, test_every=4, width=600.0, offset=None, buffer=None, val=4, fold=0):
     """Split of cells by section where there are three or more, else by blocks of `width` px along x
     within each section.
 
     Every `test_every`-th unit (section or block) is the test, the one numbered `offset` first
     (default test_every // 2), moved on by `fold`; every `val`-th of the others is for validation
-    (0: none). Among blocks, training and validation cells within `buffer` px of a test cell of
-    their section, then training cells within it of a validation cell, are in no part. With three
-    sections and test_every 4 it is every third. Raises DataError where a part would be empty.
-    Returns a Split over cells, masks (N,).
+    (0: none). Among blocks, training and validation cells within `buffer` of a test cell of their
+    section, then training cells within it of a validation cell, are in no part. `buffer` is in um,
+    or in px where the cell file has no um_per_px; None: the diagonal of a crop, beyond which no two
+    crops overlap; a smaller one leaks position. With three sections and test_every 4 it is every
+    third. Raises DataError where a part would be empty. Returns a Split over cells, masks (N,).
     """
     by_section = len(cells.sections) >= 3
     every = min(test_every, len(cells.sections)) if by_section else test_every
@@ -495,50 +495,55 @@ def cell_split(cells, test_every=4, width=600.0, offset=None, buffer=96.0, val=4
     first = every // 2 if offset is None else offset
     tested = unit % every == (first + fold) % every
     others = np.unique(unit[~tested])
-    validated = (
-        np.isin(unit, others[min(val // 2, len(others) - 1) :: val])
-        if val and len(others)
-        else np.zeros(len(unit), bool)
-    )
-    near_test = np.zeros(len(unit), bool) if by_section else _near(cells, tested, buffer)
-    validated &= ~tested & ~near_test
-    train = ~tested & ~validated & ~near_test
-    if not by_section:
-        train &= ~_near(cells, validated, buffer)
+    is_val_unit = np.zeros(len(unit), bool)
+    if val and len(others):
+        is_val_unit = np.isin(unit, others[min(val // 2, len(others) - 1) :: val])
+    diagonal = 2**0.5 * cells.crops.shape[-1] * cells.px_per_crop_px
+    radius, length = _buffer_of(cells, diagonal, buffer)
+    if by_section:
+        # sections have no distance
+        radius = -1.0
+    usable = ~tested & ~_near(cells, tested, radius)
+    validated = is_val_unit & usable
+    train = usable & ~validated & ~_near(cells, validated, radius)
     what = "sections" if by_section else "blocks"
-    for name, part in (
-        ("test", tested),
-        ("train on", train),
-        *((("validate", validated),) if val else ()),
-    ):
+    parts = {"test": tested, "train on": train} | ({"validate": validated} if val else {})
+    for name, part in parts.items():
         if not part.any():
             raise DataError(
                 f"{cells.source} has no cell to {name} among its {len(np.unique(unit))} "
                 f"{what}: choose another fold, smaller blocks or buffer"
             )
-    rule = f"every {every}th of {len(np.unique(unit))} {what}" + (
-        "" if by_section else f" of {width:g} px along x"
-    )
-    detail = f"{rule} is the test, fold {fold}; " + (
-        f"every {val}th of the others for validation" if val else "no validation"
-    )
-    detail += (
-        ""
-        if by_section
-        else (
-            f"; {int((~tested & near_test).sum())} cells within {buffer:g} px of a test cell "
-            "dropped"
-        )
-    )
-    return Split(what, train, validated, tested, not by_section and buffer <= 0, detail)
+    detail = f"every {every}th of {len(np.unique(unit))} {what}"
+    detail += " is the test" if by_section else f" of {width:g} px along x is the test"
+    detail += f", fold {fold}; "
+    detail += f"every {val}th of the others for validation" if val else "no validation"
+    if by_section:
+        detail += "; the cell file names no donors, so sections of one may stand on both sides"
+    else:
+        n_dropped = int((~(tested | validated | train)).sum())
+        detail += f"; {n_dropped} cells within {length} of a cell that is held out dropped"
+    overlaps = not by_section and radius < diagonal
+    if overlaps:
+        detail += "; crops overlap: leaks position"
+    return Split(what, train, validated, tested, overlaps, detail)
 
 
-def _near(cells, part, buffer):
-    """(N,) cells within `buffer` px of a cell of `part` (N,) in the same section."""
+def _buffer_of(cells, diagonal, buffer):
+    """`buffer` of `cell_split` in full-resolution px, and in words; diagonal of a crop px."""
+    if np.isnan(cells.um_per_px):
+        radius = diagonal if buffer is None else buffer
+        return radius, f"{radius:.4g} px (the cell file has no um_per_px)"
+    radius = diagonal if buffer is None else buffer / cells.um_per_px
+    return radius, f"{radius * cells.um_per_px:.4g} um ({radius:.4g} px)"
+
+
+def _near(cells, part, radius):
+    """(N,) cells within `radius` px of a cell of `part` (N,) in the same section."""
     out = np.zeros(len(part), bool)
     for s in np.unique(cells.section[part]):
         rows = cells.section == s
-        out[rows] = cKDTree(cells.xy[rows & part]).query(cells.xy[rows])[0] <= buffer
+        out[rows] = _within(cells.xy[rows], part[rows], radius)
     return out
 
 

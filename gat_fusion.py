@@ -34,7 +34,7 @@ import data
 import metrics
 from data import DataError
 from evaluation import baselines, figures
-from plainst import run
+from plainst import export, run
 from plainst.features import input_files
 from plainst.layers import Dropout, NormFirst
 from plainst.neighbour_sums import (
@@ -42,7 +42,7 @@ from plainst.neighbour_sums import (
     softmax_over_table,
     weighted_neighbour_sum,
 )
-from plainst.scaled import ScaledRows, agreed_library
+from plainst.scaled import ScaledRows, agreed_library, library_sizes
 from plainst.tiles import make_tiles, prediction_size
 
 GAT_MODES = {"gat_only", "concat", "full", "embedding", "multimodal"}
@@ -160,7 +160,7 @@ class Config(run.SlideConfig):
     "with --predict: the least share of the checkpoint's genes that the new slide must have"
     predict: str = ""
     """checkpoint (model.pt of a run): predict --data with it, train nothing; its own flags are
-    used, but for --embedding and --encoder where given"""
+    used, but for --embedding, --encoder and the names of columns where given"""
 
 
 def check(config):
@@ -178,8 +178,54 @@ def check(config):
         "min_shared": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     }
     run.check_flags(config, rules)
-    if config.dim % config.heads:
+    if config.dim % config.heads and has_heads(config):
         raise DataError(f"--heads is {config.heads}: it must divide --dim {config.dim}")
+    if config.predict:
+        used = ("labels", "min_shared", "tile", "bf16", "compile", "embedding")
+        rules = [run.idle_with_predict(config, (*used, *config.columns()))]
+    else:
+        rules = idle_flags(config)
+    run.refuse_idle_flags(config, rules)
+
+
+def has_heads(config):
+    """Whether a part of the mode has attention heads."""
+    is_cross = config.mode in FUSED_MODES and config.fusion == "cross"
+    return is_cross or config.mode in GAT_MODES
+
+
+def idle_flags(config):
+    """Rules for the flags that do nothing in the chosen mode and split, as `run.refuse_idle_flags`
+    takes them. The linear baselines, which every mode but three prints, read the genes, too."""
+    mode, is_blocks = f"in --mode {config.mode}", config.split == "blocks"
+    has_graph = config.mode in GAT_MODES | GCN_MODES
+    has_mlp = config.mode not in GRAPH_ONLY | EMBEDDING_MODES
+    # --k and --layers also make the default buffer of the blocks
+    is_graph_idle = not has_graph and not (is_blocks and not config.buffer)
+    network = ("dim", "dropout", "lr", "weight_decay", "epochs", "patience", "bf16", "compile")
+    genes = ("n_top_genes", "hvg", "library", "scale", "tile")
+    return [
+        (config.mode in BASELINES, mode, (*network, "hidden", "heads")),
+        (config.mode in GENE_FREE, mode, genes),
+        (config.mode not in FUSED_MODES, mode, ("fusion",)),
+        (not has_heads(config), mode, ("heads",)),
+        (not has_mlp, mode, ("hidden",)),
+        (is_graph_idle, mode, ("k", "layers")),
+        *input_rules(config.mode),
+        (config.hvg == "none", "with --hvg none", ("n_top_genes",)),
+        (not is_blocks, f"with --split {config.split}", ("fold", "n_blocks", "buffer")),
+        (config.split not in ("slice", "donor"), f"with --split {config.split}", ("train",)),
+        (True, "without --predict", ("min_shared",)),
+    ]
+
+
+def input_rules(mode):
+    """Rules for the flags of inputs that a mode does not read."""
+    case = f"in --mode {mode}"
+    return [
+        (mode not in EMBEDDING_MODES, case, ("embedding",)),
+        (mode not in IMAGE_MODES, case, ("encoder", "crop_um")),
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -463,18 +509,11 @@ class Task:
     def expression(self):
         """data.Expression: gene choice and scaler, fitted on training rows."""
         c, genes = self.config, data.common_genes(self.slides)
-        parts = [
-            (s.select_genes(genes), self.split.train[self.slide_of == i])
-            for i, s in enumerate(self.slides)
-        ]
-        sizes = (
-            np.concatenate([s.library_size[rows] for s, rows in parts])
-            if self.library == "given"
-            else None
-        )
-        return data.Expression(c.n_top_genes, c.hvg).fit(
-            sp.vstack([s.counts[rows] for s, rows in parts if rows.any()]).tocsr(), genes, sizes
-        )
+        parts = [(s, self.split.train[self.slide_of == i]) for i, s in enumerate(self.slides)]
+        # of all genes of a slide, as in `scaled_slide`, not of those that all slides share
+        sizes = np.concatenate([library_sizes(s, self.library)[rows] for s, rows in parts])
+        counts = [s.select_genes(genes).counts[rows] for s, rows in parts if rows.any()]
+        return data.Expression(c.n_top_genes, c.hvg).fit(sp.vstack(counts).tocsr(), genes, sizes)
 
     @cached_property
     def x(self):
@@ -516,9 +555,8 @@ def scaled_slide(config, expression, slide, library):
     own_scale = config.scale == "slice" or (
         config.scale == "auto" and config.split in ("slice", "donor")
     )
-    x, present = expression.log1p(
-        slide.counts, slide.genes, slide.library_size if library == "given" else None
-    )  # (N, G) CSR, (G,)
+    sizes = library_sizes(slide, library)
+    x, present = expression.log1p(slide.counts, slide.genes, sizes)  # (N, G) CSR, (G,)
     scaler = data.Standardise(expression.clip).fit(x) if own_scale else expression.scaler
     return x, scaler, ~present
 
@@ -815,6 +853,7 @@ def main(argv=None):
         )
     slides = load(config)
     record = run.Run("gat_fusion", config, slides[0].sample, variant(config), start)
+    record.note_inputs(used_files(config, slides))
     task = Task(config, slides)
     here, test = task.slide_of == 0, task.split.test
     distance = boundary_distance(slides[0], task.labels[here])
@@ -871,13 +910,13 @@ def main(argv=None):
         "coords_knn": prob["coords_knn"][here].argmax(1),
     }
     figures.draw_gat_fusion(record, slides[0], arrays, history)
+    files |= export.files_of("gat_fusion", arrays, slides[:1], config)
     record.finish(
         found,
         others,
         arrays,
         n_params,
         task.split,
-        data.file_checksum(*used_files(config, slides)),
         files,
         epochs=0 if history is None else len(history),
         receptive_field_pitches=task.reach,
@@ -917,6 +956,7 @@ def read_checkpoint(config):
         ["config", "classes", "weights", "dim_in", "expression", "image_scale"],
     )
     known = run.saved_flags(path, Config, saved["config"], check)
+    run.refuse_idle_flags(config, input_rules(known.mode))
     with run.checkpoint_fits(path):
         if not all(isinstance(name, str) for name in saved["classes"]):
             raise ValueError("a class has no name")
@@ -938,8 +978,11 @@ def read_checkpoint(config):
             "tile",
             "bf16",
             "compile",
+            "h5ad",
         )
     }
+    # names of columns are the new file's where they are given
+    here |= {n: v for n, v in config.columns().items() if n in config.typed.split()}
     encoder = config.encoder if config.encoder != Config.encoder else known.encoder
     return (
         saved,
@@ -1008,6 +1051,7 @@ def predict_slide(config, start):
     )
     name = f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}"
     record = run.Run("gat_fusion", config, slide.sample, name, start)
+    record.note_inputs([*used_files(config, [slide]), config.predict])
     x, image = predict_inputs(config, saved, slide)
     table = data.knn_table(slide.xy, config.k, name=slide.sample)
     record.lap("read")
@@ -1064,7 +1108,7 @@ def predict_slide(config, start):
         {},
         arrays,
         sum(w.numel() for w in model.parameters()),
-        checksum=data.file_checksum(*used_files(config, [slide])),
+        files=export.files_of("gat_fusion", arrays, [slide], config),
         checkpoint=config.predict,
         library=config.library,
         spots_of_absent_classes=absent,

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 import data
 from data import DataError
 from evaluation import baselines, clustering, downstream, figures
-from plainst import run, stain
+from plainst import export, run, stain
 from plainst.features import input_files
 from plainst.graphs import Graph, SpotBatches, graph_product, neighbours_in_batch
 
@@ -934,6 +934,32 @@ def check(config):
             ),
         },
     )
+    run.refuse_idle_flags(config, idle_flags(config))
+
+
+# flags of Stage III
+FUSION = (
+    *("encoder", "crop_um", "colour", "smooth", "attention", "m", "alpha", "fused_dim", "heads"),
+    *("fusion_epochs", "fusion_lr", "batch", "tau", "fusion_mask", "lambda_keep", "readout"),
+)
+
+
+def idle_flags(config):
+    """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
+    them. With --mask_mode none the masked consistency still reads --mask_rate of the spots."""
+    has_files = data.is_features_file(config.encoder)
+    pixels = ("crop_um", "colour")
+    return [
+        (config.image == "off", "with --image off", FUSION),
+        (config.image == "zero", "with --image zero", (*pixels, "smooth")),
+        (has_files, "with ready-made features of --encoder", pixels),
+        (config.hvg == "none", "with --hvg none", ("n_top_genes",)),
+        (config.mask_rate == 0, "with --mask_rate 0", ("mask_mode", "lambda_mask")),
+        (config.gan == "off", "with --gan off", ("lambda_gan",)),
+        (not config.dec, "with --no-dec", ("dec_epochs", "dec_update", "dec_tol", "lambda_dec")),
+        (config.diffusion_steps == 0, "with --diffusion_steps 0", ("diffusion_k",)),
+        (config.permutations == 0, "with --permutations 0", ("lr_pairs",)),
+    ]
 
 
 def variant(config):
@@ -1063,6 +1089,8 @@ def main(argv=None):
     if config.n_domains != "bic":
         clustering.number_of_domains(config.n_domains, slide)
     record = run.Run("multist", config, slide.sample, variant(config), start)
+    encoder = config.encoder if use_image else ""
+    record.note_inputs(input_files([slide], encoder, [config.lr_pairs]))
     arrays, embeddings, others, k, facts = train(slide, config, use_image, record)
     final = "fused" if use_image else "gene"
     more, scores = clustering.domains_of(
@@ -1098,14 +1126,12 @@ def main(argv=None):
     record.lap("downstream")
     if config.figures:
         figures.draw_multist(record, slide, arrays, facts["losses"], final)
-    # files whose content can change a number
-    files = input_files([slide], config.encoder if use_image else "", [config.lr_pairs])
     record.finish(
         scores | more_scores | {"k": k},
         others,
         arrays,
         facts.pop("n_params"),
-        checksum=data.file_checksum(*files),
+        files=export.files_of("multist", arrays, [slide], config),
         output=f"{final} + diffusion",
         **facts,
         **text,

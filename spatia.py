@@ -38,7 +38,7 @@ import data
 from data import DataError
 from evaluation import cells as tasks
 from evaluation import figures
-from plainst import run
+from plainst import export, run
 from plainst.cell_data import CellDataset, Normaliser, random_orientation
 from plainst.stages import Stages, ema_update, rank_slice, sample_batch, sum_over_processes
 
@@ -147,8 +147,9 @@ class Config(run.Config):
     "every how manieth block is held out (files of three sections or more hold out whole sections)"
     width: float = 600.0
     "width of the blocks in full-resolution px"
-    buffer: float = 96.0
-    "training cells within so many px of a held-out cell are dropped"
+    buffer: float = -1.0
+    """training cells within so many um (px where the cell file has no um_per_px) of a held-out cell
+    are dropped; -1: the diagonal of a crop, beyond which no two crops overlap"""
     fold: int = 0
     "which of the blocks or sections are held out"
     size: Literal["tiny", "base"] = "tiny"
@@ -1053,7 +1054,7 @@ def check(config):
         {
             "test_every": (lambda v: v >= 2, "at least 2"),
             "width": run.POSITIVE,
-            "buffer": zero,
+            "buffer": (lambda v: v == -1 or v >= 0, "at least 0, or -1"),
             "fold": zero,
             "guidance": zero,
             "draws": one,
@@ -1069,6 +1070,12 @@ def check(config):
             "save_every": zero,
         },
     )
+    generator = ("path", "rho", "condition", "guidance", "draws", "ode_steps", "steps_c")
+    rules = [
+        (not config.generate, "with --no-generate", generator),
+        (config.condition == "none", "with --condition none", ("guidance",)),
+    ]
+    run.refuse_idle_flags(config, rules)
 
 
 def log_moments(counts, total):
@@ -1080,6 +1087,8 @@ def load(config, size, device):
     """CellDataset with the split that is scored: as test cells the test part, or with --score val
     the validation part."""
     cells = data.load_cells(config.data)
+    case = f"on {config.data}: of three sections or more whole ones are held out"
+    run.refuse_idle_flags(config, [(len(cells.sections) >= 3, case, ("width", "buffer"))])
     side = cells.crops.shape[2]
     for p in (size.patch, size.decoder_patch):
         if side % p or side // p % 2:
@@ -1088,9 +1097,8 @@ def load(config, size, device):
                 f"of {p} px: convert with another crop size"
             )
     val = 0 if config.score == "test" else 4
-    split = data.cell_split(
-        cells, config.test_every, config.width, None, config.buffer, val, config.fold
-    )
+    buffer = None if config.buffer == -1 else config.buffer
+    split = data.cell_split(cells, config.test_every, config.width, None, buffer, val, config.fold)
     if config.score == "val":
         split.test, split.val, split.name = split.val, np.zeros_like(split.val), f"{split.name}-val"
     normalise = Normaliser().fit(cells.counts[np.flatnonzero(split.train)], log_moments)
@@ -1142,6 +1150,7 @@ def main(argv=None):
     size, path = SIZES[config.size], Path(config.data)
     part = f"{config.score}-fold{config.fold}"
     record = run.Run("spatia", config, part, variant(config), start)
+    checksum = record.note_inputs([config.data])
     dataset = load(config, size, record.device)
     cells, rows = dataset.cells, dataset.rows["test"]
     n_train, (channels, side) = len(dataset.rows["train"]), dataset.shape
@@ -1149,7 +1158,6 @@ def main(argv=None):
         f"{path.name}: {n_train} cells train, {len(rows)} are scored ({dataset.split.detail}); "
         f"{cells.n_genes} genes, crops {channels} x {side} x {side}"
     )
-    checksum = data.file_checksum(config.data)
     latest = record.folder / "latest.pt"
     stages = Stages(config, latest, "spatia checkpoint", checksum, "cells")
     record.lap("load")
@@ -1185,8 +1193,8 @@ def main(argv=None):
         arrays,
         sum(p.numel() for m in models.values() for p in m.parameters()),
         dataset.split,
-        checksum,
-        {"model.pt": lambda f: torch.save(state, f)},
+        {"model.pt": lambda f: torch.save(state, f)}
+        | export.files_of("spatia", arrays, [cells], config),
         n_train=n_train,
         n_scored=len(rows),
     )

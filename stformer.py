@@ -38,7 +38,8 @@ import data
 import metrics
 from data import DataError
 from evaluation import bags, baselines, figures, hest
-from plainst import jobs, run
+from plainst import export, jobs, run
+from plainst.features import input_files
 
 QUADRANTS = ("p2p", "p2h", "h2p", "h2h")
 # layers, width, heads
@@ -1074,6 +1075,9 @@ def main(argv=None):
     )
     record = run.Run("stformer", config, part, variant(config), start)
     raw, genes = load(config, train_names, test_names)
+    slides = [raw[n].slide for n in [*train_names, *test_names]]
+    more = [*hest.task_files(config), config.gene_sets]
+    checksum = record.note_inputs(input_files(slides, config.encoder, more))
     sets, member = [], None
     if config.gene_sets:
         sets, member = read_gmt(
@@ -1117,8 +1121,6 @@ def main(argv=None):
         return model
 
     bag = config.mode == "global"
-    slides = [raw[n].slide for n in [*train_names, *test_names]]
-    checksum = data.file_checksum(*hest.input_files(config, slides, config.gene_sets))
     models, histories, val = train(
         make,
         fit,
@@ -1154,12 +1156,8 @@ def main(argv=None):
         arrays,
         sum(w.numel() for w in models[0].parameters()),
         split,
-        checksum,
-        {
-            "model.pt": lambda f: torch.save(
-                state_of(config, models, linear, scaler, genes, sets), f
-            )
-        },
+        {"model.pt": lambda f: torch.save(state_of(config, models, linear, scaler, genes, sets), f)}
+        | export.files_of("stformer", arrays, [s.slide for s in test], config),
         target=config.target,
         leaks_patient=leaks,
         train_slides=train_names,
@@ -1196,6 +1194,28 @@ def check(config):
             "save_every": zero,
         },
     )
+    run.refuse_idle_flags(config, idle_flags(config))
+
+
+def idle_flags(config):
+    """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
+    them. --rings, and in global mode the loss, still rule the baselines."""
+    if config.predict:
+        return [run.idle_with_predict(config, ())]
+    split, has_h2h = f"with --split {config.split}", "h2h" in quadrants(config.interactions)
+    is_local = has_h2h and config.h2h == "local" and config.rings > 0
+    has_pcc = config.loss in ("pcc", "mse_pcc")
+    return [
+        (config.split != "folds", split, ("fold",)),
+        (config.split != "patient", split, ("patient",)),
+        (config.split != "section", split, ("slice",)),
+        (not has_h2h, f"with --interactions {config.interactions}", ("h2h",)),
+        (not is_local, "without local h2h of a ring or more", ("distance_bias",)),
+        (not config.gene_sets, "without --gene_sets", ("shuffle_sets", "lambda_pathway")),
+        (bool(config.gene_sets), "with --gene_sets", ("pathways",)),
+        (not has_pcc, f"with --loss {config.loss}", ("pcc_weight",)),
+        (config.mode == "global", "in --mode global", ("linear_weight", "lambda_pathway")),
+    ]
 
 
 def pathway_agreement(samples, pairs, member):
@@ -1252,6 +1272,7 @@ def predict_folder(config, start):
         f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}",
         start,
     )
+    record.note_inputs(input_files(slides, known.encoder, [config.predict]))
     samples = [to_sample(known, s) for s in slides]
     for s in samples:
         hest.check_width(s.x, dim_in, s.name, known.encoder, config.predict)
@@ -1284,12 +1305,13 @@ def predict_folder(config, start):
         for (p, _), s in zip(pairs, samples)
     ]
     draw(record, samples, found, pairs, genes, sets, [], known.mode == "global")
+    arrays, known.h5ad = arrays_of(samples, found, pairs, genes, sets), config.h5ad
     record.finish(
         {},
         {},
-        arrays_of(samples, found, pairs, genes, sets),
+        arrays,
         sum(w.numel() for w in models[0].parameters()),
-        checksum=data.file_checksum(*hest.input_files(known, slides, known.gene_sets)),
+        files=export.files_of("stformer", arrays, slides, known),
         checkpoint=config.predict,
     )
     return 0

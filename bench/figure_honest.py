@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import DataError  # noqa: E402
 from evaluation import report  # noqa: E402
+from evaluation.records import layer_entry, read_runs, rows_of  # noqa: E402
 from plainst import run  # noqa: E402
 
 SPLITS = {
@@ -44,24 +45,41 @@ BARS = {
 }
 
 
-def values_of(records, slices=()):
-    """{split: {row: [ARI of every run]}}; blocks only where the buffer covers the receptive field.
-    Baselines once per slice and fold.
+def values_of(records, slices=(), preset=""):
+    """{split: {row: [ARI of every run]}} of the models and baselines of BARS as a preset has them;
+    blocks only where the buffer covers the receptive field. Baselines once per slice and fold.
 
-    slices: pairs (split, slice); a split that is named in one shows only the slices named with it.
+    slices: pairs (split, slice); a split that is named in one shows only the slices named with it;
+    preset: '' where the records are of one. Raises DataError for several presets, and for runs
+    that must not be put into one bar.
     """
     out, named = {}, {split for split, _ in slices}
-    records = [r for r in records if r["method"] == "gat_fusion"]
-    for (split, leaks), rows in report.rows_of(records, report.layer_entry).items():
+    shown = (*BARS, "gcn_only")
+    records = [r for r in records if r["method"] == "gat_fusion" and r["row"] in shown]
+    records = [r for r in records if preset in ("", r["preset"])]
+    presets = sorted({r["preset"] for r in records})
+    if len(presets) > 1:
+        raise DataError(
+            f"the records are of the presets {', '.join(presets)}: choose one with --preset"
+        )
+    for (split, leaks), rows in rows_of(records, layer_entry).items():
         if split in SPLITS and not (split == "blocks" and leaks):
-            for name, parts in rows.items():
+            for row, parts in rows.items():
                 found = [
                     m["ari"]
                     for part, runs in parts.items()
                     if split not in named or (split, part) in slices
                     for m in runs
                 ]
-                out.setdefault(split, {}).setdefault(name, []).extend(found)
+                if found and row.name in out.setdefault(split, {}):
+                    raise DataError(
+                        f"{row} on split {split} is not to be put into one bar with other runs of "
+                        "its name: choose the slices with --slices, or another folder with --runs"
+                    )
+                if None in found:
+                    raise DataError(f"{row} has an undefined ARI on split {split}: run it again")
+                if found:
+                    out[split][row.name] = found
     return out
 
 
@@ -193,6 +211,7 @@ def main(argv=None):
         metavar="SPLIT:SLICE",
         help="e.g. blocks:151673; a split not named shows all",
     )
+    parser.add_argument("--preset", default="", help="which one, where the records are of several")
     parser.add_argument("--out", default="docs/honest_evaluation.png", help="file to write")
     options = parser.parse_args(argv)
     wrong = [
@@ -204,9 +223,11 @@ def main(argv=None):
             "write for example blocks:151673"
         )
     real = values_of(
-        report.read_runs(options.runs), [tuple(pair.split(":")) for pair in options.slices]
+        read_runs(options.runs),
+        [tuple(pair.split(":")) for pair in options.slices],
+        options.preset,
     )
-    noise = values_of(report.read_runs(options.noise))
+    noise = values_of(read_runs(options.noise), preset=options.preset)
     bars = bars_of(real, noise)
     for split, title in SPLITS.items():
         for name, (label, _) in BARS.items():

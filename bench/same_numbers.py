@@ -9,7 +9,8 @@ run the SHA-256 of every array of `arrays.npz`, of every tensor of `model.pt` an
 baselines and split in `run.json` are compared; of the simulators and converters every array that
 they write. A commit that moves code must leave all of them equal. Exit status 1 where one differs.
 
-What is not compared: seconds, memory, dates, versions, figures.
+What is not compared: seconds, memory, dates, versions, figures. What only the later tree has is
+named, and is no difference.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -225,13 +227,28 @@ def run_jobs(method, made, real, runs, tree):
             words += ["--cache", str(runs / "features")]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                module.main(words)
+                run_without_idle_flags(module, words)
             results[job] = digests_of(folder)
         except Stopped:
             results[job] = {"stopped": "as asked"}
         except (ValueError, RuntimeError, KeyError, SystemExit):  # both trees must have it
             results[job] = {"error": traceback.format_exc().splitlines()[-1]}
     return results
+
+
+def run_without_idle_flags(module, words):
+    """Run a method without the flags that this tree calls idle: in a tree that takes them they must
+    change no number."""
+    while True:
+        try:
+            return module.main(words)
+        except ValueError as error:
+            idle = re.match(r"--(\w+) has no effect", str(error))
+            if not idle:
+                raise
+            first = next(i for i, w in enumerate(words) if re.fullmatch(f"--(no-)?{idle[1]}", w))
+            has_value = first + 1 < len(words) and not words[first + 1].startswith("--")
+            words = words[:first] + words[first + 1 + has_value :]
 
 
 def made_file(job, made):
@@ -279,16 +296,18 @@ def numbers_of(tree, folder, real, only):
 
 
 def differences(before, after):
-    """Lines that name what differs between two results of `numbers_of`."""
-    lines = []
+    """Lines that name what differs between two results of `numbers_of`, and lines that name what
+    only the later has: an array or a table more changes no number."""
+    lines, more = [], []
     for method in before:
         for job in sorted(before[method].keys() | after[method].keys()):
             old, new = before[method].get(job, {}), after[method].get(job, {})
-            names = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-            if names:
+            names = [k for k in sorted(old) if old[k] != new.get(k)]
+            if names or not old:
                 lines.append(f"{method} {job}: {len(names)} of {len(old)} differ: {names[:4]}")
                 lines += [f"    {d['error']}" for d in (old, new) if "error" in d]
-    return lines
+            more += [f"{method}: new {k}" for k in sorted(new.keys() - old.keys())]
+    return lines, list(dict.fromkeys(more))
 
 
 def main(argv=None):
@@ -326,8 +345,8 @@ def main(argv=None):
         subprocess.run(remove, check=False, capture_output=True)
         shutil.rmtree(scratch, ignore_errors=True)
     before = {k: v for k, v in before.items() if k in ("made", *options.only)}
-    lines = differences(before, after)
-    print("\n".join(lines))
+    lines, more = differences(before, after)
+    print("\n".join(lines + more))
     for method, jobs in after.items():
         errors = sum("error" in found for found in jobs.values())
         count = sum(len(found) for found in jobs.values())

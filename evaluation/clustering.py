@@ -169,11 +169,12 @@ def domains_of(embeddings, slide, k, final, n_init=10, seed=0, steps=3, neighbou
     """Mixture and label diffusion on every embedding {name: (N, d)}; prints a row of scores each.
 
     Returns {labels_<name>_raw, labels_<name>: (N,)} and {<metric>_<name>_raw, <metric>_<name>:
-    value}; the scores of `final` + diffusion stand there without a suffix, too.
+    value}; the scores of `final` + diffusion stand there without a suffix, too, and `confidence`
+    (N,), the probability that its mixture gives the domain of a spot before diffusion.
     """
     arrays, scores = {}, {}
     for name, embedding in embeddings.items():
-        raw = gmm_tied(embedding, k, n_init, seed)[0]
+        raw, mixture = gmm_tied(embedding, k, n_init, seed)
         smooth = diffuse_labels(raw, slide.xy, steps, neighbours)
         raw_scores, smooth_scores = domain_scores(slide, raw), domain_scores(slide, smooth)
         print(score_row(name, raw_scores))
@@ -183,4 +184,7 @@ def domains_of(embeddings, slide, k, final, n_init=10, seed=0, steps=3, neighbou
         scores |= {f"{metric}_{name}": value for metric, value in smooth_scores.items()}
         if name == final:
             scores |= smooth_scores
+            # the columns that the mixture was fitted on
+            x = components(embedding, mixture.n_features_in_)
+            arrays["confidence"] = mixture.predict_proba(x).max(axis=1)
     return arrays, scores

@@ -436,8 +436,9 @@ def layer_maps(records):
 
 def _main_variant_first(record):
     """Sort key of a record: method, main variant, variant, seed."""
-    variant, seed = record["variant"], record.get("config", {}).get("seed", 0)
-    return record["method"], not variant.endswith(("full-cross", "default")), variant, seed
+    is_main = record["row"] in ("full-cross", "default", "")
+    seed = record["config"].get("seed", 0)
+    return record["method"], not is_main, record["variant"], seed
 
 
 def _recoloured(domains, labels):

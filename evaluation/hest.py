@@ -58,7 +58,8 @@ def hest_partition(root, by="folds", fold=0, patient="", sample=""):
     slide held out, all others train).
 
     Returns Split over the folder's slides, train names, test names, the run's folder name, whether
-    it leaks the patient.
+    it leaks the patient. A slide without a known patient may be of any: with one on either side the
+    split leaks, and its detail names it.
 
     Raises DataError where a side would be empty or a slide has no file.
     """
@@ -66,7 +67,8 @@ def hest_partition(root, by="folds", fold=0, patient="", sample=""):
         train_names, test_names = hest_split(root, fold)
         part, detail = f"fold{fold}", f"splits/{{train,test}}_{fold}.csv"
     names = hest_samples(root)
-    of = {n: load_hest(root, n, patches=False, counts=False).patient or n for n in names}
+    known = {n: load_hest(root, n, patches=False, counts=False).patient for n in names}
+    of = {n: known[n] or n for n in names}
     if by == "patient":
         test_names = [n for n in names if of[n] == patient]
         train_names = [n for n in names if n not in test_names]
@@ -101,12 +103,18 @@ def hest_partition(root, by="folds", fold=0, patient="", sample=""):
             f"{len(test_names)} to score, "
             f"{len(missing)} of them without a file: choose from {there}"
         )
-    leaks = bool({of[n] for n in train_names} & {of[n] for n in test_names})
-    detail += (
-        ", other slides of the same patient train: leaks the patient"
-        if leaks
-        else ", no patient on both sides"
-    )
+    shared = {of[n] for n in train_names} & {of[n] for n in test_names}
+    unknown = [n for n in [*train_names, *test_names] if not known[n]]
+    leaks = bool(shared or unknown)
+    if shared:
+        detail += ", other slides of the same patient train: leaks the patient"
+    if unknown:
+        detail += (
+            f", patient of {', '.join(unknown)} unknown (name it in {Path(root) / 'metadata.csv'}, "
+            "columns id,patient): may leak the patient"
+        )
+    if not leaks:
+        detail += ", no patient on both sides"
     sides = np.isin(names, train_names), np.isin(names, test_names)
     return (
         Split(by, sides[0], np.zeros(len(names), bool), sides[1], leaks, detail),
@@ -322,15 +330,18 @@ def say_what_is_left_out(sample, min_counts, n_targets=None):
         )
 
 
-def input_files(config, slides, *more):
-    """Files whose content can change a number of a run: counts, patches or features of the slides,
-    and `more` (paths, empty ones are left out)."""
-    files = []
-    for s in slides:
-        if has_feature_files(config.encoder):
-            files.append(config.encoder.replace("{sample}", s.sample))
-        files += [s.source, s.patches.path if s.patches is not None else s.image_file]
-    return [str(f) for f in dict.fromkeys([*files, *more]) if f]
+def task_files(config):
+    """Files of a HEST folder, beside its slides, whose content can change a number of a run: the
+    tables of its fold, its list of genes, and the truth of a simulated task."""
+    root, files = Path(config.data), []
+    if config.split == "folds":
+        files += [root / "splits" / f"{side}_{config.fold}.csv" for side in ("train", "test")]
+    if config.genes == "task":
+        files.append(root / "var_50genes.json")
+    elif not config.genes.isdigit():
+        files.append(Path(config.genes))
+    truth = root / "truth.npz"
+    return [*files, truth] if truth.is_file() else files
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,16 +3,16 @@ run records only, never a model.
 
     python -m evaluation.report --runs runs [--data dlpfc] [--out runs/report]
 
-Every cell is the median over the runs of that row (folds and seeds) with their minimum and maximum;
-nothing is a best of anything. Four kinds of table: supervised layers by split (`split` and `ari` in
-the record), unsupervised domains (no split, an `ari` and baselines), genes from H&E by split
-(`pcc_mean`), and single cells.
+Every cell is the median over the runs of that row (folds and seeds) with their minimum and maximum,
+and says how many of them are undefined; nothing is a best of anything. A row holds runs of one
+preset, and baselines of one choice of the settings that change them. Four kinds of table:
+supervised layers by split (`split` and `ari` in the record), unsupervised domains (no split, an
+`ari` and baselines), genes from H&E by split (`pcc_mean`), and single cells.
 """
 
 import argparse
 import base64
 import html
-import json
 import re
 import statistics
 from collections import defaultdict
@@ -20,7 +20,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluation import figures
-from plainst.readers.checked import JSON_ERRORS, DataError
+from evaluation.records import (
+    BASELINES,
+    DOMAINS,
+    SHOWN_CELLS,
+    Row,
+    cell_entry,
+    domain_entry,
+    gene_entry,
+    is_undefined,
+    layer_entry,
+    read_runs,
+    rows_of,
+    scores_of,
+    split_name,
+)
+from plainst.readers.checked import DataError
 from plainst.run import cli, write_atomically
 
 # README of the released system (gcn_only: its RESULTS.md): mean +- std over 12 slices, all genes,
@@ -41,15 +56,6 @@ PUBLISHED_GENES = {"cmrcnet": ".3117", "cmrcnet reconstruction-none": ".2933"}
 SHOWN = ("accuracy", "macro_f1", "kappa_quadratic", "log_loss", "boundary_accuracy")
 SHOWN_DOMAINS = ("ami", "completeness", "homogeneity")
 SHOWN_GENES = ("pcc_pooled", "variance_ratio_median", "slide_mean_rmse")
-SHOWN_CELLS = (
-    "cond_pcc_own_area",
-    "cond_pcc_other_area",
-    "cond_pcc_near_density",
-    "fd_generated",
-    "impute_pcc_mean",
-    "image_to_genes_pcc_mean",
-    "annotation_macro_f1",
-)
 PANELS_CELLS = {
     "cond_pcc_other_area": ("PCC of mean pixels, other nuclei", "ridge"),
     "impute_pcc_mean": ("imputation, mean PCC over genes", "ridge_context"),
@@ -57,16 +63,6 @@ PANELS_CELLS = {
     # score: (axis, the baseline that is drawn as a dashed line)
     "annotation_macro_f1": ("annotation, macro-F1", "pca_both"),
 }
-BASELINES = (
-    "majority",
-    "coords_knn",
-    "coords_rbf",
-    "expr_lr",
-    "smoothed_lr",
-    "pca_gmm",
-    "neighbour_mean_gmm",
-)
-DOMAINS = "domains (unsupervised)"
 # what was published, where, and why it may not be compared
 SOURCES = {
     "gat_fusion": "gat_fusion: published ARI from the README (gcn_only: RESULTS.md) of the "
@@ -81,6 +77,10 @@ SOURCES = {
     "spatia": "spatia: arXiv 2507.04704 reports Frechet distances on other data, features and "
     "splits: not comparable.",
 }
+APART = (
+    "[...]: rows of one name that must not be put into one, because these settings change them; "
+    "data 1, 2, ...: the files of a slice or fold changed between runs (see `files` in run.json)."
+)
 TARGETS = {
     "gat_fusion": "make reproduce-dlpfc",
     "multist": "make reproduce-dlpfc",
@@ -110,137 +110,6 @@ class Table:
     notes: list = field(default_factory=list)
 
 
-def read_runs(folder):
-    """List of run records below `folder`, without those of `make demo`, `honest` and `scale`.
-    Raises DataError if there is none or one is unreadable."""
-    records = []
-    for path in sorted(Path(folder).rglob("run.json")):
-        if path.relative_to(folder).parts[0] in ("demo", "honest", "scale"):
-            continue
-        try:
-            record = json.loads(path.read_text())
-        except JSON_ERRORS as error:
-            raise DataError(
-                f"{path} is not a run record ({error}): delete it and run again"
-            ) from error
-        # <method>/<data>/<slice>/<variant>/seed<k>/run.json, wherever `folder` begins
-        parts = path.absolute().parts[-6:-2]
-        if len(parts) < 4 or not isinstance(record, dict) or "method" not in record:
-            raise DataError(f"{path} is not a run record of this project: move it out of {folder}")
-        records.append(record | dict(zip(("data", "part", "variant"), parts[1:])) | {"path": path})
-    if not records:
-        raise DataError(
-            f"{folder} holds no run record (run.json): run a method first, for example make demo"
-        )
-    return records
-
-
-def row_name(record):
-    """The variant without what the config says of its split: slices' names may hold hyphens, so the
-    prefix is known, not searched for."""
-    config = record.get("config", {})
-    named = {"blocks": f"blocks{config.get('fold', 0)}", "slice": None, "donor": None}.get(
-        record["split"]["name"], record["split"]["name"]
-    )
-    return record["variant"].removeprefix(
-        (named or f"{record['split']['name']}-{config.get('train') or 'all'}".replace(",", "+"))
-        + "-"
-    )
-
-
-@dataclass
-class Entry:
-    """Where a run stands: in the table `group`, on the line `row` (None: its baselines only).
-
-    baselines {name: scores} are lines of their own; a baseline that stands in the records of
-    several runs counts once, where `inputs` are the same and, with `by_value`, its scores too.
-    """
-
-    group: object
-    row: str | None
-    baselines: dict
-    inputs: tuple = ()
-    by_value: bool = True
-
-
-def rows_of(records, entry_of):
-    """{group: {row: {slice or fold: [scores of every run]}}} of the records of which `entry_of`
-    makes an Entry, not None."""
-    table, seen = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), set()
-    for r in records:
-        entry = entry_of(r)
-        if entry is None:
-            continue
-        for baseline, scores in entry.baselines.items():
-            value = json.dumps(scores, sort_keys=True) if entry.by_value else ""
-            key = (entry.group, r["data"], r["part"], entry.inputs, baseline, value)
-            if key not in seen:
-                seen.add(key)
-                table[entry.group][baseline][r["part"]].append(scores)
-        if entry.row is not None:
-            table[entry.group][entry.row][r["part"]].append(r["metrics"])
-    return table
-
-
-def layer_entry(record):
-    """The Entry of a run that predicts labels of held-out spots; its group is (split, leaks)."""
-    split, config = record["split"], record.get("config", {})
-    if split is None or "ari" not in record["metrics"]:
-        return None
-    flags = [config.get(name) for name in ("scale", "hvg", "n_top_genes", "labels")]
-    inputs = (split["detail"], *flags, record.get("library", config.get("library")))
-    name = row_name(record)
-    return Entry(
-        (split["name"], split["leaks_position"]),
-        # a run of a baseline alone: its scores stand among the baselines already
-        None if name in BASELINES else name,
-        record["baselines"],
-        inputs,
-        by_value=False,
-    )
-
-
-def domain_entry(record):
-    """The Entry of an unsupervised run."""
-    # a prediction from a checkpoint has no baselines
-    if record["split"] is not None or "ari" not in record["metrics"] or not record["baselines"]:
-        return None
-    name = f"{record['method']} {record['variant']}"
-    return Entry(DOMAINS, name, record["baselines"], (record.get("config", {}).get("seed"),))
-
-
-def gene_entry(record):
-    """The Entry of a run that predicts genes from H&E."""
-    if record["split"] is None or "pcc_mean" not in record["metrics"]:
-        return None
-    split, config = record["split"]["name"], record.get("config", {})
-    leaks = "leaks the patient" if record.get("leaks_patient") else "patients held out"
-    # the baselines of a control saw the wrong pairs too
-    is_control = config.get("permute_pairs") or config.get("shuffle_pairs")
-    name = f"{record['method']} {record['variant'].removeprefix(split + '-')}"
-    baselines = {} if is_control else record["baselines"]
-    return Entry(f"genes from H&E, split `{split}` - {leaks}", name, baselines)
-
-
-def cell_entry(record):
-    """The Entry of a run on single cells. A baseline's distance to the real pictures stands in the
-    column of the generated ones, and the distance of two halves of the real ones is a row."""
-    if not any(name in record["metrics"] for name in SHOWN_CELLS):
-        return None
-    split, title = record["split"] or {}, "single cells"
-    if split:
-        title += f", split `{split['name']}`"
-        title += " - leaks position" if split.get("leaks_position") else ""
-    baselines = {
-        name: {"fd_generated": scores.get(f"fd_{name}")} | scores
-        for name, scores in record["baselines"].items()
-    }
-    if "fd_floor" in record["metrics"]:
-        baselines["real_against_real"] = {"fd_generated": record["metrics"]["fd_floor"]}
-    name = f"{record['method']} {record['variant']}"
-    return Entry(title, name, baselines, (record.get("config", {}).get("seed"),))
-
-
 def gene_table(title, rows):
     """Table of predicted genes: mean PCC per slice or fold, its mean over them, medians of the
     other scores, runs."""
@@ -256,22 +125,16 @@ def gene_table(title, rows):
             "published PCC",
         ],
     )
-    # baselines have no space in their names
-    for name in sorted(rows, key=lambda n: (" " in n, n)):
-        every = [m for runs in rows[name].values() for m in runs]
-        values = [
-            [m["pcc_mean"] for m in rows[name].get(p, []) if m.get("pcc_mean") is not None]
-            for p in parts
-        ]
-        mean = (
-            f"{statistics.mean(statistics.median(v) for v in values):.3f}" if all(values) else "-"
-        )
-        published = PUBLISHED_GENES.get(
-            re.sub(r" (section-)?(features|released|base)-?", " ", name).strip(), ""
-        )
+    for row in ordered(rows):
+        every = [m for runs in rows[row].values() for m in runs]
+        values = [scores_of(rows[row].get(p, []), "pcc_mean") for p in parts]
+        # a mean over the slices that are defined would be one over easier slices
+        is_whole = all(v and not any(map(is_undefined, v)) for v in values)
+        mean = f"{statistics.mean(map(statistics.median, values)):.3f}" if is_whole else "-"
+        published = PUBLISHED_GENES.get(re.sub(r" features-?", " ", row.name).strip(), "")
         out.rows.append(
             [
-                name,
+                str(row),
                 *map(cell, values),
                 mean,
                 *spreads(every, SHOWN_GENES),
@@ -283,26 +146,27 @@ def gene_table(title, rows):
 
 
 def cell(values):
-    """`median (min-max)` of the numbers that are there, or a dash."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return "-"
-    return f"{statistics.median(values):.3f}" + (
-        f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
-    )
+    """`median (min-max)` of the values that are defined, and how many are not; a dash without
+    any."""
+    defined = [v for v in values if not is_undefined(v)]
+    text = "-"
+    if defined:
+        text = f"{statistics.median(defined):.3f}"
+    if len(defined) > 1:
+        text += f" ({min(defined):.3f}-{max(defined):.3f})"
+    n = len(values) - len(defined)
+    return f"{text}, {n} of {len(values)} undefined" if n else text
 
 
 def ordered(rows):
-    """Baselines first, then the models by name."""
-    return sorted(
-        rows,
-        key=lambda name: (BASELINES.index(name) if name in BASELINES else len(BASELINES), name),
-    )
+    """Baselines first, in the order of BASELINES, then the models by name."""
+    place = {name: i for i, name in enumerate(BASELINES)}
+    return sorted(rows, key=lambda r: (not r.is_baseline, place.get(r.name, len(place)), r))
 
 
 def spreads(runs, names):
     """The median of each named score over the runs that have it, with its spread."""
-    return [cell([m.get(k) for m in runs]) for k in names]
+    return [cell(scores_of(runs, name)) for name in names]
 
 
 def domain_table(rows):
@@ -311,16 +175,16 @@ def domain_table(rows):
     out = Table(
         DOMAINS, ["method", *(f"ARI {s}" for s in slices), *SHOWN_DOMAINS, "runs", "published ARI"]
     )
-    for name in ordered(rows):
-        every = [m for runs in rows[name].values() for m in runs]
+    for row in ordered(rows):
+        every = [m for runs in rows[row].values() for m in runs]
         published = ", ".join(
             f"{s}: {ari}"
-            for s, ari in PUBLISHED_DOMAINS.get(name.split()[0], {}).items()
+            for s, ari in PUBLISHED_DOMAINS.get(row.name.split()[0], {}).items()
             if s in slices
         )
-        columns = [cell([m.get("ari") for m in rows[name].get(s, [])]) for s in slices]
+        columns = [cell(scores_of(rows[row].get(s, []), "ari")) for s in slices]
         out.rows.append(
-            [name, *columns, *spreads(every, SHOWN_DOMAINS), str(len(every)), published]
+            [str(row), *columns, *spreads(every, SHOWN_DOMAINS), str(len(every)), published]
         )
     return out
 
@@ -340,24 +204,19 @@ def layer_table(split, leaks, rows):
             "published ARI",
         ],
     )
-    for name in ordered(rows):
-        every = [m for runs in rows[name].values() for m in runs]
-        columns = [cell([m["ari"] for m in rows[name].get(s, [])]) for s in slices] + spreads(
-            every, SHOWN
-        )
-        # DLPFC
-        published = (
-            PUBLISHED.get(name, "")
-            if split == "random" and all(re.fullmatch(r"151[56]\d\d", s) for s in slices)
-            else ""
-        )
+    is_dlpfc = all(re.fullmatch(r"151[56]\d\d", s) for s in slices)
+    published = PUBLISHED if split == "random" and is_dlpfc else {}
+    for row in ordered(rows):
+        every = [m for runs in rows[row].values() for m in runs]
+        columns = [cell(scores_of(rows[row].get(s, []), "ari")) for s in slices]
         out.rows.append(
             [
-                name,
+                str(row),
                 *columns,
-                cell([m.get("gain_over_coords_knn") for m in every]),
+                *spreads(every, SHOWN),
+                cell(scores_of(every, "gain_over_coords_knn")),
                 str(len(every)),
-                published,
+                published.get(row.name, ""),
             ]
         )
     return out
@@ -367,9 +226,9 @@ def cell_table(title, rows):
     """Table of single cells: every score as median and spread over runs; a baseline has the scores
     of its own task."""
     out = Table(title, ["method", *SHOWN_CELLS, "runs"])
-    for name in sorted(rows, key=lambda n: (" " in n, n)):
-        every = [m for runs in rows[name].values() for m in runs]
-        out.rows.append([name, *spreads(every, SHOWN_CELLS), str(len(every))])
+    for row in ordered(rows):
+        every = [m for runs in rows[row].values() for m in runs]
+        out.rows.append([str(row), *spreads(every, SHOWN_CELLS), str(len(every))])
     return out
 
 
@@ -404,23 +263,34 @@ def tables_of_data(records, suffix=""):
             if method in ("stformer", "cmrcnet") and method not in names:
                 table.rows.append([method, "missing", *[""] * (len(table.columns) - 2)])
             table.notes.append(SOURCES[method])
+        if "[" in names:
+            table.notes.append(APART)
         table.title += suffix
     return [table for table, _ in groups]
 
 
 def footer(records):
     """What the numbers are and where they come from."""
-    first = records[0]
-    commits = sorted({r["git_commit"][:9] for r in records})
+    commits = sorted({short_commit(r.get("git_commit", "")) for r in records})
+    commit = ", ".join(commits)
+    if "+" in commit:
+        commit += " (+: files that differ from the commit)"
+    torches = sorted({r.get("versions", {}).get("torch", "unknown") for r in records})
     devices = sorted(
-        {" on ".join(filter(None, (r["device"], r.get("processor")))) for r in records}
+        {" on ".join(filter(None, (r.get("device"), r.get("processor")))) for r in records}
     )
+    seconds = [r["seconds"] for r in records if "seconds" in r]
+    memory = [r["peak_rss_mb"] for r in records if "peak_rss_mb" in r]
     return (
-        f"Median (min-max) over folds and seeds; {len(records)} runs, commit {', '.join(commits)}, "
-        f"torch {first['versions']['torch']}, {', '.join(devices)}; run time median "
-        f"{statistics.median(r['seconds'] for r in records):.0f} s, "
-        f"peak memory {max(r['peak_rss_mb'] for r in records)} MB."
+        f"Median (min-max) over folds and seeds; {len(records)} runs, commit {commit}, "
+        f"torch {', '.join(torches)}, {', '.join(devices)}; run time median "
+        f"{statistics.median(seconds or [0]):.0f} s, peak memory {max(memory or [0])} MB."
     )
+
+
+def short_commit(commit):
+    """Nine digits of a commit, with the `+` of a tree that differs from it."""
+    return commit[:9] + "+" * commit.endswith("+")
 
 
 def absent(records):
@@ -434,10 +304,10 @@ def absent(records):
     # {(method, data, split): {variant: {(slice or fold, seed)}}}
     groups = defaultdict(lambda: defaultdict(set))
     for r in records:
-        split, seed = (r["split"] or {}).get("name"), r.get("config", {}).get("seed")
-        groups[r["method"], r["data"], split][row_name(r) if split else r["variant"]].add(
-            (r["part"], r.get("config", {}).get("fold"), seed)
-        )
+        split, config = split_name(r), r["config"]
+        row = str(Row(r["row"] or r["method"], r["preset"]))
+        run = (r["part"], config.get("fold"), config.get("seed"))
+        groups[r["method"], r["data"], split][row].add(run)
     for (method, data, split), variants in groups.items():
         every = set().union(*variants.values())
         short = [
@@ -505,16 +375,22 @@ def page(records, pictures):
 
 
 def panel(title, axis, rows, score, floor):
-    """The panel of one table: `score` of every run, and the median of the baseline `floor`."""
-    dots = {
-        name: {
-            part: [m[score] for m in runs if m.get(score) is not None]
-            for part, runs in rows[name].items()
+    """The panel of one table: `score` of every run, and the median of the baseline `floor` where
+    all its runs are comparable; a row says how many of its scores are undefined."""
+    dots, of_floor = {}, []
+    for row in ordered(rows):
+        scores = {part: scores_of(runs, score) for part, runs in rows[row].items()}
+        every = [v for values in scores.values() for v in values]
+        n = sum(map(is_undefined, every))
+        label = f"{row}, {n} undefined" if n else str(row)
+        dots[label] = {
+            part: [v for v in values if not is_undefined(v)] for part, values in scores.items()
         }
-        for name in ordered(rows)
-    }
-    values = [v for numbers in dots.get(floor, {}).values() for v in numbers]
-    return figures.Panel(title, axis, dots, statistics.median(values) if values else None)
+        if row.is_baseline and row.name == floor:
+            of_floor.append(every)
+    # several choices of settings, or a score that is undefined: no one line to beat
+    is_one = len(of_floor) == 1 and of_floor[0] and not any(map(is_undefined, of_floor[0]))
+    return figures.Panel(title, axis, dots, statistics.median(of_floor[0]) if is_one else None)
 
 
 def panels_of(records):
@@ -536,7 +412,7 @@ def panels_of(records):
                 scored = {
                     name: {data: metrics}
                     for name, metrics in runs.items()
-                    if any(m.get(score) is not None for m in metrics)
+                    if scores_of(metrics, score)
                 }
                 if scored:
                     panels.append(panel(title, axis, scored, score, floor))
@@ -572,15 +448,9 @@ def main(argv=None):
         ".html": page(records, pictures).encode(),
         **dict(zip((".png", "_maps.png"), pictures.values())),
     }
-    try:
-        for ending, content in files.items():
-            write_atomically(
-                out.with_name(out.name + ending), lambda f, content=content: f.write(content)
-            )
-    except OSError as error:
-        raise DataError(
-            f"cannot write {out}.md ({error.strerror}): choose another place with --out"
-        ) from error
+    for ending, content in files.items():
+        place = out.with_name(out.name + ending)
+        write_atomically(place, lambda f, content=content: f.write(content), "--out")
     print(text)
     print(out.with_name(out.name + ".html"))
     return 0

@@ -26,8 +26,8 @@ class Job:
     """One run: `python <method>.py --data <data> <flags> --seed <seed>`.
 
     part: slice, fold or section, as it stands in the record's path; model: what a table calls it,
-    `<method>` or `<method>/<variant>`; split, preset: as in the flags, to choose by; download: the
-    words behind `python -m plainst` that fetch the data where it is lacking, several commands
+    `<method>/<variant>`; split, preset: as in the flags, to choose by; download:
+    where the data is lacking, the words behind `python -m plainst` that fetch it, several commands
     parted by `;`.
     """
 
@@ -40,6 +40,7 @@ class Job:
     preset: str = "tuned"
     split: str = ""
     download: str = ""
+    is_extra: bool = False  # runs only where --models and --splits name it
 
     def words(self, runs):
         """Words of the command line behind the interpreter."""
@@ -48,14 +49,15 @@ class Job:
 
     def record(self, runs):
         """Path of the record that the command writes. Raises DataError for a flag that the method
-        does not know."""
+        does not know, or that does nothing beside the others."""
         module, words = importlib.import_module(self.method), self.words(runs)
         message = io.StringIO()
         try:
             with contextlib.redirect_stderr(message):
-                config = run.parse(module.Config, words[1:], presets=module.PRESETS)
-        except SystemExit as stop:
-            reason = message.getvalue().strip().splitlines()[-1:]
+                config = run.parse(module.Config, words[1:])
+                module.check(config)
+        except (SystemExit, DataError) as stop:
+            reason = message.getvalue().strip().splitlines()[-1:] or [str(stop)]
             text = f"the list of experiments asks for `{shlex.join(words)}`: "
             raise DataError(text + " ".join(reason).split("error: ")[-1]) from stop
         name = run.data_name(self.data)
@@ -66,8 +68,10 @@ class Job:
 def is_chosen(job, models=(), presets=(), splits=()):
     """Whether the lists of words that narrow a sweep let a job pass; an empty list lets all.
 
-    `multist` takes every model of the method, `multist/image-off` this one.
+    `multist` takes every model of the method, `multist/default` this one.
     """
+    if job.is_extra and not (job.model in models and job.split in splits):
+        return False
     is_model = not models or job.model in models or job.method in models
     is_split = not splits or not job.split or job.split in splits
     return is_model and is_split and (not presets or job.preset in presets)
@@ -86,7 +90,7 @@ def rules(jobs, runs, python="python", launch=""):
         if any(c in path + job.data for c in " #:$%"):
             raise DataError(f"make cannot handle the path {path!r}: give one without spaces, # : $")
         records[path], before = job, ""
-        if job.download and not Path(job.data).exists():
+        if job.download:
             before = f" | fetch-{len(downloads)}"
             before = downloads.setdefault(job.download, before)
         command = " ".join(w for w in (launch, python, shlex.join(job.words(runs))) if w)

@@ -43,8 +43,9 @@ SPATIA_PARTS = ("--no-mae", "--no-fusion", "--no-niche", "--no-tissue")  # every
 
 
 def label(flags):
-    """Short name of a variant: `--image off` -> `image-off`."""
-    return "+".join(part.replace(" ", "-") for part in flags.removeprefix("--").split(" --"))
+    """Short name of a variant: `--image off` -> `image-off`; of none `default`."""
+    flags = flags.removeprefix("--backbone features").strip()
+    return flags.removeprefix("--").replace(" --", "+").replace(" ", "-") or "default"
 
 
 def jobs(data="", slices=(), seeds=SEEDS, encoder=her2st.ENCODER):
@@ -61,26 +62,32 @@ def multist_jobs(data, slices, seed):
         is_lacking = data == dlpfc.DATA and not (Path(data) / name).exists()
         download = f"download dlpfc --slices {name} --out {data}" if is_lacking else ""
         for flags in MULTIST:
-            model, text = f"multist/{label(flags)}".rstrip("/"), f"--slice {name} {flags}"
+            model, text = f"multist/{label(flags)}", f"--slice {name} {flags}"
             yield Job("multist", data, name, text, seed, model, "tuned", "", download)
 
 
 def hest_jobs(data, slices, seed, encoder):
-    """Held-out sections of one patient, one after the other."""
-    variants = [("cmrcnet", f"--backbone features {flags}".strip()) for flags in CMRCNET]
-    variants += [("stformer", flags) for flags in STFORMER]
+    """Held-out sections of one patient, one after the other; of cmrcnet the folder's folds, too."""
+    both = f"--encoder {encoder} " if encoder else ""
+    retrieval = [("cmrcnet", f"--backbone features {flags}".strip()) for flags in CMRCNET]
+    variants = [*retrieval, *(("stformer", flags) for flags in STFORMER)]
     if Path(GENE_SETS).exists():
         variants += [("stformer", f"--gene_sets {GENE_SETS} {f}".strip()) for f in STFORMER_SETS]
     for name in slices:
-        where = f"--split section --slice {name} " + (f"--encoder {encoder} " if encoder else "")
+        where = f"--split section --slice {name} {both}"
         for method, flags in variants:
-            model = f"{method}/{label(flags)}".rstrip("/")
+            model = f"{method}/{label(flags)}"
             yield Job(method, data, name, where + flags, seed, model, "tuned", "section")
+    for fold in her2st.folds_of(data):
+        for method, flags in retrieval:
+            model, text = f"{method}/{label(flags)}", f"--fold {fold} {both}{flags}"
+            yield Job(method, data, f"fold{fold}", text, seed, model, "tuned", "folds")
 
 
 def spatia_jobs(data, seed):
     """Every subset of the parts that can be left out, without the generator; merging with it."""
     subsets = [" ".join(filter(None, parts)) for parts in product(*(("", p) for p in SPATIA_PARTS))]
+    download = DOWNLOAD if data == CA1 and not Path(data).exists() else ""
     for flags in [*SPATIA, *(f"{parts} --no-generate".strip() for parts in subsets)]:
-        model, download = f"spatia/{label(flags)}".rstrip("/"), DOWNLOAD if data == CA1 else ""
+        model = f"spatia/{label(flags)}"
         yield Job("spatia", data, "test-fold0", flags, seed, model, "tuned", "blocks", download)

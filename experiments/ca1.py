@@ -1,5 +1,7 @@
 """Single cells of the mouse hippocampus CA1: `make reproduce-ca1`."""
 
+from pathlib import Path
+
 from experiments import SEEDS, Job
 
 DATA = "datasets/ca1/cells.h5"
@@ -14,6 +16,8 @@ def jobs(data=DATA, seeds=SEEDS, folds=FOLDS):
         for fold in folds:
             for preset in PRESETS:
                 flags = f"--fold {fold}"
-                download = DOWNLOAD if data == DATA else ""
+                download = DOWNLOAD if data == DATA and not Path(data).exists() else ""
                 part, split = f"test-fold{fold}", "blocks"
-                yield Job("spatia", data, part, flags, seed, "spatia", preset, split, download)
+                yield Job(
+                    "spatia", data, part, flags, seed, "spatia/default", preset, split, download
+                )

@@ -20,10 +20,13 @@ LAYERS = {  # model of gat_fusion: its flags
     "gcn_full-cross": "--mode gcn_full --fusion cross",
     "expr_only": "--mode expr_only",
 }
-HELD_OUT = ("full-cross",)  # the models that also run on blocks and on another slice
+FLOORS = {"coords_knn": "--mode coords_knn"}  # no gene; where MODELS and SPLITS name it
+HELD_OUT = (
+    "full-cross",
+)  # also on blocks and on another slice; others where MODELS and SPLITS name them
 SPLITS = ("random", "blocks", "slice")
 FOLDS = (0, 1, 2, 3, 4)  # of the blocks
-DOMAINS = {"": "", "image-off": "--image off", "image-permuted": "--image permuted"}
+DOMAINS = {"default": "", "image-off": "--image off", "image-permuted": "--image permuted"}
 PRESETS = {"gat_fusion": ("tuned",), "multist": ("tuned",)}
 
 
@@ -45,22 +48,22 @@ def jobs(data=DATA, slices=(), seeds=SEEDS, splits=SPLITS, folds=FOLDS):
             download = f"download dlpfc --slices {name} --out {data}"
         for seed in seeds:
             for split, model, flags in layer_runs(name, names, splits, folds):
-                model, text = f"gat_fusion/{model}", f"--slice {name} {flags}"
+                is_extra = model in FLOORS or (split != "random" and model not in HELD_OUT)
+                what, text = f"gat_fusion/{model}", f"--slice {name} {flags}"
+                run = ("gat_fusion", data, name, text, seed, what)
                 for preset in PRESETS["gat_fusion"]:
-                    yield Job("gat_fusion", data, name, text, seed, model, preset, split, download)
+                    yield Job(*run, preset, split, download, is_extra)
             for variant, flags in DOMAINS.items():
-                model, text = f"multist/{variant}".rstrip("/"), f"--slice {name} {flags}"
+                model, text = f"multist/{variant}", f"--slice {name} {flags}"
                 for preset in PRESETS["multist"]:
                     yield Job("multist", data, name, text, seed, model, preset, "", download)
 
 
 def layer_runs(name, names, splits, folds):
     """(split, model, flags) of the supervised runs of one slice."""
-    for model, flags in LAYERS.items():
+    for model, flags in (LAYERS | FLOORS).items():
         if "random" in splits:
             yield "random", model, f"--split random {flags}"
-        if model not in HELD_OUT:
-            continue
         if "blocks" in splits:
             for fold in folds:
                 yield "blocks", model, f"--split blocks --fold {fold} {flags}"

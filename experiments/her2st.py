@@ -10,17 +10,19 @@ SECTIONS = ("C2", "C3", "C4", "C5")  # of one patient: leaks the patient, and th
 ENCODER = ""  # file of features with {sample} in its name; empty: the hand-made descriptor
 PRESETS = {"stformer": ("tuned",), "cmrcnet": ("tuned",)}
 SECTION_MODELS = {  # model: its flags on a held-out section
-    "stformer": {"": "", "patch-only": "--interactions p2p"},
-    "cmrcnet": {"": "--backbone features"},
+    "stformer": {"default": "", "patch-only": "--interactions p2p"},
+    "cmrcnet": {"default": "--backbone features"},
 }
-FOLD_MODELS = {"stformer": {"": ""}, "cmrcnet": {"": "--backbone features"}}
+FOLD_MODELS = {
+    "stformer": {"default": ""},
+    "cmrcnet": {"default": "--backbone features"},
+}
 
 
 def jobs(data=DATA, slices=(), seeds=SEEDS, splits=("folds", "section"), encoder=ENCODER):
     """Every fold of the folder, then every section of `slices`, with both methods."""
     sections = slices or (SECTIONS if Path(data) == Path(DATA) else ())
-    files = sorted(Path(data).glob("splits/test_*.csv"), key=lambda path: len(path.name))
-    folds = [path.stem.removeprefix("test_") for path in files]
+    folds = folds_of(data)
     if not folds and not sections:
         raise DataError(f"{data} holds no splits/test_<k>.csv: give a HEST-benchmark task folder")
     both = f"--encoder {encoder}" if encoder else ""
@@ -35,10 +37,16 @@ def jobs(data=DATA, slices=(), seeds=SEEDS, splits=("folds", "section"), encoder
                 yield from runs_of(SECTION_MODELS, data, name, where, seed, "section")
 
 
+def folds_of(data):
+    """Numbers of the folder's own splits, as text; none where the folder is not there."""
+    numbers = [path.stem.removeprefix("test_") for path in Path(data).glob("splits/test_*.csv")]
+    return sorted(numbers, key=lambda number: (len(number), number))
+
+
 def runs_of(models, data, part, where, seed, split):
     """The jobs of one fold or section."""
     for method, variants in models.items():
         for variant, flags in variants.items():
-            model = f"{method}/{variant}".rstrip("/")
+            model = f"{method}/{variant}"
             for preset in PRESETS[method]:
                 yield Job(method, data, part, f"{where} {flags}", seed, model, preset, split)

@@ -22,4 +22,4 @@ def jobs(data=DATA, slices=(), seeds=SEEDS):
         for seed in seeds:
             for preset in PRESETS:
                 flags = f"--label_key {key} --image off"
-                yield Job("multist", f"{data}/{path}", name, flags, seed, "multist", preset)
+                yield Job("multist", f"{data}/{path}", name, flags, seed, "multist/default", preset)

@@ -5,8 +5,7 @@ Seurat, `loupe.csv` for the Loupe browser.
 
 writes them for a finished run of any of the five methods. A run writes the same files itself:
 
-    results = export.results_of("multist", arrays, [slide])
-    record.finish(..., arrays, files=files | export.writers(results, h5ad=config.h5ad))
+    record.finish(..., arrays, files=files | export.files_of("multist", arrays, [slide], config))
 
 One h5ad holds one slide, because barcodes repeat from slide to slide; its layout is that of anndata
 0.12 (https://anndata.readthedocs.io/en/stable/fileformat-prose.html). Nothing is ever written
@@ -349,6 +348,13 @@ def _join(result: Result, ids: np.ndarray, xy: np.ndarray, source) -> np.ndarray
     return rows
 
 
+def files_of(method: str, arrays: dict, sources: Iterable, config) -> dict[str, Callable]:
+    """The files that a run writes of its arrays, by name: those of `writers`, h5ad and loupe.csv
+    with --h5ad."""
+    results = results_of(method, arrays, sources, getattr(config, "target", ""))
+    return writers(results, config.h5ad)
+
+
 def writers(results: Sequence[Result], h5ad: bool = True) -> dict[str, Callable]:
     """{file name: function that writes it to an open binary file}, as Run.finish and write_together
     take them: spots.csv (cells.csv) of all slides and, with `h5ad`, per slide result.h5ad and,
@@ -465,10 +471,7 @@ def export_record(record, out=None, data=None) -> list[Path]:
     place = Path(out) if out else folder
     paths = {place / name: write for name, write in files.items()}
     paths = {p: write for p, write in paths.items() if p.suffix == ".h5ad" or not p.exists()}
-    try:
-        write_together(paths)
-    except DataError as error:
-        raise DataError("--out".join(str(error).rsplit("--runs", 1))) from error
+    write_together(paths, "--out")
     return [*paths]
 
 

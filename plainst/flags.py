@@ -7,6 +7,7 @@ help text. A preset is a dictionary of flags.
 import argparse
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plainst.readers.checked import DataError
+from plainst.readers.hd import sample_of
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Config:
     "torch.compile the network: minutes before the first step; on a CPU it needs a C++ compiler"
     runs: str = "runs"
     "folder of the run records"
+    h5ad: bool = False
+    "write the results as result.h5ad and loupe.csv, too"
     typed: str = ""
     "the flags that stood on the command line (no flag itself)"
 
@@ -70,6 +74,7 @@ class SlideConfig(Config):
         return {name: getattr(self, name) for name in names}
 
 
+@functools.cache  # reading the source takes a tenth of a second
 def field_help(cls):
     """Field name -> the string literal that stands under it in the class body, base classes
     included."""
@@ -119,6 +124,11 @@ def parse(cls, argv=None, description=None):
     return cls(**values, typed=" ".join(name for name in typed if name != "preset"))
 
 
+# flags that a run with --predict takes from its own command line, whatever the method
+WITH_PREDICT = (
+    *("data", "slice", "seed", "device", "threads", "deterministic", "runs", "cache", "predict"),
+    *("h5ad", "encoder"),
+)
 AT_LEAST_ONE, AT_LEAST_ZERO = (
     (lambda v: v >= 1, "at least 1"),
     (lambda v: 0 <= v < float("inf"), "0 or more"),
@@ -141,26 +151,42 @@ def of_preset(cls, name):
 
 
 def refuse_idle_flags(config, rules):
-    """rules {flag: (whether it is without effect, in which case that is so)}. Raises DataError for
-    the first typed flag that does nothing: silence would let its user believe in it."""
-    for name, (is_idle, case) in rules.items():
-        if is_idle and name in config.typed.split():
-            raise DataError(f"--{name} has no effect {case}: leave it out")
+    """rules [(whether it is so, in which case that is, flags that do nothing then)]. Raises
+    DataError for the first typed flag that does nothing: silence would let its user believe in it.
+
+    Flags that say where things lie or how fast they go (--cache, --threads) may stand in every
+    command of a script; no rule is about them."""
+    typed = config.typed.split()
+    for is_so, case, names in rules:
+        for name in names:
+            if is_so and name in typed:
+                raise DataError(f"--{name} has no effect {case}: leave it out")
+
+
+def idle_with_predict(config, used):
+    """The rule for --predict: a checkpoint brings its own flags, but for those that are `used`, and
+    for those that say where things are."""
+    free = {*WITH_PREDICT, *used}
+    case = "with --predict, where the checkpoint has its own"
+    return bool(config.predict), case, [name for name in vars(config) if name not in free]
 
 
 def data_name(path):
     """Name of the data in a record's path: the last part of --data as given, so that a link keeps
-    its own name; of a cells.h5 its folder."""
+    its own name; of a cells.h5 its folder. A folder of which every Space Ranger output has one
+    (outs, binned_outputs, square_008um) takes the name of the sample above it."""
     path = os.path.abspath(path)
     if os.path.basename(path) == "cells.h5":
         path = os.path.dirname(os.path.realpath(path))
-    return os.path.basename(path).removesuffix(".h5ad").removesuffix(".h5")
+    if os.path.basename(path) == "binned_outputs":
+        path = os.path.dirname(path)
+    return sample_of(Path(path)).removesuffix(".h5ad").removesuffix(".h5")
 
 
 # flags that say where, how fast or how often, and so stand in no folder name
 SILENT = (
     *("data", "slice", "seed", "device", "threads", "deterministic", "runs", "cache", "predict"),
-    *("save_every", "resume", "preset", "typed"),
+    *("save_every", "resume", "preset", "typed", "h5ad"),
 )
 
 
@@ -197,6 +223,7 @@ def resumable(config):
         "cache",
         "predict",
         "atlas",
+        "h5ad",
         "typed",
     )
     return {name: value for name, value in vars(config).items() if name not in free}

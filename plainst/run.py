@@ -8,6 +8,7 @@ all are renamed into it, `run.json` last.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -39,13 +40,14 @@ from plainst.flags import (  # noqa: F401 - a script reads its flags through `ru
     SlideConfig,
     check_flags,
     data_name,
+    idle_with_predict,
     of_preset,
     parse,
     refuse_idle_flags,
     resumable,
     variant,
 )
-from plainst.readers.checked import NPZ_ERRORS, DataError
+from plainst.readers.checked import JSON_ERRORS, NPZ_ERRORS, DataError, file_checksum
 
 
 def seed_everything(seed, deterministic=True):
@@ -161,6 +163,38 @@ class Run:
             torch.set_num_threads(config.threads)
         self.rank, self.world, self.device = join_processes(config.device)
         self.figures, self.laps = {}, {}
+        # what ran is what stood there when it began
+        self.commit, self.files, self.checksum = git_commit(), {}, ""
+
+    def note_inputs(self, paths):
+        """Note the files that the run reads, right after loading: the record lists their sizes and
+        SHA-256, as they are now. Returns the checksum of the whole.
+
+        Raises DataError for a file that cannot be read, and where a run on other data has its
+        record at the place of this one.
+        """
+        self.files = list_files(paths, self.config.data)
+        self.checksum = checksum_of(self.files)
+        self.check_place()
+        return self.checksum
+
+    def check_place(self):
+        """Raise DataError where the record at the place of this one was made from other files: two
+        folders of one name share a path."""
+        path = self.folder / "run.json"
+        try:
+            old = json.loads(path.read_text())
+            checksum, files = old["data_checksum"], old.get("files", {})
+            changed = [name for name in self.files if files.get(name) != self.files[name]]
+        except JSON_ERRORS:
+            # none, or no whole one: nothing that this run could be told from
+            return
+        if self.checksum and checksum and checksum != self.checksum:
+            which = f" ({changed[0]} differs)" if files and changed else ""
+            raise DataError(
+                f"{path} is the record of a run on other data{which}: choose another folder with "
+                "--runs, or move that record away"
+            )
 
     def lap(self, name):
         """Note under `name` the seconds since the lap before (the first: since the start); they
@@ -171,17 +205,17 @@ class Run:
         """Keep a matplotlib figure, saved as <name>.png when the run finishes."""
         self.figures[name] = figure
 
-    def finish(
-        self, metrics, baselines, arrays, n_params=0, split=None, checksum="", files=None, **more
-    ):
+    def finish(self, metrics, baselines, arrays, n_params=0, split=None, files=None, **more):
         """Write figures, arrays.npz, `files` and, last, run.json; print the record's path as the
         last line. Returns that path.
 
         metrics: flat dict of numbers; baselines: {name: the same}; arrays: {name: numpy array};
         split: a data.Split or None;
         files: {file name: function that writes to an open binary file}; `more` goes into the record
-        as it is.
+        as it is. Raises DataError as `note_inputs` and `write_together` do.
         """
+        # the same path may have been taken since the start
+        self.check_place()
         record = {
             "method": self.method,
             "config": dataclasses.asdict(self.config),
@@ -201,9 +235,10 @@ class Run:
             "device": device_name(self.device),
             "processor": processor(),
             "versions": versions(),
-            "git_commit": git_commit(),
+            "git_commit": self.commit,
             "processes": self.world,
-            "data_checksum": checksum,
+            "data_checksum": self.checksum,
+            "files": self.files,
             "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
             **_plain(more),
         }
@@ -230,19 +265,60 @@ class Run:
         return path
 
 
-def write_atomically(path, write):
+def list_files(paths, root):
+    """{name: {"size": bytes, "sha256": hex}} of the files `paths`, in their order.
+
+    A file below `root` (--data: a folder, or a file beside which others lie) is named from it, any
+    other by its relative path as given or, given absolute, by as many last parts of it as tell it
+    from the others: no record holds the path of a machine. Raises DataError for a file that cannot
+    be read.
+    """
+    root = root if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
+    names = {path: _name_below(path, root) for path in dict.fromkeys(map(str, paths))}
+    taken = {name for name in names.values() if name}
+    files = {}
+    for path, name in names.items():
+        parts, n = Path(path).parts, 1
+        while name is None:
+            tail = path if not os.path.isabs(path) else "/".join(parts[-n:])
+            name = None if tail in taken and n < len(parts) else tail
+            n += 1
+        taken.add(name)
+        checksum = file_checksum(path)
+        files[name] = {"size": os.path.getsize(path), "sha256": checksum}
+    return files
+
+
+def _name_below(path, root):
+    """Path of a file from the folder `root`, None for one that lies elsewhere. A link counts as
+    lying where it stands, then where it leads."""
+    for place in (os.path.abspath, os.path.realpath):
+        if Path(place(path)).is_relative_to(place(root)):
+            return Path(place(path)).relative_to(place(root)).as_posix()
+    return None
+
+
+def checksum_of(files):
+    """SHA-256 (hex) of the SHA-256 of the files of `list_files`, in their order; '' without
+    files. Names do not count: a copy of the data is the same data."""
+    if not files:
+        return ""
+    return hashlib.sha256("".join(file["sha256"] for file in files.values()).encode()).hexdigest()
+
+
+def write_atomically(path, write, flag="--runs"):
     """Call write(file) on a temporary neighbour of `path` and rename it into place, so that no
-    reader sees half a file; makes its folder."""
-    write_together({Path(path): write})
+    reader sees half a file; makes its folder. flag: as in `write_together`."""
+    write_together({Path(path): write}, flag)
 
 
-def write_together(files):
+def write_together(files, flag="--runs"):
     """Write {path: function of an open binary file} to temporary neighbours, then rename them in
     order.
 
     The last file says that the others are whole: an old one goes before the first rename, so that
-    it never stands beside files of another run. Raises DataError where the disk is full or refuses;
-    then every old file is as it was, whole.
+    it never stands beside files of another run. Raises DataError where the disk is full or refuses,
+    which names the `flag` that chooses another folder; then every old file is as it was, whole.
     """
     temporary = {path: Path(f"{path}.{os.getpid()}.tmp") for path in files}
     try:
@@ -264,7 +340,7 @@ def write_together(files):
             raise
         raise DataError(
             f"{path} cannot be written ({reason.strerror or reason}): free some space, or "
-            "choose another folder with --runs"
+            f"choose another folder with {flag}"
         ) from error
     finally:
         for part in temporary.values():

@@ -12,6 +12,14 @@ def agreed_library(wanted, slides):
     return "given" if is_given else "own"
 
 
+def library_sizes(slide, library):
+    """(N,) what the counts of a spot are divided by: `given` with the slide, or its `own` sum over
+    all genes of the file."""
+    if library == "given":
+        return slide.library_size
+    return np.asarray(slide.counts.sum(1), np.float64).ravel()
+
+
 class ScaledRows:
     """z-scores (N, G) of stacked slides, kept sparse: indexing makes float32 rows.
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import runpy
 import subprocess
 import sys
@@ -34,6 +35,24 @@ def in_processes(module, script, runs):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def without_idle_flags(module, words):
+    """Words of a command of a method, but for the flags that do nothing beside the others: for
+    short settings that are appended to any command."""
+    words = [str(word) for word in words]
+    while True:
+        try:
+            module.check(module.run.parse(module.Config, words))
+        except module.DataError as error:
+            idle = re.match(r"--(\w+) has no effect", str(error))
+            if not idle:
+                return words
+            first = next(i for i, w in enumerate(words) if re.fullmatch(f"--(no-)?{idle[1]}", w))
+            has_value = first + 1 < len(words) and not words[first + 1].startswith("--")
+            words = words[:first] + words[first + 1 + has_value :]
+        else:
+            return words
 
 
 def status_of(script, *words):

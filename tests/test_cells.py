@@ -548,11 +548,36 @@ def gap(found, a, b):
     )
 
 
+def overlaps(found, a, b):
+    """Cells of part `a` whose crop shares pixels with one of part `b`."""
+    side = found.crops.shape[-1] * found.px_per_crop_px
+    apart = np.abs(found.xy[a][:, None] - found.xy[b]).max(-1)  # (n_a, n_b)
+    same = found.section[a][:, None] == found.section[b]
+    return int(((apart < side) & same).any(1).sum())
+
+
+def test_buffer_of_cells_is_in_micrometres(tmp_path):
+    """A platform with smaller pixels keeps the same distance on the tissue."""
+    parts = []
+    for name, um_per_px in (("a.h5", 0.5), ("b.h5", 0.25)):
+        given = table(800, um_per_px=um_per_px, px_per_crop_px=0.5 / um_per_px)
+        given["xy"] = given["xy"] * 0.5 / um_per_px
+        found = data.load_cells(data.write_cells(tmp_path / name, **given))
+        split = data.cell_split(found, width=300.0 / um_per_px, buffer=20.0)
+        assert gap(found, split.train, split.test) * um_per_px > 20
+        assert "cells within 20 um" in split.detail
+        parts.append((split.train, split.test, data.cell_split(found, width=300.0 / um_per_px)))
+    for one, other in zip(*parts):
+        one, other = getattr(one, "train", one), getattr(other, "train", other)
+        np.testing.assert_array_equal(one, other)
+
+
 def test_ca1_blocks(ca1):
     whole = data.cell_split(ca1, val=0)
     assert (
-        (whole.train.sum(), whole.val.sum(), whole.test.sum()) == (1593, 0, 645)
+        (whole.train.sum(), whole.val.sum(), whole.test.sum()) == (1506, 0, 645)
         and "600 px" in whole.detail
+        and "cells within 135.8 px (the cell file has no um_per_px)" in whole.detail
         and not whole.leaks_position
     )
     split = data.cell_split(ca1)
@@ -562,8 +587,13 @@ def test_ca1_blocks(ca1):
         and split.val.sum() > 200
     )
     assert not (split.train & split.val).any() and split.train.sum() > 1000
+    side = ca1.crops.shape[-1] * ca1.px_per_crop_px
     for a, b in ((split.train, split.test), (split.val, split.test), (split.train, split.val)):
-        assert gap(ca1, a, b) > 96
+        assert gap(ca1, a, b) > 2**0.5 * side and overlaps(ca1, a, b) == 0
+    # the side of a crop is too little: neighbours across a corner share pixels
+    narrow = data.cell_split(ca1, val=0, buffer=side)
+    assert overlaps(ca1, narrow.test, narrow.train) == 30
+    assert narrow.leaks_position and "crops overlap" in narrow.detail
     assert (
         np.sum([data.cell_split(ca1, fold=k).test for k in range(4)], axis=0).tolist() == [1] * 2358
     )

@@ -1,6 +1,7 @@
 """Preprocessing, graphs, splits and frozen features against scanpy, dense formulas, brute force and
 known truth on real slices."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -16,6 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 import data
 from data import DataError
 from plainst import features
+from plainst.readers.slides import encode_labels
 
 # slice: train, val, test as sklearn deals them (60/20/20, seed 42)
 SPLIT_SIZES = {
@@ -263,6 +265,22 @@ def test_expression_gene_filter():
     assert e.genes.tolist() == [g for g in genes if g != "G4"]
     with pytest.raises(DataError, match="no gene"):
         data.Expression().fit(sp.csr_matrix((30, 10)), genes)
+
+
+def test_own_library_is_of_all_genes_in_fit_and_transform():
+    """A gene that the filter drops still counts for the library: training rows come out with mean
+    0 and deviation 1."""
+    counts = toy_counts(80, 30)[0].toarray()
+    counts[:2, 3], counts[2:, 3] = 5000, 0
+    counts, genes = sp.csr_matrix(counts), np.array([f"G{j}" for j in range(30)])
+    e = data.Expression(30, "none", min_spots=3, clip=100.0).fit(counts, genes)
+    assert "G3" not in e.genes
+    z = e.transform(counts, genes)
+    np.testing.assert_allclose(z.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(z.std(0, ddof=1), 1, atol=1e-5)
+    size = np.asarray(counts.sum(1)).ravel()
+    given = data.Expression(30, "none", min_spots=3, clip=100.0).fit(counts, genes, size)
+    np.testing.assert_array_equal(z, given.transform(counts, genes, library_size=size))
 
 
 def test_expression_own_scale_is_a_fit_on_those_rows():
@@ -567,6 +585,14 @@ def test_block_split(twelve, buffer, val):
         assert split.leaks_position == (buffer <= 0) and split.val.any() == val
         gap = data.cKDTree(slide.xy[split.test]).query(slide.xy)[0] / pitch
         assert gap[split.train | split.val].min() > buffer
+        if val:
+            alone = data.block_split(slide.labels, slide.xy, fold, buffer=buffer, val=False)
+            # training spots are those outside both kinds of tiles, whatever validation loses
+            assert (split.train <= alone.train).all() and not (split.train & split.val).any()
+            to_train = data.cKDTree(slide.xy[split.train]).query(slide.xy)[0] / pitch
+            # validation is as far from training as the test is
+            assert to_train[split.val].min() > buffer
+            gap = np.where(split.train, gap, np.minimum(gap, to_train))
         dropped = (slide.labels >= 0) & ~(split.train | split.val | split.test)
         assert dropped.any() == (buffer > 0)
         # no more is dropped than must be
@@ -711,7 +737,32 @@ def test_holdout_split(twelve):
     # validation is whole tiles, not spots among training spots
     assert mixed < 0.15
     assert len({s.patient for s in slides}) == 3 and not split.leaks_position
-    assert hold(["151673", "151507", "151674"])[2].leaks_position
+    with pytest.raises(DataError, match="151674 are of donor Br8100, as is the scored 151673"):
+        hold(["151673", "151507", "151674"])
+    assert "leak" not in split.detail
+
+
+def test_holdout_of_a_serial_section_leaks_the_donor(twelve):
+    """Sections of one donor are near copies: a held-out slice of it is recorded as leaking."""
+    slides = [twelve[n] for n in ("151673", "151507", "151674")]
+    assert [s.patient for s in slides] == ["Br8100", "Br5292", "Br8100"]
+    labels = np.concatenate(data.global_labels(slides)[1])
+    split = data.holdout_split(slides, labels, "slice")
+    assert split.leaks_position and split.detail.endswith(
+        "; 151674 of the same donor: leaks the donor"
+    )
+    nobody = [dataclasses.replace(slides[0], patient=""), slides[1]]
+    labels = np.concatenate(data.global_labels(nobody)[1])
+    split = data.holdout_split(nobody, labels, "slice")
+    assert split.leaks_position and "donor of 151673 unknown" in split.detail
+
+
+def test_classes_of_several_slides_stand_in_the_order_of_one():
+    names = ["10", "2", "1", "WM", "Layer1"] * 6
+    labels, classes = encode_labels(names)
+    slide = toy_slide(classes=classes, labels=labels)
+    assert data.global_labels([slide])[0] == classes == ["1", "2", "10", "Layer1", "WM"]
+    np.testing.assert_array_equal(data.global_labels([slide, slide])[1][1], labels)
 
 
 def test_common_genes_and_global_labels():

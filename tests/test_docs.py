@@ -17,7 +17,8 @@ import data
 import spatia
 import stformer
 from bench import figure_honest
-from conftest import ROOT
+from conftest import ROOT, without_idle_flags
+from experiments.__main__ import LISTS
 from plainst import run, simulate
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,9 +77,11 @@ def test_every_command_parses(page, capsys):
             targets = [w for w in given[1:] if "=" not in w and not w.startswith("-")]
             makefile = (ROOT / "Makefile").read_text()
             for target in targets:
-                assert re.search(rf"^{re.escape(target)}:", makefile, re.M), (
-                    f"{page.name}: {command}"
-                )
+                by_list = re.sub(r"^reproduce-(.+)$", "reproduce-%", target)
+                names = "|".join(map(re.escape, {target, by_list}))
+                assert re.search(rf"^({names}):", makefile, re.M), f"{page.name}: {command}"
+                if by_list != target:
+                    assert target.removeprefix("reproduce-") in LISTS, f"{page.name}: {command}"
             for name in (w.split("=")[0] for w in given[1:] if "=" in w):
                 assert f"$({name})" in makefile or re.search(rf"\b{name}\b", makefile), (
                     f"{page.name}: {command}"
@@ -88,7 +91,8 @@ def test_every_command_parses(page, capsys):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{page.name}: {command}"
         try:
             if module in METHODS:
-                run.parse(importlib.import_module(module).Config, given)
+                method = importlib.import_module(module)
+                method.check(run.parse(method.Config, given))
             elif module == "plainst.__main__":
                 known = importlib.import_module(module)
                 assert given[0] in known.COMMANDS, f"{page.name}: {command}"
@@ -107,24 +111,32 @@ def test_links_lead_somewhere(page):
         assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def is_named_in(path, name):
+    """Whether `name`, dotted or not, is in the module of this file, or set on its objects."""
+    thing = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    for part in name.split("."):
+        thing = getattr(thing, part, None)
+    last = re.escape(name.split(".")[-1])
+    source = (ROOT / path).read_text(encoding="utf-8")
+    return thing is not None or re.search(rf"\b(def|self\.|class )\s*{last}\b", source)
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_equations_name_functions_that_exist(method):
-    """The third column of a method's first table names what stands in its file: functions, classes,
-    names in the record."""
-    module = importlib.import_module(method)
+    """The third column of a method's first table names what stands in its file, or in the file
+    that follows in brackets: functions, classes, names in the record."""
     lines = (ROOT / "docs" / f"{method}.md").read_text(encoding="utf-8").splitlines()
     head = next(i for i, line in enumerate(lines) if "| in the file |" in line)
     table = itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :])
-    names = re.findall(r"`([A-Za-z_][\w.]*)`", " ".join(row.split("|")[3] for row in table))
-    assert len(names) > 8
-    source = (ROOT / f"{method}.py").read_text()
-    for name in names:
-        thing = module
-        for part in name.split("."):
-            thing = getattr(thing, part, None)
-        assert thing is not None or re.search(
-            rf"\b(def|self\.|class )\s*{re.escape(name.split('.')[-1])}\b", source
-        ), f"docs/{method}.md names {name}"
+    n_names = 0
+    for cell in (row.split("|")[3] for row in table):
+        rooms = re.findall(r"\(([\w/]+\.py)\)", cell)
+        for name in re.findall(r"`([A-Za-z_][\w.]*)`", cell):
+            n_names += 1
+            assert any(is_named_in(path, name) for path in (f"{method}.py", *rooms)), (
+                f"docs/{method}.md names {name}"
+            )
+    assert n_names > 8
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +228,17 @@ def test_every_command_of_the_pages_runs(reader, monkeypatch, capsys):
     for command in runnable():
         name, given = program(words(command))
         is_method = name in METHODS
-        short = SHORT[name if is_method else given[1]].split()
+        is_simulator = name == "plainst.__main__"
+        short = (
+            SHORT[given[1] if is_simulator else name].split() if is_method or is_simulator else []
+        )
         if {"--predict", "--help"} & set(given):
             short = []
+        module, given_short = importlib.import_module(name), [*given, *short]
+        if is_method and short:
+            given_short = without_idle_flags(module, given_short)
         try:
-            status = importlib.import_module(name).main([*given, *short])
+            status = module.main(given_short)
         except SystemExit as stop:
             status = stop.code
         assert not status, command
@@ -314,3 +332,29 @@ def test_chart_of_the_honest_page(tmp_path, capsys):
     assert sum(line.endswith("missing") for line in lines) == 2 + 6 + 6
     with pytest.raises(data.DataError, match="--slices blocks"):
         figure_honest.main([*folders, "--slices", "blocks"])
+
+
+def test_chart_of_the_honest_page_shows_one_preset(tmp_path, capsys):
+    def record(preset, variant, ari, **config):
+        name = f"gat_fusion/d/a/{preset}-random-{variant}/seed0/run.json"
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        facts = {
+            "method": "gat_fusion",
+            "metrics": {"ari": ari},
+            "baselines": {"coords_knn": {"ari": 0.5 + 0.25 * (variant != "full-cross")}},
+            "split": {"name": "random", "leaks_position": True, "detail": ""},
+            "config": {"seed": 0, "preset": preset} | config,
+        }
+        path.write_text(json.dumps(facts))
+
+    folders = ["--runs", str(tmp_path), "--noise", str(tmp_path), "--out", str(tmp_path / "c.png")]
+    record("tuned", "full-cross", 0.875, library="given")
+    # an ablation, whose baselines are others
+    record("tuned", "full-cross-library-own", 0.125, library="own")
+    record("paper", "full-cross", 0.25, library="given")
+    with pytest.raises(data.DataError, match="paper, tuned: choose one with --preset"):
+        figure_honest.main(folders)
+    assert figure_honest.main([*folders, "--preset", "tuned"]) == 0
+    out = capsys.readouterr().out
+    assert "0.875 (0.875-0.875), 1 values" in out and "0.500 (0.500-0.500), 1 values" in out

@@ -294,7 +294,8 @@ def test_block_split_of_the_task_knows_its_reach(cortex):
     tasks = [
         gf.Task(c, gf.load(c))
         for c in (
-            config(cortex, split="blocks", mode=mode, fusion=fusion) for mode, fusion in modes
+            config(cortex, split="blocks", n_blocks=3, mode=mode, fusion=fusion)
+            for mode, fusion in modes
         )
     ]
     assert all(
@@ -302,7 +303,7 @@ def test_block_split_of_the_task_knows_its_reach(cortex):
         for t in tasks
     )
     for fusion, leaks in (("cross", True), ("gated", False)):
-        c = config(cortex, split="blocks", buffer=2.0, fusion=fusion)
+        c = config(cortex, split="blocks", n_blocks=3, buffer=2.0, fusion=fusion)
         assert gf.Task(c, gf.load(c)).split.leaks_position == leaks
 
 
@@ -476,6 +477,8 @@ def program(*argv):
 
 
 SMALL = ("--epochs", 2, "--dim", 16, "--hidden", 16)
+# of a mode without an MLP on the genes
+NO_MLP = SMALL[:4]
 
 
 @pytest.mark.parametrize(
@@ -487,13 +490,18 @@ SMALL = ("--epochs", 2, "--dim", 16, "--hidden", 16)
         ("--mode", "img_expr"),
         ("--mode", "coords_knn"),
         ("--mode", "smoothed_lr"),
-        ("--split", "blocks", "--buffer", 3),
+        ("--split", "blocks", "--buffer", 3, "--n_blocks", 3),
         ("--split", "slice"),
         ("--split", "donor"),
         ("--mode", "gcn_only", "--split", "slice", "--train", "s2"),
     ],
 )
 def test_end_to_end(cortex, tmp_path, capsys, flags):
+    small = SMALL
+    if flags[1] in gf.GRAPH_ONLY:
+        small = NO_MLP
+    if flags[1] in gf.BASELINES:
+        small = ()
     assert (
         program(
             "--data",
@@ -504,7 +512,7 @@ def test_end_to_end(cortex, tmp_path, capsys, flags):
             tmp_path,
             "--cache",
             tmp_path / "cache",
-            *SMALL,
+            *small,
             *flags,
         )
         == 0
@@ -565,7 +573,7 @@ def test_embedding_from_a_file(cortex, tmp_path):
             tmp_path / "e.npz",
             "--runs",
             tmp_path / "r",
-            *SMALL,
+            *NO_MLP,
         )
         == 0
     )
@@ -754,6 +762,19 @@ def test_donor_split_of_files_without_a_patient(cortex, tmp_path, capsys):
     assert "slide s1 names no patient" in capsys.readouterr().err
 
 
+def test_own_library_of_slides_with_different_panels(cortex, tmp_path):
+    """The scaler is fitted on the values that the network sees: a spot's own library is over all
+    genes of its file, not over the genes that the slides share."""
+    c = config(cortex, slice="s1", split="slice", train="s2", library="own", scale="train")
+    slides = gf.load(c)
+    slides[0] = slides[0].select_genes(slides[0].genes[: slides[0].n_genes // 2])
+    task = gf.Task(c, slides)
+    z = task.z[task.split.train]
+    is_clipped = (np.abs(z) > 9.9).any(0)
+    np.testing.assert_allclose(z[:, ~is_clipped].mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(z[:, ~is_clipped].std(0, ddof=1), 1, atol=1e-3)
+
+
 def test_one_library_rule_for_all_slides(cortex, tmp_path, capsys):
     """A training slide without given sizes switches the whole run to own row sums; the record and
     the checkpoint say so."""
@@ -832,6 +853,7 @@ def test_files_a_run_depends_on(cortex, real_data):
     assert names == [
         "filtered_feature_bc_matrix.h5",
         "tissue_positions_list.csv",
+        "scalefactors_json.json",
         "metadata.tsv",
         "tissue_hires_image.png",
     ]
@@ -842,9 +864,16 @@ def test_files_a_run_depends_on(cortex, real_data):
     assert gf.used_files(config(cortex, mode="img_expr", encoder="f.npy"), [slide])[-1] == "f.npy"
     hest = data.load_hest(real_data / "her2st", "A2", counts=False)
     names = input_files([hest, hest], "f/{sample}.npz", ["sets.gmt", ""])
-    assert [Path(f).name for f in names] == ["A2.h5ad", "A2.h5", "A2.npz", "sets.gmt"]
+    assert [Path(f).name for f in names] == [
+        "A2.h5ad",
+        "metadata.csv",
+        "A2.h5",
+        "A2.npz",
+        "sets.gmt",
+    ]
     assert [Path(f).suffix for f in gf.used_files(config(cortex, mode="img_expr"), [hest])] == [
         ".h5ad",
+        ".csv",
         ".h5",
     ]
 
@@ -936,7 +965,7 @@ def test_predict_with_vectors_of_the_new_slide(cortex, tmp_path, capsys, mode, f
             trained_on,
             "--runs",
             tmp_path / "r",
-            *SMALL,
+            *(NO_MLP if mode == "embedding" else SMALL),
         )
         == 0
     )
@@ -996,7 +1025,7 @@ def test_embedding_of_several_slices(cortex, tmp_path):
             tmp_path / "{slice}.npz",
             "--runs",
             tmp_path / "r",
-            *SMALL,
+            *NO_MLP,
         )
         == 0
     )
@@ -1078,26 +1107,11 @@ def test_training_on_tiles(cortex, tmp_path):
     """One tile of all spots is the whole slide, bit for bit; several learn as well, and predict
     alike with any tile."""
 
+    small = ("--epochs", 15, "--dim", 16, "--hidden", 16)
+
     def run_of(*words):
         folder = tmp_path / "-".join(map(str, words))
-        assert (
-            program(
-                "--data",
-                cortex,
-                "--slice",
-                "s1",
-                "--epochs",
-                15,
-                "--dim",
-                16,
-                "--hidden",
-                16,
-                "--runs",
-                folder,
-                *words,
-            )
-            == 0
-        )
+        assert program("--data", cortex, "--runs", folder, *words) == 0
         (path,) = folder.rglob("run.json")
         return (
             json.loads(path.read_text()),
@@ -1105,14 +1119,14 @@ def test_training_on_tiles(cortex, tmp_path):
             path.with_name("model.pt"),
         )
 
-    whole, large, small = (run_of("--tile", n) for n in (0, 10**6, 150))
+    whole, large, tiled = (run_of("--slice", "s1", *small, "--tile", n) for n in (0, 10**6, 150))
     assert all(np.array_equal(whole[1][k], large[1][k]) for k in ("prob", "embedding", "attention"))
     assert (
-        small[0]["metrics"]["ari"] > 0.5
-        and small[0]["baselines"]["coords_rbf"] == whole[0]["baselines"]["coords_rbf"]
+        tiled[0]["metrics"]["ari"] > 0.5
+        and tiled[0]["baselines"]["coords_rbf"] == whole[0]["baselines"]["coords_rbf"]
     )
     probs = [
-        run_of("--slice", "s2", "--predict", small[2], "--tile", n)[1]["prob"] for n in (0, 90)
+        run_of("--slice", "s2", "--predict", tiled[2], "--tile", n)[1]["prob"] for n in (0, 90)
     ]
     assert abs(probs[0] - probs[1]).max() < 1e-5
 

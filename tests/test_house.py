@@ -6,6 +6,7 @@ import tomllib
 
 import pytest
 
+from bench import mutate
 from conftest import ROOT
 
 METHODS = {"gat_fusion", "multist", "cmrcnet", "stformer", "spatia"}
@@ -66,6 +67,12 @@ def test_only_methods_are_long():
         if is_code and path.removesuffix(".py") not in METHODS:
             lines = (ROOT / path).read_text(encoding="utf-8").count("\n")
             assert lines <= 600, f"{path} has {lines} lines"
+
+
+def test_every_source_has_tests_that_break_with_it():
+    for source in mutate.sources():
+        assert mutate.tests_of(source), source
+    assert not [pattern for pattern in mutate.TESTS if not list(ROOT.glob(pattern))]
 
 
 def test_nothing_is_installed_into_site_packages():

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import data
 import metrics
 import multist as M
+from conftest import without_idle_flags
 from data import DataError
 from evaluation import clustering, downstream
 from plainst import features, graphs, run, simulate, stain
@@ -70,7 +71,8 @@ def cortex(tmp_path_factory):
 
 def record_of(folder, runs, *flags):
     """run.json and arrays of one short run."""
-    M.main(["--data", str(folder), "--slice", "sim1", "--runs", str(runs), *QUICK, *flags])
+    words = ["--data", str(folder), "--slice", "sim1", "--runs", str(runs), *QUICK, *flags]
+    M.main(without_idle_flags(M, words))
     path = max(runs.rglob("run.json"), key=lambda p: p.stat().st_mtime_ns)
     return json.loads(path.read_text()), dict(np.load(path.parent / "arrays.npz"))
 

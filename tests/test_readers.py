@@ -453,7 +453,9 @@ def test_slide_names_the_files_it_was_read_from(visium, tmp_path):
         tmp_path / "mine.csv"
     )
     (visium / "metadata.tsv").write_text(_labels())
-    assert readers.load_slide(visium).tables[1:] == [str(visium / "metadata.tsv")]
+    scales, metadata = readers.load_slide(visium).tables[1:]
+    assert Path(scales).name == "scalefactors_json.json"
+    assert metadata == str(visium / "metadata.tsv")
     assert all(
         Path(f).is_file()
         for f in (*readers.load_slide(visium).tables, slide.image_file, slide.source)
@@ -752,6 +754,33 @@ def test_hest_1k_layout(hest, counts):
     assert (slide.counts.toarray() == counts[1:]).all() and readers.load_hest(
         hest, "T1", patches=False
     ).n_spots == N_SPOTS
+
+
+@pytest.mark.parametrize(
+    "text, patient",
+    [
+        ('{"id": "T1", "patient": "Patient 7", "pixel_size_um_estimated": 0.5}', "Patient 7"),
+        ('{"patient": 7}', "7"),
+        ('{"patient": null}', ""),
+        ('{"patient": NaN, "pixel_size_um_estimated": NaN}', ""),
+        ('{"patient": "unknown"}', ""),
+    ],
+)
+def test_hest_1k_patient_from_the_json_of_a_sample(hest, text, patient):
+    (hest / "HEST_v1_1_0.csv").unlink()
+    (hest / "metadata").mkdir()
+    path = hest / "metadata" / "T1.json"
+    path.write_text(text)
+    slide = readers.load_hest(hest, "T1", patches=False)
+    assert slide.patient == patient and str(path) in slide.tables
+    if "0.5" in text:
+        assert slide.um_per_px == 0.5
+    (hest / "metadata.csv").write_text("id,patient\nT1,P9\n")
+    assert readers.load_hest(hest, "T1", patches=False).patient == "P9"
+    for bad, message in (("[1]", "no JSON object"), ("{", "cannot be read as JSON")):
+        path.write_text(bad)
+        with pytest.raises(DataError, match=message):
+            readers.load_hest(hest, "T1", patches=False)
 
 
 def test_hest_bad_patches(hest):

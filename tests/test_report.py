@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import DataError
-from evaluation import figures, report
+from evaluation import figures, records, report
 
 
 def write(root, part, variant, seed, ari, split="random", leaks=True, floor=0.9, **config):
@@ -107,8 +107,12 @@ def test_row_names_come_from_the_config(tmp_path):
     write(tmp_path, "a-1", "donor-b-1-expr_only-hvg-none", 0, 0.5, "donor", train="b-1")
     write(tmp_path, "a-1", "blocks3-full-gated-k-18", 0, 0.5, "blocks", fold=3)
     tables = report.rows_of(report.read_runs(tmp_path), report.layer_entry)
-    assert {split: set(rows) - {"coords_knn"} for (split, _), rows in tables.items()} == {
-        "slice": {"full-cross", "gcn_only"},
+    names = {split: set(map(str, rows)) for (split, _), rows in tables.items()}
+    assert {
+        split: {name for name in rows if not name.startswith("coords_knn")}
+        for split, rows in names.items()
+    } == {
+        "slice": {"full-cross [train a-2,b-1]", "gcn_only [train all]"},
         "donor": {"expr_only-hvg-none"},
         "blocks": {"full-gated-k-18"},
     }
@@ -143,10 +147,145 @@ def test_baselines_once_per_inputs(tmp_path):
             **{"library": "given", "scale": "auto", "hvg": "seurat"} | other,
         )
     text = report.markdown(report.read_runs(tmp_path))
-    assert (
-        row(text, "coords_knn").split(" | ")[1] == "0.500 (0.500-0.900)"
-        and row(text, "coords_knn").split(" | ")[-2] == "4"
-    )
+    rows = {
+        line.split(" | ")[0]: line.split(" | ")[1]
+        for line in text.splitlines()
+        if line.startswith("| coords_knn")
+    }
+    assert rows == {
+        "| coords_knn [library given, scale auto, hvg seurat]": "0.900",
+        "| coords_knn [library own, scale auto, hvg seurat]": "0.500",
+        "| coords_knn [library given, scale slice, hvg seurat]": "0.500",
+        "| coords_knn [library given, scale auto, hvg none]": "0.500",
+    }
+    assert "rows of one name that must not be put into one" in text
+
+
+def test_a_setting_that_changes_no_baseline_parts_no_row(tmp_path):
+    write(tmp_path, "s", "random-full-cross", 0, 0.8, library="given", hvg="seurat")
+    write(tmp_path, "s", "random-full-cross-1", 0, 0.8, library="own", hvg="seurat")
+    # seen beside no other choice: it may be what makes the difference
+    write(tmp_path, "t", "random-full-cross", 0, 0.8, library="own", hvg="none")
+    rows = report.rows_of(report.read_runs(tmp_path), report.layer_entry)["random", True]
+    assert {str(row) for row in rows if row.is_baseline} == {
+        "coords_knn [hvg seurat]",
+        "coords_knn [hvg none]",
+    }
+
+
+def test_settings_that_matter():
+    """Two methods write the same baseline beside flags of their own; a row is parted only where
+    scores differ, or nothing shows that they do not."""
+
+    def run(place, score, **settings):
+        return place, settings, {"pcc_mean": score}
+
+    same = [run("a", 0.5, method="x", rings=2), run("a", 0.5, method="x", rings=3)]
+    same.append(run("a", 0.5, method="y", markers="breast"))
+    assert records.settings_that_matter(same) == []
+    assert records.settings_that_matter([*same, run("a", 0.25, method="z")]) == ["method"]
+    other = run("b", 0.25, method="y", markers="all")
+    assert records.settings_that_matter([*same, other]) == ["markers"]
+
+
+def changed(path, **facts):
+    """Change facts of a record; -> it."""
+    record = json.loads(path.read_text()) | facts
+    path.write_text(json.dumps(record))
+    return record
+
+
+def test_runs_on_changed_files_stand_in_rows_of_their_own(tmp_path):
+    """Another mode reads more files, which is no change; the same file with another checksum is."""
+    counts = {"a.h5": {"size": 1, "sha256": "1" * 64}}
+    image = {"a.png": {"size": 1, "sha256": "3" * 64}}
+    corrected = {"a.h5": {"size": 1, "sha256": "2" * 64}}
+    for seed, files in enumerate((counts, counts, corrected)):
+        write(tmp_path, "s", "random-full-cross", seed, 0.8, floor=0.5 + 0.25 * (seed > 1))
+        path = tmp_path / f"gat_fusion/dlpfc/s/random-full-cross/seed{seed}/run.json"
+        changed(path, files=files, data_checksum=files["a.h5"]["sha256"])
+    write(tmp_path, "s", "random-img_expr", 0, 0.7, floor=0.5)
+    path = tmp_path / "gat_fusion/dlpfc/s/random-img_expr/seed0/run.json"
+    changed(path, files=image, data_checksum="4" * 64)
+    text = report.markdown(report.read_runs(tmp_path))
+    assert row(text, "full-cross [data 1]").split(" | ")[-2] == "2"
+    assert row(text, "full-cross [data 2]").split(" | ")[-2] == "1"
+    assert row(text, "coords_knn [data 2]").split(" | ")[1] == "0.750"
+    assert row(text, "img_expr").split(" | ")[1] == "0.700"
+
+
+def test_presets_stand_apart(tmp_path):
+    """The first word of a folder is its preset: no row mixes two, the published score is found
+    under either, and the split is still taken off."""
+    for preset, ari in (("tuned", 0.8), ("paper", 0.6)):
+        variant = f"{preset}-random-full-cross"
+        write(tmp_path, "151673", variant, 0, ari, preset=preset)
+        variant = f"{preset}-slice-151674-gcn_only"
+        write(tmp_path, "151673", variant, 0, ari, "slice", preset=preset, train="151674")
+    for preset, variant in (("tuned", "tuned"), ("paper", "paper-image-off")):
+        write_domains(tmp_path, "151673", variant, 0, 0.5, 0.25, config={"preset": preset})
+    of_runs = report.read_runs(tmp_path)
+    text = report.markdown(of_runs)
+    assert row(text, "full-cross (tuned)").split(" | ")[1] == "0.800"
+    assert row(text, "full-cross (paper)").split(" | ")[1] == "0.600"
+    assert all(".928" in row(text, f"full-cross ({p})") for p in ("tuned", "paper"))
+    assert row(text, "gcn_only (tuned)") and row(text, "multist (tuned)").endswith("151673: .620 |")
+    assert row(text, "multist image-off (paper)") and "Missing: gat_fusion" not in text
+    first = min(of_runs, key=figures._main_variant_first)
+    assert first["variant"] == "paper-random-full-cross"
+    figures.draw_scores(report.panels_of(of_runs))
+
+
+def test_undefined_scores_show(tmp_path):
+    """Two of four runs without a correlation are no median of the other two, unsaid."""
+    for seed, ari in enumerate((0.5, None, 0.75, float("nan"))):
+        write_domains(tmp_path, "a", "full", seed, ari, 0.25)
+    of_runs = report.read_runs(tmp_path)
+    text = report.markdown(of_runs)
+    assert "| 0.625 (0.500-0.750), 2 of 4 undefined |" in row(text, "multist full")
+    (panel,) = report.panels_of(of_runs)
+    assert "multist full, 2 undefined" in panel.rows
+    assert report.cell([None, None]) == "-, 2 of 2 undefined" and report.cell([]) == "-"
+
+
+def test_a_mean_over_slices_needs_all_of_them():
+    rows = {report.Row("stformer mini"): {"a": [{"pcc_mean": 0.5}, {"pcc_mean": None}]}}
+    (line,) = report.gene_table("t", rows).rows
+    assert line[1:3] == ["0.500, 1 of 2 undefined", "-"]
+
+
+def test_a_changed_tree_shows_in_the_footer(tmp_path):
+    write(tmp_path, "s", "random-full-cross", 0, 0.8)
+    path = tmp_path / "gat_fusion/dlpfc/s/random-full-cross/seed0/run.json"
+    changed(path, git_commit="0123456789abcdef+")
+    assert "commit 012345678+ (+: files that differ" in report.markdown(report.read_runs(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "facts, problem",
+    [
+        ({"metrics": None}, "it lacks metrics"),
+        ({"baselines": {"coords_knn": 0.5}}, "the scores of coords_knn are float"),
+        ({"metrics": {"ari": "high"}}, "ari of metrics is str"),
+        ({"split": "random"}, "its split has no name"),
+        ({"config": []}, "it lacks config"),
+    ],
+)
+def test_records_of_another_version_are_named(tmp_path, facts, problem):
+    write(tmp_path, "s", "random-full-cross", 0, 0.8)
+    path = tmp_path / "gat_fusion/dlpfc/s/random-full-cross/seed0/run.json"
+    changed(path, **facts)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=f"seed0/run.json is half a record.*{problem}"):
+        report.main(["--runs", str(tmp_path)])
+    assert path.read_bytes() == before and not list(tmp_path.glob("report*"))
+
+
+def test_a_full_disk_names_the_flag_of_the_report(tmp_path):
+    write(tmp_path, "s", "random-full-cross", 0, 0.8)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="choose another folder with --out"):
+        report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "file" / "report")])
 
 
 def test_unsupervised_domains(tmp_path):
@@ -167,20 +306,20 @@ def test_unsupervised_domains(tmp_path):
         checkpoint="model.pt",
     )
     write(tmp_path, "151673", "random-full-cross", 0, 0.8)
-    records = report.read_runs(tmp_path)
-    text = report.markdown(records)
+    of_runs = report.read_runs(tmp_path)
+    text = report.markdown(of_runs)
     assert (
         "### domains (unsupervised)\n\n| method | ARI 151673 | ARI 151674 | ami | "
         "completeness | homogeneity | runs | published ARI |" in text
     )
     assert (
         row(text, "multist full")
-        == "| multist full | 0.625 (0.500-0.750) | - | 0.375 (0.375-0.375) | "
-        "0.250 (0.250-0.250) | - | 4 | 151673: .620 |"
+        == "| multist full | 0.625 (0.500-0.750) | -, 1 of 1 undefined | 0.375 (0.375-0.375) | "
+        "0.250 (0.250-0.250) | -, 4 of 4 undefined | 4 | 151673: .620 |"
     )
     assert (
         row(text, "pca_gmm") == "| pca_gmm | 0.250 (0.250-0.250) | 0.500 | 0.500 (0.500-0.500) | "
-        "0.250 (0.250-0.250) | - | 4 |  |"
+        "0.250 (0.250-0.250) | -, 4 of 4 undefined | 4 |  |"
     )
     assert (
         row(text, "neighbour_mean_gmm").startswith(
@@ -189,7 +328,7 @@ def test_unsupervised_domains(tmp_path):
         and "predict" not in text
     )
     assert "### Split `random`" in text and text.index("pca_gmm") < text.index("multist full")
-    assert len(figures.draw_scores(report.panels_of(records)).axes) == 2
+    assert len(figures.draw_scores(report.panels_of(of_runs)).axes) == 2
 
 
 def test_genes_from_histology(tmp_path):

@@ -1,5 +1,6 @@
 """run: flags, records, atomic writes, errors."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,20 +55,20 @@ def test_flags_come_from_the_dataclass(capsys):
     )
 
 
+def started(folder, runs):
+    """A toy run on folder/sim.h5ad."""
+    config = Flags(data=str(folder / "sim.h5ad"), seed=3, runs=str(runs), device="cpu")
+    return run.Run("toy", config, "s1", "plain")
+
+
 def finished(tmp_path, **more):
-    record = run.Run(
-        "toy",
-        Flags(data=str(tmp_path / "sim.h5ad"), seed=3, runs=str(tmp_path / "runs"), device="cpu"),
-        "s1",
-        "plain",
-    )
+    record = started(tmp_path, tmp_path / "runs")
     return record, record.finish(
         {"ari": np.float32(0.5), "nan": float("nan")},
         {"majority": {"ari": 0}},
         {"x": np.arange(3)},
         7,
         data.Split("random", *np.zeros((3, 2), bool), True, "why"),
-        "abc",
         **more,
     )
 
@@ -90,11 +91,89 @@ def test_record(tmp_path, capsys):
     )
     assert (
         record["n_params"] == 7
-        and record["data_checksum"] == "abc"
+        and record["data_checksum"] == ""
         and record["versions"]["torch"] == torch.__version__
         and record["processor"]
     )
     assert sorted(p.name for p in path.parent.iterdir()) == ["arrays.npz", "model.pt", "run.json"]
+
+
+def written(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_record_on_other_data_is_not_overwritten(tmp_path):
+    """/A/proj/s1 and /B/proj/s1 have one path: the second stops before it trains, and again before
+    it writes; the same data elsewhere, or a half record, does not stop a run."""
+    a, b, copy = (
+        written(tmp_path / d / "sim.h5ad", t) for d, t in (("A", "1"), ("B", "2"), ("C", "1"))
+    )
+    first = started(a.parent, tmp_path / "runs")
+    first.note_inputs([a])
+    late = started(b.parent, tmp_path / "runs")
+    late.note_inputs([b])
+    path = first.finish({"ari": 0.5}, {}, {})
+    before = path.read_bytes()
+    with pytest.raises(data.DataError, match="sim.h5ad differs.*--runs"):
+        started(b.parent, tmp_path / "runs").note_inputs([b])
+    with pytest.raises(data.DataError, match="run.json.*other data.*--runs"):
+        late.finish({"ari": 0.1}, {}, {})
+    assert path.read_bytes() == before
+    again = started(copy.parent, tmp_path / "runs")
+    again.note_inputs([copy])
+    assert again.finish({"ari": 0.25}, {}, {}) == path
+    path.write_text('{"data_checksum": ')
+    late.finish({"ari": 0.1}, {}, {})
+    assert json.loads(path.read_text())["metrics"] == {"ari": 0.1}
+
+
+def test_the_record_lists_its_files_as_they_were_at_the_start(tmp_path, monkeypatch):
+    root = tmp_path / "proj"
+    counts, gmt = written(root / "s1" / "c.h5", "1"), written(tmp_path / "x" / "c.h5", "22")
+    other = written(tmp_path / "y" / "c.h5", "333")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "git_commit", lambda: "at the start")
+    record = run.Run("toy", Flags(data="proj", runs=str(tmp_path / "r"), device="cpu"), "s1", "v")
+    checksum = record.note_inputs([counts, gmt, str(other), "x/c.h5", counts])
+    counts.write_text("changed since")
+    monkeypatch.setattr(run, "git_commit", lambda: "of later")
+    facts = json.loads(record.finish({}, {}, {}).read_text())
+    assert facts["git_commit"] == "at the start" and facts["data_checksum"] == checksum
+    assert {name: file["size"] for name, file in facts["files"].items()} == {
+        "s1/c.h5": 1,
+        "c.h5": 2,
+        "y/c.h5": 3,
+        "x/c.h5": 2,
+    }
+    assert facts["files"]["s1/c.h5"]["sha256"] == hashlib.sha256(b"1").hexdigest()
+    assert str(tmp_path) not in json.dumps(facts["files"])
+    with pytest.raises(data.DataError, match="none.csv cannot be read"):
+        record.note_inputs([tmp_path / "none.csv"])
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("/A/p1/outs/binned_outputs/square_008um", "p1_square_008um"),
+        ("/A/p1/binned_outputs/square_008um", "p1_square_008um"),
+        ("/A/p1/outs/binned_outputs", "p1"),
+        ("/A/p1/outs/segmented_outputs", "p1_segmented_outputs"),
+        ("/A/p1/outs", "p1"),
+        ("/A/dlpfc", "dlpfc"),
+        ("/A/x.h5ad", "x"),
+        ("/A/ca1/cells.h5", "ca1"),
+    ],
+)
+def test_name_of_the_data(path, name):
+    assert run.data_name(path) == name
+
+
+def test_a_full_disk_names_the_flag_of_the_folder(tmp_path):
+    written(tmp_path / "out", "a file, not a folder")
+    with pytest.raises(data.DataError, match="another folder with --out"):
+        run.write_atomically(tmp_path / "out" / "a", lambda f: f.write(b"x"), "--out")
 
 
 def test_nothing_is_written_before_the_end_and_json_comes_last(tmp_path):
@@ -192,109 +271,6 @@ def test_unwritable_runs_folder(tmp_path):
     (tmp_path / "runs").write_text("a file, not a folder")
     with pytest.raises(data.DataError, match="--runs"):
         finished(tmp_path)
-
-
-def make(folder, *words):
-    """Exit status and output of `make -n` with this Makefile in another folder."""
-    done = subprocess.run(
-        ["make", "-n", "-f", str(ROOT / "Makefile"), "PY=python3", "SEEDS=0", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
-def test_makefile(tmp_path):
-    slices = tmp_path / "datasets" / "dlpfc"
-    slices.mkdir(parents=True)
-    # an interrupted download: the others are still to come
-    (slices / "151673.h5ad").touch()
-    status, out = make(
-        tmp_path,
-        "sweep",
-        "SLICES=151673 151674",
-        "MODELS=full",
-        "HELD_OUT_MODELS=gcn_full",
-        "SPLITS=random slice",
-    )
-    assert status == 0 and "plainst download dlpfc --slices 151674 --out datasets/dlpfc" in out
-    assert (
-        "--slice 151673 --split random --mode full --fusion cross" in out
-        and out.count("--split random") == 2
-    )
-    assert (
-        "--slice 151673 --split slice --train 151674 --mode gcn_full --fusion cross" in out
-        and out.count("--split slice") == 2
-    )
-    assert make(tmp_path, "sweep", "SPLITS=random", "MODELS=full")[1].count("gat_fusion.py") == 12
-    record = tmp_path / "runs" / "gat_fusion" / "dlpfc" / "151673" / "random-full-cross" / "seed0"
-    record.mkdir(parents=True)
-    (record / "run.json").touch()
-    out = make(tmp_path, "sweep", "SLICES=151673", "SPLITS=random", "MODELS=full")[1]
-    assert (
-        "plainst download" not in out and "gat_fusion.py" not in out and "evaluation.report" in out
-    )
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    done = subprocess.run(
-        ["make", "-f", str(ROOT / "Makefile"), "PY=false", "sweep", "DATA=mine"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (
-        done.returncode == 2
-        and "DATA=mine holds no slice" in done.stderr
-        and "download" not in done.stdout
-    )
-    (mine / "a.h5ad").touch()
-    status, out = make(tmp_path, "sweep", "DATA=mine", "SPLITS=random", "MODELS=gat_only")
-    assert (
-        status == 0
-        and out.count("gat_fusion.py") == 1
-        and "--data mine --slice a" in out
-        and "plainst download" not in out
-    )
-    for name in ("DATA", "RUNS"):
-        status, out = make(tmp_path, "sweep", f"{name}=my folder")
-        assert status == 2 and f'{name} is "my folder"' in out
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
-def test_launch_stands_before_every_run(tmp_path):
-    """LAUNCH="srun ..." or "torchrun ..." as the README gives it: every training run goes through
-    it, reports and downloads do not."""
-    for path in (
-        "datasets/dlpfc/151673.h5ad",
-        "datasets/ca1/cells.h5",
-        "datasets/her2st/splits/test_0.csv",
-        "datasets/her2st/splits/train_0.csv",
-    ):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
-    ran = set()
-    for target in ("reproduce-dlpfc", "reproduce-hest", "reproduce-ca1"):
-        status, out = make(
-            tmp_path,
-            target,
-            "LAUNCH=srun --gres=gpu:1",
-            "SLICES=151673",
-            "HEST=datasets/her2st",
-            "SECTIONS=C2",
-        )
-        assert status == 0, out
-        for line in out.splitlines():
-            script = next((w for w in line.split() if w.endswith(".py")), None)
-            if script in ("report.py", "download.py", "data.py"):
-                assert not line.startswith("srun")
-            elif script:
-                assert line.startswith("srun --gres=gpu:1 python3 "), line
-                ran.add(script)
-    assert ran == {"gat_fusion.py", "multist.py", "stformer.py", "cmrcnet.py", "spatia.py"}
 
 
 def test_runs_from_another_folder(tmp_path):

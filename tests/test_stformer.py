@@ -7,6 +7,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -41,6 +42,30 @@ def no_figures(request, monkeypatch):
     """Figures are half the time of a small run: only the end-to-end test draws them."""
     if request.node.name != "test_end_to_end_record_resume_and_predict":
         monkeypatch.setattr(st, "draw", lambda *args: None)
+
+
+def test_unknown_patient_means_leaking(tmp_path):
+    """A slide without a patient may be of any patient: the split leaks and names it."""
+    root = simulate.simulate_hest(tmp_path / "h", n_slides=3, n_spots=40, patch_size=8, n_genes=60)
+    for path in (root / "adata").glob("*.h5ad"):
+        with h5py.File(path, "a") as handle:
+            del handle["uns/patient"]
+    (root / "metadata.csv").write_text("id,patient\nS1,P1\nS2,\nS3,nan\n")
+    split, _, _, _, leaks = hest.hest_partition(root, "folds", 0)
+    assert leaks and split.leaks_position
+    assert "no patient on both sides" not in split.detail
+    for name in ("S2", "S3"):
+        assert name in split.detail.split("patient of ")[1].split(" unknown")[0]
+    (root / "metadata").mkdir()
+    for name in ("S2", "S3"):
+        (root / "metadata" / f"{name}.json").write_text(json.dumps({"patient": f"of {name}"}))
+    split, _, _, _, leaks = hest.hest_partition(root, "folds", 0)
+    assert not leaks and split.detail.endswith("no patient on both sides")
+    (root / "metadata" / "S3.json").write_text('{"patient": "P1"}')
+    split, train, test, _, leaks = hest.hest_partition(root, "sample", sample="S1")
+    assert leaks and split.detail.endswith(
+        "other slides of the same patient train: leaks the patient"
+    )
 
 
 def flags(root, tmp_path, *more):
@@ -619,13 +644,15 @@ def test_end_to_end_record_resume_and_predict(task, tmp_path, capsys, monkeypatc
     assert all(
         torch.equal(a[k], b[k]) for a, b in zip(full["weights"], again["weights"]) for k in a
     )
+    # its record would stop a run on other data before the checkpoint does
+    next((tmp_path / "again").rglob("run.json")).unlink()
     read = []
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(DataError, match="other files, slides or genes"),
     ):
         patch.setattr(
-            st.data, "file_checksum", lambda *paths: read.extend(paths) or "of slides that changed"
+            st.run, "file_checksum", lambda *paths: read.extend(paths) or "of slides that changed"
         )
         st.main(
             flags(
@@ -1086,3 +1113,20 @@ def test_linear_layer_in_the_average():
         assert (genes == want).all() and scores is None
     with pytest.raises(DataError, match="--linear_weight is 1.5"):
         st.check(st.Config(linear_weight=1.5))
+
+
+def test_the_record_lists_fold_genes_and_metadata(real_data):
+    root = real_data / "her2st"
+    slide = data.load_hest(root, "A2", counts=False)
+    more = st.hest.task_files(st.Config(data=str(root), fold=1))
+    files = st.run.list_files(st.input_files([slide], "handmade", more), root)
+    assert list(files) == [
+        "adata/A2.h5ad",
+        "metadata.csv",
+        "patches/A2.h5",
+        "splits/train_1.csv",
+        "splits/test_1.csv",
+        "var_50genes.json",
+    ]
+    genes = st.hest.task_files(st.Config(data="none", split="section", genes="mine.json"))
+    assert [str(path) for path in genes] == ["mine.json"]

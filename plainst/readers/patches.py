@@ -15,6 +15,7 @@ from plainst.readers.checked import (
     open_h5,
     read_array,
     read_gene_list,
+    read_json,
     read_npz,
     read_table,
 )
@@ -22,6 +23,7 @@ from plainst.readers.h5ad import load_h5ad
 from plainst.readers.slides import (
     Patches,
     Slide,
+    has_label,
 )
 
 
@@ -83,6 +85,29 @@ def _patch_names(handle: h5py.File, path) -> np.ndarray:
     return found
 
 
+def _sample_records(root: Path, sample: str) -> list[tuple[Path, dict]]:
+    """(file, {column: value}) of each file of a HEST folder that describes the sample: HEST-1k's
+    metadata/<id>.json, then HEST*.csv, then metadata.csv. Raises DataError."""
+    out = []
+    path = root / "metadata" / f"{sample}.json"
+    if path.is_file():
+        record = read_json(path)
+        if not isinstance(record, dict):
+            raise DataError(f"{path} holds no JSON object: download it again")
+        out.append((path, record))
+    for path in [*sorted(root.glob("HEST*.csv")), *root.glob("metadata.csv")]:
+        header, rows = read_table(path)
+        if "id" not in header or any(len(row) != len(header) for row in rows):
+            raise DataError(
+                f"{path} has no column id or a row of another length: download it again"
+            )
+        of_sample = [row for row in rows if row[header.index("id")] == sample]
+        if len(of_sample) > 1:
+            raise DataError(f"{path} holds {sample} {len(of_sample)} times: keep one row")
+        out += [(path, dict(zip(header, row))) for row in of_sample]
+    return out
+
+
 def load_hest(
     root,
     sample: str,
@@ -96,7 +121,9 @@ def load_hest(
     """One sample of HEST-1k (st/, patches/, HEST*.csv) or of a HEST-benchmark task (adata/,
     patches/, metadata.csv) -> Slide.
 
-    With patches, only spots that have one are kept (joined by barcode). label_key, layer, gene_key,
+    With patches, only spots that have one are kept (joined by barcode). The patient is that of
+    metadata.csv, else of HEST*.csv, else of HEST-1k's metadata/<id>.json, else of the h5ad; '' is
+    unknown. label_key, layer, gene_key,
     library_key: as in `load_h5ad`. Raises DataError, also when h5ad and patches share no barcode.
     """
     folder = hest_folder(root)
@@ -107,24 +134,14 @@ def load_hest(
         )
     path = folder / f"{sample}.h5ad"
     slide = load_h5ad(path, label_key, layer, counts, gene_key, library_key)
-    for path in sorted(folder.parent.glob("HEST*.csv")) + sorted(
-        folder.parent.glob("metadata.csv")
-    ):
-        header, rows = read_table(path)
-        if "id" not in header or any(len(row) != len(header) for row in rows):
-            raise DataError(
-                f"{path} has no column id or a row of another length: download it again"
-            )
-        records = [
-            record for record in (dict(zip(header, row)) for row in rows) if record["id"] == sample
-        ]
-        if len(records) > 1:
-            raise DataError(f"{path} holds {sample} {len(records)} times: keep one row")
-        record = records[0] if records else {}
-        slide.patient = record.get("patient") or slide.patient
+    for path, record in _sample_records(folder.parent, sample):
+        slide.tables = [*slide.tables, str(path)]
+        patient = str(record.get("patient") or "").strip()
+        if has_label(patient) and patient.lower() not in ("unknown", "n/a"):
+            slide.patient = patient
         try:
             pixel = float(record.get("pixel_size_um_estimated") or "nan")
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise DataError(
                 f"{path} has a pixel_size_um_estimated of {sample} that is not a number: correct it"
             ) from error

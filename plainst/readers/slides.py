@@ -39,8 +39,8 @@ class Slide:
     image px per full-resolution px; patches lazily read (N, h, w, 3) uint8 or None; um_per_px
     micrometres per full-resolution px; source the file that holds the counts; library_size (N,)
     total counts of a spot over ALL measured genes when the file tells (its matrix may hold a gene
-    subset), else None; tables the text files read beside the counts (positions, labels, library
-    sizes); image_file the file of the image or ''.
+    subset), else None; tables the text files read beside the counts (positions, scale factors,
+    labels, metadata); image_file the file of the image or ''.
     """
 
     counts: sp.csr_matrix | None

@@ -499,6 +499,8 @@ def load_visium(
     image, scale, scales, image_file = _folder_image(folder, xy)
     _check_prefixes(folder, [matrix_path, positions_path, Path(image_file)])
     um_per_px = scales.get("microns_per_pixel") or lattice_um_per_px(grid, xy)
+    scales_path = find_file(folder, "scalefactors_json.json")
+    scale_files = [] if scales_path is None else [str(scales_path)]
     return Slide(
         matrix,
         genes,
@@ -515,6 +517,6 @@ def load_visium(
         tables.patient,
         str(matrix_path or positions_path),
         tables.library_size,
-        [str(positions_path), *tables.files],
+        [str(positions_path), *scale_files, *tables.files],
         image_file,
     )
