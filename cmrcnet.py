@@ -54,8 +54,8 @@ VITS = {
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # columns of the printed table
 COLUMNS = (
-    *("pcc_mean", "pcc_heg", "pcc_hvg", "pcc_marker", "variance_ratio_median", "rmse"),
-    *("gene_gene_pearson", "rate_pcc"),
+    *("pcc_mean", "pcc_pooled", "pcc_heg", "pcc_hvg", "pcc_marker", "variance_ratio_median"),
+    *("rmse", "gene_gene_pearson", "rate_pcc"),
 )
 
 
@@ -1110,6 +1110,7 @@ def main(argv=None):
         found,
         others,
         split,
+        target=config.target,
         leaks_patient=leaks,
         train_slides=train_names,
         test_slides=test_names,

@@ -124,7 +124,7 @@ class Config(run.Config):
     pathways: int = 50
     "number of tokens without --gene_sets"
     loss: Literal["mse", "pcc", "mse_pcc", "zinb"] = "mse_pcc"
-    "zinb is on raw counts with the spot's library size"
+    "zinb is on raw counts with the spot's library size, which only training reads"
     pcc_weight: float = 1.0
     "weight of 1 - PCC in mse_pcc"
     lambda_pathway: float = 0.0
@@ -675,8 +675,8 @@ def pathway_loss(scores, y, mask, member):
 
 
 class Scaler:
-    """Mean and spread of features and targets, and counts per 10,000 of each gene, over the scored
-    training spots; genes where measured."""
+    """Mean and spread of features and targets, counts per 10,000 of each gene and the median
+    library size, over the scored training spots; genes where measured."""
 
     def __init__(self, tensors):
         self.tensors = tensors
@@ -684,7 +684,9 @@ class Scaler:
     @classmethod
     def fit(cls, samples, by="train"):
         mean, std = hest.mean_and_std([s.x[s.scored] for s in samples])
-        return cls({"x_mean": mean, "x_std": std} | hest.target_statistics(samples, by))
+        depth = torch.cat([s.library[s.scored] for s in samples]).median()
+        scale = {"x_mean": mean, "x_std": std, "median_library": depth}
+        return cls(scale | hest.target_statistics(samples, by))
 
     def features(self, sample, scale):
         """The sample with z-scored features: by the training spots, or by all its own spots."""
@@ -705,16 +707,17 @@ class Scaler:
         is the training rate at the start."""
         return library[..., None] / 1e4 * self.tensors["rate"] * F.softplus(out["genes"] + 0.5413)
 
-    def predicted(self, out, config, library=None):
-        """Network output -> target units."""
+    def predicted(self, out, config):
+        """Network output -> target units.
+
+        Expected counts of zinb are those of a spot of 10,000 counts (target cp10k) or of the median
+        training library (log1p): a spot's own library is the sum of what is to be predicted."""
         if config.loss != "zinb":
             return out["genes"] * self.tensors["y_std"] + self.tensors["y_mean"]
-        depth = (
-            torch.full_like(out["genes"][..., 0], 1e4)
-            if config.target == "cp10k" or library is None
-            else library
-        )
-        return torch.log1p(self.mean_counts(out, depth) * torch.sigmoid(-out["pi"]))
+        is_composition = config.target == "cp10k"
+        depth = torch.tensor(1e4) if is_composition else self.tensors["median_library"]
+        library = depth.to(out["genes"]).expand(out["genes"].shape[:-1])  # (B, S)
+        return torch.log1p(self.mean_counts(out, library) * torch.sigmoid(-out["pi"]))
 
 
 def bag_mean(y, mask):
@@ -757,9 +760,7 @@ def predict(models, sample, scaler, config):
     batch, scaler = sample.batch or collate([sample], device), scaler.to(device)
     with run.autocast(config, device):
         outs = [{k: v.float() for k, v in model.eval()(**batch).items()} for model in models]
-    genes = torch.stack(
-        [scaler.predicted(out, config, batch.get("library"))[0] for out in outs]
-    ).mean(0)
+    genes = torch.stack([scaler.predicted(out, config)[0] for out in outs]).mean(0)
     scores = (
         torch.stack([out["scores"][0] for out in outs]).mean(0).cpu().numpy()
         if "scores" in outs[0]
@@ -1157,6 +1158,7 @@ def main(argv=None):
         split,
         {"model.pt": lambda f: torch.save(state_of(config, models, linear, scaler, genes, sets), f)}
         | export.files_of("stformer", arrays, [s.slide for s in test], config),
+        target=config.target,
         leaks_patient=leaks,
         train_slides=train_names,
         test_slides=test_names,
@@ -1275,10 +1277,10 @@ def predict_folder(config, start):
     for s in samples:
         hest.check_width(s.x, dim_in, s.name, known.encoder, config.predict)
     with run.checkpoint_fits(config.predict):
-        if {value.shape for name, value in scaler.items() if not name.startswith("x_")} != {
-            (len(genes),)
-        }:
+        if {scaler[name].shape for name in ("y_mean", "y_std", "rate")} != {(len(genes),)}:
             raise ValueError("its scaler is of other genes")
+        if known.loss == "zinb" and "median_library" not in scaler:
+            raise ValueError("it lacks the median library")
         scaler = Scaler(scaler)
         samples = [scaler.features(s, known.scale) for s in samples]
     with run.checkpoint_fits(config.predict):

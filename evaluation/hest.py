@@ -494,8 +494,9 @@ def stacked(samples, predictions):
 
 
 def score(samples, predictions, rates=None, n_targets=None):
-    """metrics.pcc_summary of the first n_targets genes over the scored spots; rate_pcc: pcc_mean
-    against the noise-free `rates` of simulated slides."""
+    """metrics.pcc_summary of the first n_targets genes over the scored spots, with pcc_mean (within
+    slides) and pcc_pooled (all test slides together, as the HEST benchmark has it, there with
+    target log1p); rate_pcc: pcc_mean against the noise-free `rates` of simulated slides."""
     true, predicted, measured, slide = stacked(samples, predictions)
     t = slice(0, n_targets)
     scores = metrics.pcc_summary(true[:, t], predicted[:, t], slide, measured[:, t])

@@ -548,9 +548,11 @@ def test_end_to_end_record_atlas_and_predict(task, tmp_path, capsys):
         set(record["baselines"]) == names
         and not record["leaks_patient"]
         and record["gene_lists"] == "training slides"
+        and record["target"] == "cp10k"
     )
     keys = {
         "pcc_mean",
+        "pcc_pooled",
         "pcc_heg",
         "pcc_hvg",
         "pcc_marker",

@@ -10,8 +10,10 @@ from scipy import linalg, stats
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import dijkstra
 from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 from sklearn import metrics as sk
 
+import data
 import metrics
 
 HEX = [(0, -2), (0, 2), (-1, -1), (-1, 1), (1, -1), (1, 1)]
@@ -513,6 +515,25 @@ def test_pas_and_chaos_agree_with_loops(rng):
     some = np.where(rng.random(250) < 0.2, -1, pred)
     assert metrics.pas(some, xy) == naive_pas(some[some >= 0], xy[some >= 0])
     assert metrics.chaos(some, xy) == pytest.approx(naive_chaos(some[some >= 0], xy[some >= 0]))
+
+
+def test_pas_and_chaos_of_a_real_slice_are_those_of_sdmbench(real_data, rng):
+    """All distances and a sort, as SDMBench computes them."""
+    slide = data.load_slide(real_data / "dlpfc", "151673")
+    labelled = slide.labels >= 0
+    pred, xy = slide.labels[labelled], slide.xy[labelled].astype(float)
+    pred = np.where(rng.random(len(pred)) < 0.2, rng.integers(0, 7, len(pred)), pred)
+    pred[5], pred[[7, 8]] = 50, 51
+    apart = cdist(xy, xy)
+    np.fill_diagonal(apart, np.inf)
+    near = np.argsort(apart, 1)[:, :10]
+    assert metrics.pas(pred, xy) == ((pred[near] != pred[:, None]).sum(1) > 5).mean()
+    z = (xy - xy.mean(0)) / xy.std(0)
+    apart = cdist(z, z)
+    np.fill_diagonal(apart, np.inf)
+    domains = [pred == name for name in range(7)]
+    total = sum(apart[np.ix_(domain, domain)].min(1).sum() for domain in domains)
+    assert metrics.chaos(pred, xy) == pytest.approx(total / len(pred))
 
 
 def test_pas_needs_six_of_ten():

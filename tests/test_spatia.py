@@ -919,3 +919,18 @@ def test_ca1_split_and_ridge_are_the_published_anchor(real_data, tmp_path):
     p = [tasks.channel_coverage(field.cells.crops[r], field.cells.channels) for r in (fit, rows)]
     found = metrics.pcc(p[1], tasks.ridge(x[0], p[0], x[1]))
     assert np.allclose(found, [0.35, 0.75, 0.57], atol=0.03), found
+
+
+def test_undefined_correlations_stay_undefined():
+    """A gene or a probe that does not vary over the scored cells has no correlation: no zero of it
+    enters a mean. A constant guess of what varies scores 0."""
+    rng = np.random.default_rng(0)
+    true, guess = rng.normal(size=(30, 4)), rng.normal(size=(30, 4))
+    true[:, 1], guess[:, 2] = 3, 3
+    scores = tasks.gene_scores(true, guess, np.ones(4, bool), "impute")
+    r = metrics.pcc(true, guess)
+    assert scores["impute_pcc_mean"] == pytest.approx((r[0] + 0 + r[3]) / 3)
+    nothing = tasks.gene_scores(true, guess, np.arange(4) == 1, "impute")
+    assert np.isnan([nothing["impute_pcc_mean"], nothing["impute_pcc_median"]]).all()
+    own, other, near = tasks.probe_scores(true[:, :3], guess[:, :3]).values()
+    assert own == pytest.approx(r[0]) and np.isnan(other) and near == 0
