@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -501,11 +502,12 @@ def test_record_of_every_method_is_exported(method, made, tmp_path, monkeypatch,
     record = capsys.readouterr().out.splitlines()[-1]
     assert not plainst(["export", record])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + (method in ("gat_fusion", "multist"))
+    # the CSV is there already, the run's own
+    assert len(lines) == 1 + (method in ("gat_fusion", "multist"))
     a = read(lines[-1])
     arrays = dict(np.load(record.replace("run.json", "arrays.npz")))
     is_cells = method == "spatia"
-    table = rows_of(lines[0])
+    table = rows_of(Path(record).with_name("cells.csv" if is_cells else "spots.csv"))
     assert table[0][0] == ("id" if is_cells else "barcode")
     assert [row[0] for row in table[1:]] == a.obs_names.tolist()
     assert a.obs_names.tolist() == arrays["ids" if is_cells else "barcodes"].tolist()
@@ -527,6 +529,50 @@ def test_record_of_every_method_is_exported(method, made, tmp_path, monkeypatch,
     if method == "gat_fusion":
         assert np.allclose(a.obs[[f"p_{name}" for name in classes]], arrays["prob"])
         assert a.obs["predicted"].tolist() == [classes[i] for i in arrays["pred"]]
+
+
+def folder_of(capsys):
+    """Folder of the record whose path was printed last, and the names of its files."""
+    folder = Path(capsys.readouterr().out.splitlines()[-1]).parent
+    return folder, {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_every_run_and_prediction_writes_its_results(method, made, tmp_path, monkeypatch, capsys):
+    """A CSV always; with --h5ad, which names no folder, what the export of the record gives."""
+    monkeypatch.chdir(tmp_path)
+    module = pytest.importorskip(method)
+    words = [*RUNS[method].format(made=made).split(), "--device", "cpu"]
+    csv_name = "cells.csv" if method == "spatia" else "spots.csv"
+    loupe = {"loupe.csv"} if method in ("gat_fusion", "multist") else set()
+    assert not module.main([*words, "--runs", "runs"])
+    bare, names = folder_of(capsys)
+    assert csv_name in names and not names & {"result.h5ad", "loupe.csv"}
+    assert not module.main([*words, "--runs", "more", "--h5ad"])
+    full, more = folder_of(capsys)
+    assert more == names | {"result.h5ad"} | loupe
+    assert full.relative_to("more") == bare.relative_to("runs")
+    assert (full / csv_name).read_bytes() == (bare / csv_name).read_bytes()
+    written = read(full / "result.h5ad")
+    assert not plainst(["export", str(bare)])
+    exported = read(bare / "result.h5ad")
+    assert written.obs.equals(exported.obs)
+    assert (written.X != exported.X).sum() == 0
+    assert all((full / name).read_bytes() == (bare / name).read_bytes() for name in loupe)
+    if method == "multist":
+        assert written.obs["confidence"].between(1 / 20, 1).all()
+    if method in ("multist", "spatia"):
+        return
+    data_words = words[:4] if method == "gat_fusion" else words[:2]
+    predict = [*data_words, "--predict", str(bare / "model.pt"), "--device", "cpu"]
+    predict += ["--k", "10"] * (method == "cmrcnet")
+    assert not module.main([*predict, "--runs", "new", "--h5ad"])
+    folder, names = folder_of(capsys)
+    assert csv_name in names and loupe <= names
+    ids = np.load(folder / "arrays.npz")["barcodes"].tolist()
+    assert [row[0] for row in rows_of(folder / csv_name)[1:]] == ids
+    found = sorted(name for name in names if name.endswith(".h5ad"))
+    assert sum(len(read(folder / name)) for name in found) == len(ids)
 
 
 def test_time_and_memory_of_an_export(tmp_path):
