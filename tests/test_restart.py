@@ -27,6 +27,7 @@ METHODS = ["gat_fusion", "multist", "stformer", "cmrcnet", "spatia"]
 # value; labels are equal. Measured: 4e-7, 2e-6, 2e-7. stformer, spatia: measured by hand in
 # docs/hardening.md, slow here
 TOLERANCE = {"gat_fusion": 1e-5, "multist": 1e-4, "cmrcnet": 1e-5}
+POSTERIORS = {"confidence": 1e-3}  # the exponential of a distance magnifies it; measured: 1.5e-4
 FASTER = {
     "gat_fusion": ["--epochs", "2"],
     "multist": [],
@@ -99,7 +100,8 @@ def test_same_seed_same_bits_and_threads_agree(method, inputs, tmp_path, monkeyp
                 two[k],
                 a[k],
                 rtol=0,
-                atol=TOLERANCE[method] * max(np.nanmax(np.abs(a[k]), initial=0), 1e-12),
+                atol=(TOLERANCE | POSTERIORS)[k if k in POSTERIORS else method]
+                * max(np.nanmax(np.abs(a[k]), initial=0), 1e-12),
                 err_msg=k,
             )
         else:
