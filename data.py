@@ -15,7 +15,6 @@ from scipy.linalg import eigh
 from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
-from sklearn.utils.sparsefuncs import mean_variance_axis
 
 from plainst.classes import sorted_classes
 from plainst.features import (
@@ -91,8 +90,11 @@ def mean_var(x):
     """Column means and unbiased variances of a CSR or CSC (N, G) matrix in float64, without
     densifying: (G,), (G,)."""
     n = x.shape[0]
-    mean, var = mean_variance_axis(x.astype(np.float64), axis=0)
-    return mean, var * n / max(n - 1, 1)
+    # squares of 32-bit counts overflow from 46,341 on
+    x = x.astype(np.float64) if x.dtype.kind in "iu" else x
+    mean = np.asarray(x.mean(0, dtype=np.float64)).ravel()
+    square = np.asarray(x.multiply(x).sum(0, dtype=np.float64)).ravel() / n
+    return mean, np.maximum(square - mean**2, 0) * n / max(n - 1, 1)
 
 
 def _top(score, n_top):
