@@ -23,7 +23,43 @@ def read_embedding(path, slide):
     `{slice}` or `{sample}` in the path stands for the slide's sample name. Raises DataError for a
     file that is damaged or does not fit the slide.
     """
-    path, names = slice_path(path, slide), None
+    path = slice_path(path, slide)
+    values, row = read_vectors(path)
+    if row is None:
+        if len(values) != slide.n_spots:
+            raise DataError(
+                f"{path} has {len(values)} rows, slide {slide.sample} {slide.n_spots} spots: "
+                "save an .npz with `barcodes` to join by name"
+            )
+        return values
+    missing = [b for b in slide.barcodes if b not in row]
+    if missing:
+        raise DataError(
+            f"{path} lacks {len(missing)} of the {slide.n_spots} barcodes of slide "
+            f"{slide.sample} ({missing[0]} ...): embed all spots"
+        )
+    return values[[row[b] for b in slide.barcodes]]
+
+
+def spots_with_vector(path, slide):
+    """(N,) bool: the spots of a slide that have a vector in the file of `read_embedding`; all of
+    them where it names no barcode. Raises DataError where none has one."""
+    path = slice_path(path, slide)
+    row = read_vectors(path)[1]
+    if row is None:
+        return np.ones(slide.n_spots, bool)
+    has_vector = np.array([b in row for b in slide.barcodes])
+    if not has_vector.any():
+        raise DataError(
+            f"{path} has no barcode of slide {slide.sample} ({slide.barcodes[0]} ...): give the "
+            "vectors of this slide"
+        )
+    return has_vector
+
+
+def read_vectors(path):
+    """(M, D) float32 and {barcode: row}, None in a .npy. Raises DataError for a damaged file."""
+    names = None
     try:
         with open(path, "rb") as file:
             values = np.load(file, allow_pickle=False)
@@ -35,23 +71,18 @@ def read_embedding(path, slide):
             # beyond float32 is infinite, and refused below
             with np.errstate(over="ignore"):
                 values = values.astype(np.float32)
-            finite = bool(np.isfinite(values).all())
+            is_finite = bool(np.isfinite(values).all())
     except NPZ_ERRORS as error:
         raise DataError(
             f"{path} holds no embedding ({error}): give .npy (N, D), or .npz with `embedding` "
             "(N, D) and `barcodes` (N,)"
         ) from error
-    if values.ndim != 2 or not finite:
+    if values.ndim != 2 or not is_finite:
         raise DataError(
             f"{path} has shape {values.shape} or NaN values: an embedding is a finite (N, D) array"
         )
     if names is None:
-        if len(values) != slide.n_spots:
-            raise DataError(
-                f"{path} has {len(values)} rows, slide {slide.sample} {slide.n_spots} spots: "
-                "save an .npz with `barcodes` to join by name"
-            )
-        return values
+        return values, None
     if names.shape != (len(values),):
         raise DataError(
             f"{path} has {len(values)} vectors but barcodes of shape {names.shape}: save one "
@@ -64,13 +95,7 @@ def read_embedding(path, slide):
             f"{path} has {len(names) - len(row)} duplicate barcodes ({twice} ...): save one "
             "row per barcode"
         )
-    missing = [b for b in slide.barcodes if b not in row]
-    if missing:
-        raise DataError(
-            f"{path} lacks {len(missing)} of the {slide.n_spots} barcodes of slide "
-            f"{slide.sample} ({missing[0]} ...): embed all spots"
-        )
-    return values[[row[b] for b in slide.barcodes]]
+    return values, row
 
 
 def slice_path(path, slide):

@@ -29,11 +29,12 @@ class BagIndex(NamedTuple):
 
 
 class Table:
-    """Who attends to whom: index (N, k), all places filled, and empty (N, k) bool or None, the
-    places that do not count."""
+    """Who attends to whom: index (N, k), all places filled, and is_empty (N, k) bool, the places
+    that do not count, None where all do."""
 
-    def __init__(self, index, empty):
-        self.index, self.empty = index, empty if empty.any() else None
+    def __init__(self, index, is_empty):
+        self.index = index
+        self.is_empty = is_empty if is_empty.any() else None
         self._bags = {}
 
     def bag_index(self, heads):
@@ -79,15 +80,7 @@ class Neighbours:
         self.without_self = Table(filled, empty)
 
 
-def softmax_over_table(scores, empty):
-    """scores (N, heads, k), empty (N, k) bool or None -> weights (N, heads, k) that sum to 1 over
-    the places in use."""
-    if empty is not None:
-        scores = scores.masked_fill(empty[:, None], float("-inf"))
-    return scores.softmax(-1)
-
-
-class WeightedNeighbourSum(torch.autograd.Function):
+class NeighbourSum(torch.autograd.Function):
     """out[i, h] = sum_j weights[i, h, j] * values[index[i, j], h].
 
     The readable form is `torch.einsum("nhk,nkhd->nhd", weights, values[index])`.
@@ -118,9 +111,9 @@ class WeightedNeighbourSum(torch.autograd.Function):
         )
 
 
-class NeighbourProducts(torch.autograd.Function):
+class NeighbourScores(torch.autograd.Function):
     """products[i, h, j] = <a[i, h], b[index[i, j], h]>, the scores of an attention; forward and
-    backward are the other way round those of WeightedNeighbourSum.
+    backward are the other way round those of NeighbourSum.
 
     The readable form is `torch.einsum("nhd,nkhd->nhk", a, b[index])`.
     """
@@ -138,7 +131,7 @@ class NeighbourProducts(torch.autograd.Function):
         a, b = ctx.saved_tensors
         grad = grad.contiguous()
         return (
-            WeightedNeighbourSum.apply(b, grad, ctx.table) if ctx.needs_input_grad[0] else None,
+            NeighbourSum.apply(b, grad, ctx.table) if ctx.needs_input_grad[0] else None,
             sum_over_choosers(a, grad, ctx.table) if ctx.needs_input_grad[1] else None,
             None,
         )
@@ -166,7 +159,7 @@ def products_over_table(a, b, table):
     is gathered, four times as fast.
     """
     n, heads, d = a.shape
-    if a.is_cuda or a.dtype not in (torch.float32, torch.float64):
+    if a.device.type != "cpu" or a.dtype not in (torch.float32, torch.float64):
         # (N, k, heads, d) -> (N, heads, k)
         return (b[table.index] * a[:, None]).sum(-1).transpose(1, 2)
     rows = table.bag_index(heads).neighbours
@@ -187,15 +180,16 @@ def products_over_table(a, b, table):
     return products.clone().view(n, heads, -1)
 
 
-def weighted_neighbour_sum(values, weights, table):
-    """sum_j weights[i, h, j] * values[index[i, j], h]: values (N, heads, d), weights (N, heads, k)
+def neighbour_sum(weights, values, table):
+    """sum_j weights[i, h, j] * values[index[i, j], h]: weights (N, heads, k), values (N, heads, d)
     -> (N, heads, d), in the type of the weights (under autocast they are float32 and the values are
     not)."""
-    return WeightedNeighbourSum.apply(values.to(weights.dtype), weights, table)
+    return NeighbourSum.apply(values.to(weights.dtype), weights, table)
 
 
-def neighbour_products(a, b, table):
-    """Scores <a[i, h], b[index[i, j], h]>, in float32 under autocast, too: a, b (N, heads, d) ->
-    (N, heads, k)."""
-    a, b = (v if v.dtype == torch.float64 else v.float() for v in (a, b))
-    return NeighbourProducts.apply(a, b, table)
+def neighbour_scores(query, key, table):
+    """Scores <query[i, h], key[index[i, j], h]>, in float32 under autocast, too: query, key
+    (N, heads, d) -> (N, heads, k)."""
+    if query.dtype != torch.float64:
+        query, key = query.float(), key.float()
+    return NeighbourScores.apply(query, key, table)

@@ -108,6 +108,17 @@ def shuffled(items):
     return [items[i] for i in torch.randperm(len(items)).tolist()] if len(items) > 1 else items
 
 
+def finite(loss, name, epoch):
+    """The loss as a number. Raises DataError, naming it, where it is none."""
+    value = loss.item()
+    if not np.isfinite(value):
+        raise DataError(
+            f"the {name} is {value} at epoch {epoch}: lower --lr, or check the inputs for extreme "
+            "values"
+        )
+    return value
+
+
 def join_processes(device="auto"):
     """Join the group that `torchrun` announces in the environment -> (rank, number of processes,
     device of this one); (0, 1, device) without one.
