@@ -3,12 +3,13 @@
 PY      ?= .venv/bin/python
 RUNS    ?= runs
 
-# DATA SLICES SEEDS MODELS PRESETS SPLITS FOLDS ENCODER narrow or move a sweep, LAUNCH stands before
+# DATA SLICES SEEDS MODELS PRESETS SPLITS FOLDS ENCODER VECTORS narrow or move a sweep, LAUNCH stands before
 # every command: make -j24 reproduce-dlpfc SLICES=151673 SEEDS="0 1" LAUNCH="srun --gres=gpu:1"
 chosen = $(if $(DATA),--data "$(DATA)") $(if $(SLICES),--slices $(SLICES)) \
   $(if $(SEEDS),--seeds $(SEEDS)) $(if $(MODELS),--models $(MODELS)) \
   $(if $(PRESETS),--presets $(PRESETS)) $(if $(SPLITS),--splits $(SPLITS)) \
-  $(if $(FOLDS),--folds $(FOLDS)) $(if $(ENCODER),--encoder "$(ENCODER)")
+  $(if $(FOLDS),--folds $(FOLDS)) $(if $(ENCODER),--encoder "$(ENCODER)") \
+  $(if $(VECTORS),--vectors "$(VECTORS)")
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
 .PHONY: help setup test test-long demo reproduce report honest scale profile compare-flags mutate \
@@ -43,7 +44,7 @@ demo: $(stamp)  ## no download, no GPU: simulate small data, run every method, r
 	$(PY) -m evaluation.report --runs $(RUNS)/demo
 
 # experiments/<list>.py says which runs; the rules are written to a file, and make executes them.
-reproduce-%: $(stamp)  ## dlpfc, her2st, ca1, platforms, ablations: experiments/<list>.py
+reproduce-%: $(stamp)  ## dlpfc, layers, vectors, her2st, ca1, platforms, ablations: experiments/<list>.py
 	+@mkdir -p $(RUNS)
 	+@$(PY) -m experiments $* $(chosen) --runs $(RUNS) --python $(PY) --launch "$(LAUNCH)" \
 	  > $(RUNS)/$*.mk

@@ -153,6 +153,11 @@ def check(config):
     layers.check(config, MODES)
 
 
+def variant(config):
+    """Folder name of the run."""
+    return layers.variant(config, MODES[config.mode])
+
+
 # --------------------------------------------------------------------------------------------------
 # Layers
 # --------------------------------------------------------------------------------------------------
@@ -491,7 +496,7 @@ def main(argv=None):
         return new_slides.predict_slide(config, check, MODES, GatFusion, start)
     mode = MODES[config.mode]
     slides = layers.load(config, mode)
-    record = run.Run("gat_fusion", config, slides[0].sample, layers.variant(config, mode), start)
+    record = run.Run("gat_fusion", config, slides[0].sample, variant(config), start)
     task = layers.Task(config, mode, slides)
     record.note_inputs(task.files())
     print(task.describe())
