@@ -12,8 +12,8 @@ import argparse
 import ast
 import html
 import re
-import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
 
@@ -23,7 +23,7 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 from pygments.formatters import HtmlFormatter
 
 from docs.blocks import code_box, definitions, first_line, highlighted, split_blocks
-from docs.mathml import mathml
+from docs.mathml import formula
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("gat_fusion.py", "multist.py", "stformer.py", "cmrcnet.py", "spatia.py")
@@ -106,7 +106,9 @@ class Site:
         """Turn a formula, link, picture, name, program or table into what stands on the page."""
         shown = ""
         if token.type.startswith("math"):
-            shown = self.formula(token.content, path, token.type == "math_block")
+            shown, wrong = formula(token.content, token.type == "math_block")
+            if wrong:
+                self.warnings.append(f"{path}: ${' '.join(token.content.split())}$: {wrong}")
         elif token.type == "link_open":
             token.attrSet("href", self.link(token.attrGet("href"), path, page_of(path)))
         elif token.type == "image":
@@ -122,20 +124,6 @@ class Site:
             shown = "</table></div>"
         if shown:
             token.type, token.content = "html_inline", shown
-
-    def formula(self, latex, path, is_display):
-        """MathML; the number of an equation stands at its right and is its anchor."""
-        tag = re.search(r"\\tag\{([^}]*)\}", latex)
-        shown, wrong = mathml(latex.replace(tag[0], "") if tag else latex, is_display)
-        if wrong:
-            self.warnings.append(f"{path}: ${' '.join(latex.split())}$: {wrong}")
-        if not is_display:
-            return shown
-        link = ""
-        if tag:
-            anchor = "eq-" + re.sub(r"[^\w.]+", "-", tag[1])
-            link = f'<a id="{anchor}" href="#{anchor}">({html.escape(tag[1])})</a>'
-        return f'<div class="equation"><div>{shown}</div>{link}</div>'
 
     def name(self, name, path):
         """A name in backticks, with a link if this page's method, a test or a file is called so."""
@@ -165,7 +153,8 @@ class Site:
         target = normpath(join(dirname(path), source))
         if (self.root / target).is_file() and source.endswith(".svg"):
             return self.drawing(target, page_of(path))
-        self.pictures.add(target)
+        if (self.root / target).is_file():
+            self.pictures.add(target)
         return f'<img src="{html.escape(source)}" alt="{html.escape(alt)}">'
 
     def drawing(self, path, page):
@@ -185,9 +174,8 @@ class Site:
         parts = re.split(r"^Test: ([\w,\s]+?)(?=\n\n|\Z)", text, flags=re.M)
         for number in range(1, len(parts), 2):
             names = re.findall(r"\w+", parts[number])
-            unknown = [name for name in names if name not in self.tests]
-            if unknown:
-                raise SystemExit(f"{path} names the test {unknown[0]}, which is nowhere in tests/")
+            for name in set(names) - set(self.tests):
+                raise SystemExit(f"{path} names the test {name}, which is nowhere in tests/")
             links = ", ".join(f"[`{name}`]({self.tests[name]}#{name})" for name in names)
             parts[number] = f"\n\nChecked by {links}"
         shown = self.prose("".join(parts), path)
@@ -204,7 +192,7 @@ class Site:
         for block in blocks:
             text = "".join(self.note(note, path) for _, _, note in block.notes)
             numbers = block.code(source)
-            name = names.get(numbers[0], "") if numbers else ""
+            name = names.get(numbers[0]) if numbers else None
             if name and "." not in name:
                 contents.append(f'<a href="#{name}">{name}</a>')
             if block.is_heading():
@@ -224,15 +212,16 @@ class Site:
         if (self.root / figure).exists():
             intro = self.drawing(figure, page_of(path)) + intro
         aside = self.prose(f"[results and exercises](docs/{path[:-3]}.md)", path)
-        body = "\n".join(rows)
-        bar = f'<div class="bar">{menus}{aside}</div>'
-        return f'{bar}<main class="file"><h1>{path}</h1>{intro}{body}</main>'
+        body = f'<main class="file"><h1>{path}</h1>{intro}{"".join(rows)}</main>'
+        return f'<div class="bar">{menus}{aside}</div>{body}'
 
     def check(self):
-        """Note links, pictures and anchors that lead nowhere."""
-        ids = {page: set(re.findall(r'\bid="([^"]*)"', text)) for page, text in self.pages.items()}
-        files = {"style.css", *self.pages}
-        files |= {path for path in self.pictures if (self.root / path).is_file()}
+        """Note links, pictures and anchors that lead nowhere, and anchors that stand twice."""
+        ids = {page: re.findall(r'\bid="([^"]*)"', text) for page, text in self.pages.items()}
+        for page, names in ids.items():
+            twice = [name for name, n in Counter(names).items() if n > 1]
+            self.warnings += [f"{page}: the anchor {name} stands twice" for name in twice]
+        files = {"style.css", *self.pages, *self.pictures}
         for page, text in self.pages.items():
             for href in sorted(set(re.findall(r'\b(?:href|src)="([^"]*)"', text))):
                 if re.match("https?:|mailto:|data:", href):
@@ -245,17 +234,12 @@ class Site:
     def write(self, out):
         """All pages, pictures and style.css below the folder `out`."""
         style = Path(__file__).with_name("style.css").read_text("utf-8")
-        pages = self.pages | {
-            "style.css": style
-            + HtmlFormatter(style="tango", nobackground=True).get_style_defs("pre")
-        }
-        for path, text in pages.items():
+        style += HtmlFormatter(style="tango", nobackground=True).get_style_defs("pre")
+        files = {path: (self.root / path).read_bytes() for path in self.pictures}
+        files |= {page: text.encode() for page, text in self.pages.items()}
+        for path, content in (files | {"style.css": style.encode()}).items():
             (out / path).parent.mkdir(parents=True, exist_ok=True)
-            (out / path).write_text(text, "utf-8")
-        for path in self.pictures:
-            if (self.root / path).is_file():
-                (out / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.root / path, out / path)
+            (out / path).write_bytes(content)
 
 
 def main(argv=None):
