@@ -217,13 +217,13 @@ class Site:
 
     def check(self):
         """Note links, pictures and anchors that lead nowhere, and anchors that stand twice."""
-        ids = {page: re.findall(r'\bid="([^"]*)"', text) for page, text in self.pages.items()}
+        pages, files = self.pages.items(), {"style.css", *self.pages, *self.pictures}
+        ids = {page: re.findall(r'<\w[^>]*? id="([^"]*)"', text) for page, text in pages}
         for page, names in ids.items():
             twice = [name for name, n in Counter(names).items() if n > 1]
             self.warnings += [f"{page}: the anchor {name} stands twice" for name in twice]
-        files = {"style.css", *self.pages, *self.pictures}
-        for page, text in self.pages.items():
-            for href in sorted(set(re.findall(r'\b(?:href|src)="([^"]*)"', text))):
+        for page, text in pages:
+            for href in sorted(set(re.findall(r'<\w[^>]*? (?:href|src)="([^"]*)"', text))):
                 if re.match("https?:|mailto:|data:", href):
                     continue
                 name, _, anchor = href.partition("#")

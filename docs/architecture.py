@@ -1,8 +1,7 @@
 """One figure a method, docs/figures/<method>.svg: python -m docs.architecture draws all anew.
 
-A box is a class or function of the method's file and links to it, data stand without a frame, a
-label tells the shape of what an arrow carries. The figure is as wide as a telephone shows it.
-"""
+A box is a class or function of the method's file and links to it, a label tells the shape of what
+an arrow carries. A telephone shows the figure in its full size."""
 
 import html
 import re
@@ -11,8 +10,7 @@ from pathlib import Path
 
 FIGURES = Path(__file__).resolve().parent / "figures"
 WIDTH, ROW = 400, 78
-# the middle of a column; half the width and half the height of a box
-COLUMNS, HALF_WIDTH, HALF_HEIGHT = {"left": 92, "right": 290, "middle": 200}, 84, 22
+COLUMNS, HALF_WIDTH, HALF_HEIGHT = {"left": 92, "middle": 200, "right": 290}, 84, 22
 HEAD = """<svg xmlns="http://www.w3.org/2000/svg" class="architecture" role="img"
 viewBox="0 0 400 HEIGHT" width="400" height="HEIGHT"><title>TITLE</title><style>
 .architecture text { font: 13px system-ui, sans-serif; fill: #23262b; text-anchor: middle }
