@@ -13,7 +13,7 @@ chosen = $(if $(DATA),--data "$(DATA)") $(if $(SLICES),--slices $(SLICES)) \
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
 .PHONY: help setup test test-long demo reproduce report honest scale profile compare-flags mutate \
-  bench gpu-check clean
+  bench gpu-check docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -92,6 +92,9 @@ mutate: $(if $(stamp),.venv/.stamp-dev)  ## break N=20 random lines and see whet
 
 gpu-check: $(stamp)  ## every method on a CUDA GPU beside the CPU; says so and ends without one
 	$(PY) bench/gpu_check.py --out $(RUNS)/gpu_check
+
+docs: $(if $(stamp),.venv/.stamp-dev)  ## the pages, each method with its prose: runs/site/index.html
+	$(PY) -m docs.annotate --out $(RUNS)/site
 
 clean:  ## delete the virtual environment and caches, keep runs and data
 	rm -rf .venv .pytest_cache .ruff_cache __pycache__ */__pycache__ */*/__pycache__
