@@ -144,7 +144,7 @@ class Config(run.SlideConfig):
     predict: str = ""
     """checkpoint (model.pt of a run): predict --data with it, train nothing; its own flags are
     used, but for --scale, --embedding, --encoder and the names of columns where given"""
-    min_shared: float = 0.5
+    min_shared: float = 0.4
     "with --predict: the least share of the checkpoint's genes that the new slide must have"
 
 

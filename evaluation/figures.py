@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 
 import metrics
 from evaluation.cells import detected_genes
@@ -257,6 +258,38 @@ def draw_attention(xy, attention):
     dots = axis.scatter(*xy.T, s=dot_size(xy), c=entropy, linewidths=0)
     figure.colorbar(dots, label="attention entropy / log k (1 = plain mean)")
     as_tissue(axis)
+    return figure
+
+
+def draw_embedding_map(embedding, labels, pred, classes, most=3000):
+    """t-SNE of at most `most` spots, evenly spaced rows of embedding (N, D), coloured by annotated
+    labels (N,), -1 = none, and by predicted ones."""
+    rows = np.arange(0, len(embedding), max(1, -(-len(embedding) // most)))
+    places = TSNE(random_state=0, init="pca").fit_transform(embedding[rows])  # (n, 2)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.6))
+    palette = plt.get_cmap("tab10")
+    for axis, title, codes in zip(axes, ("annotated", "predicted"), (labels[rows], pred[rows])):
+        for c, name in enumerate(classes):
+            is_shown = codes == c
+            axis.scatter(*places[is_shown].T, s=4, color=palette(c % 10), label=name, linewidths=0)
+        axis.set(title=f"fused embedding, {title} layer", xticks=[], yticks=[])
+    handles = axes[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=len(classes), markerscale=4, frameon=False)
+    return figure
+
+
+def draw_gene_changes(drop, genes, classes, n_top=8):
+    """For each class the genes with the largest drop (S, C) of its log-probability, beside what 95
+    % of all genes stay below (dashed)."""
+    figure, axes = plt.subplots(1, len(classes), figsize=(2.1 * len(classes), 2.6), squeeze=False)
+    for c, axis in enumerate(axes[0]):
+        top = np.argsort(-drop[:, c])[:n_top][::-1]
+        axis.barh([genes[j] for j in top], drop[top, c], color="tab:blue")
+        axis.axvline(np.percentile(drop[:, c], 95), color="0.3", linestyle="--")
+        axis.set_title(classes[c], fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.supxlabel("mean loss of log-probability with the gene set to zero (nats)", fontsize=8)
+    figure.tight_layout()
     return figure
 
 
