@@ -28,7 +28,7 @@ def test_top_genes_beat_random_sets_and_everything_is_written(model, tmp_path):
     assert files == {"embedding.png", "genes.csv", "genes.png", "sets.csv"}
     with open(tmp_path / "o" / "genes.csv", newline="") as file:
         genes = list(csv.DictReader(file))
-    assert len(genes) > 50 and {"gene", "flips_Layer1", "drop_Layer1"} <= set(genes[0])
+    assert len(genes) > 50 and {"gene", "flips_Layer3", "drop_Layer3"} <= set(genes[0])
     with open(tmp_path / "o" / "sets.csv", newline="") as file:
         sets = list(csv.DictReader(file))
     tops = [row for row in sets if row["set"].startswith("top")]
