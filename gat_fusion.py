@@ -358,7 +358,7 @@ def mlp(dim_in, hidden, dim, dropout):
 
     $$E = W_2\, \mathrm{GELU}(W_1 \mathrm{LN}(x) + b_1) + b_2 \tag{10}$$
 
-    Test: test_parameter_counts
+    Test: test_mlp_equals_its_equation
     """
     return nn.Sequential(
         nn.LayerNorm(dim_in),
@@ -396,9 +396,13 @@ class GatFusion(nn.Module):
             )
         elif self.fusion == "gated":
             self.gate = GatedFusion(c.dim, c.dropout)
-        if mode.image and mode.graph:
+        self.has_both = bool(mode.image and mode.graph)
+        if self.has_both and self.fusion != "concat":
             self.image_gate = GatedFusion(c.dim, c.dropout, ffn=False)
-        self.head = nn.Linear(2 * c.dim if self.fusion == "concat" else c.dim, n_classes)
+        n_embeddings = 1
+        if self.fusion == "concat":
+            n_embeddings = 3 if self.has_both else 2
+        self.head = nn.Linear(n_embeddings * c.dim, n_classes)
 
     def forward(self, x, graph, image=None):
         """x (N, dim_in), graph `Neighbours`, image (N, dim_image) -> logits (N, C), {"embedding":
@@ -422,7 +426,9 @@ class GatFusion(nn.Module):
             # every layer reads the same context, as published
             for layer in self.cross:
                 z, attention = layer(z, context, graph)
-        if self.mode.image and self.mode.graph:
+        if self.has_both and self.fusion == "concat":
+            z = torch.cat([z, picture], 1)  # (N, 3 dim)
+        elif self.has_both:
             z = self.image_gate(z, picture)
         return self.head(z), {"embedding": z, "attention": attention}
 
@@ -503,8 +509,7 @@ def main(argv=None):
     record.lap("read")
     baseline_prob, baselines = layers.score_baselines(task)
     record.lap("baselines")
-    arrays, scores, files = task.arrays(), {}, {}
-    arrays["coords_knn"] = baseline_prob["coords_knn"].argmax(1)[task.is_scored_slide]
+    arrays, scores, files = task.arrays(baseline_prob), {}, {}
     facts = {"library": task.library, "receptive_field_pitches": task.reach, "epochs": 0}
     n_params, history = 0, None
     if config.mode != "none":

@@ -74,7 +74,7 @@ def idle_flags(config, mode):
     has_graph = bool(mode.graph) or fusion_of(config, mode) == "cross"
     # --k and --layers also make the default buffer of the blocks
     is_graph_idle = not has_graph and not (is_blocks and not config.buffer)
-    network = ("dim", "dropout", "lr", "epochs", "patience", "bf16", "compile", "fast", "seed")
+    network = ("dim", "dropout", "lr", "epochs", "patience", "bf16", "compile", "fast", "h5ad")
     genes = ("n_top_genes", "hvg", "library", "scale")
     return [
         (config.mode == "none", case, network),
@@ -131,6 +131,8 @@ def load(config, mode):
     if is_holdout:
         names = training_slices(config, slides[0])
         slides += [load_one(config, name, None, is_frozen) for name in names]
+    if is_frozen:
+        refuse_shared_vectors(config.embedding, slides)
     if config.split == "donor":
         first = slides[0]
         data.check_donors(slides)
@@ -164,6 +166,22 @@ def with_vectors(path, slide):
         return slide
     print(f"{slide.sample}: {(~has_vector).sum()} spots without a vector are left out")
     return slide.subset(has_vector)
+
+
+def is_of_one_slide(path):
+    """Whether a path names the same file for every slide."""
+    return "{slice}" not in path and "{sample}" not in path
+
+
+def refuse_shared_vectors(path, slides):
+    """Raise DataError where one file of vectors would serve two spots of one barcode: Visium slides
+    share most of their barcodes."""
+    barcodes = np.concatenate([s.barcodes for s in slides])
+    if is_of_one_slide(path) and len(np.unique(barcodes)) < len(barcodes):
+        raise DataError(
+            f"{path} cannot hold the vectors of {', '.join(s.sample for s in slides)}, which share "
+            "barcodes: give one file a slide, --embedding with {slice} in its name"
+        )
 
 
 def refuse_one_slide(config):
@@ -347,10 +365,12 @@ class Task:
             tiles = list(self.tiles(size, device))
         return batches, tiles
 
-    def arrays(self):
-        """{name: array} of the scored slide for the record."""
+    def arrays(self, baseline_prob):
+        """{name: array} of the scored slide for the record: what it is, and the class that each
+        baseline says, pred_<name> (n,); baseline_prob {name: (N, C)}."""
         rows = self.is_scored_slide
-        return {
+        arrays = {f"pred_{name}": prob[rows].argmax(1) for name, prob in baseline_prob.items()}
+        return arrays | {
             "barcodes": self.slides[0].barcodes,
             "xy": self.slides[0].xy,
             "labels": self.labels[rows],
@@ -528,7 +548,7 @@ def score_baselines(task):
 
 def score_row(name, scores):
     """One row of the printed table."""
-    return f"{name:<14}" + "  ".join(f"{k} {scores[k]:.3f}" for k in SHOWN)
+    return f"{name:<22}" + "  ".join(f"{k} {scores[k]:.3f}" for k in SHOWN)
 
 
 def gains(scores, others):
