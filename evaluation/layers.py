@@ -43,7 +43,7 @@ def check(config, modes):
     """Raise DataError, naming the flag, for a value that no run can use, or for one that does
     nothing in the chosen mode and split."""
     mode = modes[config.mode]
-    at_least_one = ("n_blocks", "k", "n_top_genes", "dim", "heads", "layers", "epochs", "patience")
+    at_least_one = ("n_blocks", "k", "n_top_genes", "dim", "heads", "layers", "epochs")
     rules = dict.fromkeys(at_least_one, run.AT_LEAST_ONE)
     rules |= dict.fromkeys(("tile", "buffer"), run.AT_LEAST_ZERO)
     rules |= {
@@ -55,6 +55,11 @@ def check(config, modes):
     run.check_flags(config, rules)
     if config.dim % config.heads and has_heads(config, mode):
         raise DataError(f"--heads is {config.heads}: it must divide --dim {config.dim}")
+    if mode.graph and mode.image and config.fusion == "concat":
+        raise DataError(
+            f"--fusion concat leaves no gate for the image of --mode {config.mode}: choose cross "
+            "or gated"
+        )
     if config.predict:
         used = ("labels", "min_shared", "tile", "bf16", "compile", "embedding", "scale", "fast")
         run.refuse_idle_flags(config, [run.idle_with_predict(config, (*used, *config.columns()))])
@@ -74,8 +79,8 @@ def idle_flags(config, mode):
     has_graph = bool(mode.graph) or fusion_of(config, mode) == "cross"
     # --k and --layers also make the default buffer of the blocks
     is_graph_idle = not has_graph and not (is_blocks and not config.buffer)
-    network = ("dim", "dropout", "lr", "epochs", "patience", "bf16", "compile", "fast", "h5ad")
-    genes = ("n_top_genes", "hvg", "library", "scale")
+    network = ("dim", "dropout", "lr", "epochs", "bf16", "compile", "fast", "h5ad")
+    genes = ("n_top_genes", "library", "scale")
     return [
         (config.mode == "none", case, network),
         (mode.fusion != "any", case, ("fusion",)),
@@ -84,7 +89,6 @@ def idle_flags(config, mode):
         (is_graph_idle, case, ("k", "layers")),
         *input_rules(config.mode, mode),
         (mode.expression == "frozen", case, genes),
-        (config.hvg == "none", "with --hvg none", ("n_top_genes",)),
         (not is_blocks, split, ("fold", "n_blocks", "buffer")),
         (not is_holdout, split, ("train",)),
         (True, "without --predict", ("min_shared",)),
@@ -300,7 +304,7 @@ class Task:
         # of all genes of a slide, as in `scaled_slide`, not of those that all slides share
         sizes = np.concatenate([library_sizes(s, self.library)[rows] for s, rows in parts])
         counts = [s.select_genes(genes).counts[rows] for s, rows in parts if rows.any()]
-        return data.Expression(c.n_top_genes, c.hvg).fit(sp.vstack(counts).tocsr(), genes, sizes)
+        return data.Expression(c.n_top_genes).fit(sp.vstack(counts).tocsr(), genes, sizes)
 
     @cached_property
     def x(self):
