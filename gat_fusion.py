@@ -14,10 +14,13 @@ docs/gat_fusion.md.
 |---|---|---|
 | $X$ | z-scores of the most variable genes | (N, G) |
 | $E$ | embedding of a spot's own genes | (N, 128) |
-| $S$ | embedding of its place in the graph | (N, 128) |
+| $S$ | context: embedding of a spot and its surroundings | (N, 128) |
 | $Z$ | fused embedding | (N, 128) |
 | $\mathcal{N}_i$ | the k nearest spots of spot i: row i of a table | (N, k) |
-| $\alpha_{ij}$ | attention of spot i to spot j, a head at a time | (N, heads, k) |
+| $\alpha_{ij}$ | attention of spot i to spot j, in each head | (N, heads, k or k+1) |
+
+Equations leave out dropout and the biases of linear maps. A `graph` is a `Neighbours`: the table
+with the spot itself in front, and without it; empty places are masked.
 
     python gat_fusion.py --data datasets/dlpfc --slice 151673 --mode full --fusion cross
     python gat_fusion.py --data datasets/dlpfc --slice 151674 --split slice --train 151673
@@ -70,7 +73,7 @@ MODES = {
     "none": Mode(),  # trains nothing: the baselines alone
 }
 
-# named sets of flags; what is typed goes before them. The defaults of Config are the source's
+# named sets of flags, which what is typed overrides; the defaults of Config are the source's own
 PRESETS = {"paper": {}, "tuned": {}}
 
 
@@ -83,7 +86,7 @@ class Config(run.SlideConfig):
     mode: Literal[tuple(MODES)] = "full"
     "which parts are on; none trains nothing"
     fusion: Literal["cross", "gated", "concat"] = "cross"
-    "how two embeddings meet in full, gcn_full, embedding, img_expr and multimodal"
+    "how two embeddings meet where the mode leaves it open; multimodal takes no concat"
     split: Literal["random", "blocks", "slice", "donor"] = "random"
     "random 60/20/20 spots (leaks position), blocks with a buffer, other slices, other donors"
     split_seed: int = 42
@@ -166,8 +169,8 @@ def mlp(dim_in, hidden, dim, dropout):
 
 
 def softmax_over_neighbours(scores, is_empty):
-    """scores (N, heads, k), is_empty (N, k) or None -> weights (N, heads, k) that sum to 1 over the
-    places in use."""
+    """scores (N, heads, k), is_empty (N, k) or None where all places are in use -> weights (N,
+    heads, k) that sum to 1 over those in use."""
     if is_empty is not None:
         scores = scores.masked_fill(is_empty[:, None], -torch.inf)
     return scores.softmax(-1)
@@ -198,17 +201,17 @@ class GraphAttention(nn.Module):
     def forward(self, h, graph):
         """h (N, dim_in) -> (N, dim_out), alpha (N, heads, k+1), the spot itself first."""
         table = graph.with_self
-        h = self.project(h).view(len(h), self.heads, -1)  # (N, heads, d)
-        neighbour_score = (h * self.u).sum(-1)  # (N, heads)
-        self_score = (h * self.v).sum(-1)  # (N, heads)
+        wh = self.project(h).view(len(h), self.heads, -1)  # (N, heads, d)
+        neighbour_score = (wh * self.u).sum(-1)  # (N, heads)
+        self_score = (wh * self.v).sum(-1)  # (N, heads)
         e = neighbour_score[table.index].transpose(1, 2)  # (N, heads, k+1)
         e = F.leaky_relu(e + self_score[:, :, None], 0.2)
         alpha = softmax_over_neighbours(e, table.is_empty)  # (N, heads, k+1)
         weights = self.dropout(alpha)
         if self.fast:
-            out = neighbour_sum(weights, h, table)  # (N, heads, d)
+            out = neighbour_sum(weights, wh, table)  # (N, heads, d)
         else:
-            out = torch.einsum("nhk,nkhd->nhd", weights, h[table.index])
+            out = torch.einsum("nhk,nkhd->nhd", weights, wh[table.index])
         return out.flatten(1) + self.bias, alpha  # (N, dim_out)
 
 
@@ -217,7 +220,8 @@ class GraphConvolution(nn.Module):
 
     $$H' = D^{-1/2} (A + I) D^{-1/2} H W + b \tag{5}$$
 
-    $D$ counts the places in use of each row of the table, the spot itself included.
+    $A$ is the table of neighbours; $D$ counts the places in use of each row, the spot itself
+    included.
 
     Test: test_graph_convolution_equals_the_normalised_adjacency
     """
@@ -235,11 +239,11 @@ class GraphConvolution(nn.Module):
         is_used = table.is_used().to(h.dtype)  # (N, k+1)
         degree = is_used.sum(1)  # (N,)
         weights = is_used / (degree[:, None] * degree[table.index]).sqrt()  # (N, k+1)
-        h = self.project(h)  # (N, dim_out)
+        hw = self.project(h)  # (N, dim_out)
         if self.fast:
-            out = neighbour_sum(weights[:, None], h[:, None], table)[:, 0]
+            out = neighbour_sum(weights[:, None], hw[:, None], table)[:, 0]
         else:
-            out = torch.einsum("nk,nkd->nd", weights, h[table.index])
+            out = torch.einsum("nk,nkd->nd", weights, hw[table.index])
         return out + self.bias, None
 
 
@@ -314,8 +318,8 @@ class CrossAttentionLayer(nn.Module):
     $$z \leftarrow \mathrm{LN}(z + W_o a), \qquad z \leftarrow \mathrm{LN}(z + \mathrm{FFN}(z))
     \tag{10}$$
 
-    The spot itself is not among its neighbours. Keys and values are projected once a spot and
-    gathered afterwards: $O(N d^2 + N k d)$, where projecting gathered rows costs $O(N k d^2)$.
+    $d$ is the width of a head. The spot itself is not among its neighbours, unless it has none.
+    Keys and values are projected once a spot and gathered afterwards, not the other way round.
 
     Test: test_cross_attention_equals_torch_multihead_attention
     """
@@ -386,8 +390,8 @@ class GatFusion(nn.Module):
 
     def forward(self, x, graph, image=None):
         """x (N, dim_in), graph `Neighbours`, image (N, dim_image) -> logits (N, C), {"embedding":
-        (N, dim), "attention": (N, heads, k) or None}."""
-        e = self.expression(x)  # (N, dim)
+        (N, dim), concatenated (N, 2 dim), "attention": that of the last layer, or None}."""
+        e = self.expression(x)  # (N, dim); without an encoder x itself
         context, attention = e, None
         if self.mode.image:
             context = picture = self.image(image)  # (N, dim)
@@ -427,11 +431,11 @@ def class_weights(labels, n_classes):
 
 
 def train(task, device, patience=20):
-    """Full-graph training: a step an epoch, until the ARI of the validation spots has not risen for
-    `patience` epochs. Returns the best model in eval mode, prob (N, C), {"embedding", "attention"}
-    and the history (epochs, 2): loss, ARI."""
-    c = task.config
-    val = task.split.val
+    """Training until the ARI of the validation spots has not risen for `patience` epochs. Returns
+    the best model in eval mode, prob (N, C), its embedding and attention, and the history (epochs,
+    2): loss, ARI. One step an epoch: the whole graph is one batch, but with --tile."""
+    c, is_val = task.config, task.split.val  # (N,) bool
+    # a batch: the inputs of some spots, rows with a loss, their labels; tiles cover all spots
     batches, tiles = task.batches(device)
     model = GatFusion(c, *task.widths).to(device)
     run.compiled(model, c)
@@ -450,8 +454,8 @@ def train(task, device, patience=20):
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        prob, _ = layers.predict(model, tiles, len(val), c)  # (N, C)
-        ari = metrics.clustering(task.labels[val], prob[val].argmax(1))["ari"]
+        prob, _ = layers.predict(model, tiles, len(is_val), c)  # (N, C)
+        ari = metrics.clustering(task.labels[is_val], prob[is_val].argmax(1))["ari"]
         history.append((np.mean(losses), ari))
         schedule.step(ari)
         if ari > best_ari:
@@ -460,7 +464,7 @@ def train(task, device, patience=20):
         if epoch - best_epoch >= patience:
             break
     model.load_state_dict(best_weights)
-    prob, extra = layers.predict(model, tiles, len(val), c)
+    prob, extra = layers.predict(model, tiles, len(is_val), c)
     return model, prob, extra, np.array(history)
 
 
