@@ -31,12 +31,12 @@ setup: .venv/.stamp  ## a virtual environment in .venv with what the scripts nee
 
 demo: $(stamp)  ## no download, no GPU: simulate small data, run every method, runs/demo/report.html
 	rm -rf $(RUNS)/demo
-	$(PY) -m plainst simulate cortex $(RUNS)/demo/cortex --n_spots 1000 --n_genes 500 --n_slices 2
+	$(PY) -m plainst simulate cortex $(RUNS)/demo/cortex --n_spots 800 --n_genes 500 --n_slices 2
 	$(PY) -m plainst simulate hest $(RUNS)/demo/patches --n_spots 120 --patch_size 64
 	$(PY) -m plainst simulate cells $(RUNS)/demo/cells.h5 --n_cells 800
 	$(MAKE) --no-print-directory reproduce-dlpfc DATA=$(RUNS)/demo/cortex RUNS=$(RUNS)/demo \
 	  SLICES="sim1 sim2" SEEDS=0 FOLDS=0 \
-	  MODELS="gat_fusion/full-cross gat_fusion/gcn_only gat_fusion/expr_only multist/default"
+	  MODELS="gat_fusion/full-cross gat_fusion/gcn_only multist/default"
 	$(PY) stformer.py --data $(RUNS)/demo/patches --epochs 15 --members 1 --runs $(RUNS)/demo
 	$(PY) cmrcnet.py --data $(RUNS)/demo/patches --epochs 15 --runs $(RUNS)/demo
 	$(PY) spatia.py --data $(RUNS)/demo/cells.h5 --steps_a 40 --steps_b 40 --steps_c 80 \

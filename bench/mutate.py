@@ -37,7 +37,6 @@ TESTS = {
     "plainst/readers/convert.py": ["cells"],
     "plainst/readers/crops.py": ["cells"],
     "plainst/readers/*": ["readers", "data"],
-    "plainst/layers.py": ["gat_fusion"],
     "plainst/scaled.py": ["layers"],
     "plainst/tiles.py": ["layers"],
     "plainst/neighbour_sums.py": ["gat_fusion", "numerics"],
