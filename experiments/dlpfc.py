@@ -27,7 +27,7 @@ HELD_OUT = (
 SPLITS = ("random", "blocks", "slice")
 FOLDS = (0, 1, 2, 3, 4)  # of the blocks
 DOMAINS = {"default": "", "image-off": "--image off", "image-permuted": "--image permuted"}
-PRESETS = {"gat_fusion": ("paper",), "multist": ("tuned",)}
+PRESETS = {"gat_fusion": ("paper", "tuned"), "multist": ("tuned",)}
 
 
 def siblings(name, names):

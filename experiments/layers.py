@@ -28,6 +28,8 @@ SLICES = ("151673",)
 NEXT = {"151674": "151673"}
 OTHER_DONOR = {"151510": "151673,151674"}
 OF_DONORS = ("expr_only", "gat_only", "gcn_only", "full-cross")
+# the mode of the preset `tuned`
+TUNED = "full-cross"
 # what `tuned` was chosen from, by validation ARI on the blocks of 151673
 CANDIDATES = {
     f"{model}-k-{k}-layers-{layers}": f"{MODES[model]} --k {k} --layers {layers}"
@@ -41,24 +43,26 @@ def jobs(data=DATA, slices=SLICES, seeds=(0, 1, 2), folds=FOLDS, vectors=""):
     frozen = {name: f"{flags} --embedding {vectors}" for name, flags in FROZEN.items()}
     models = MODES | (frozen if vectors else {})
 
-    def job(part, split, model, flags, seed, **more):
+    def job(part, split, model, flags, seed, preset="paper", **more):
         name, text = f"gat_fusion/{model}", f"--slice {part} {split} {flags}"
         split_name = split.split()[1]
-        return Job("gat_fusion", data, part, text, seed, name, "paper", split_name, **more)
+        return Job("gat_fusion", data, part, text, seed, name, preset, split_name, **more)
 
+    wholes = [(part, "--split random") for part in slices]
+    wholes += [(part, f"--split slice --train {train}") for part, train in NEXT.items()]
+    blocks = [f"--split blocks --fold {fold} --buffer {BUFFER}" for fold in folds]
+    blocks = [(part, split) for split in blocks for part in slices]
     for seed in seeds:
+        for place in wholes + blocks:
+            yield job(*place, TUNED, MODES[TUNED], seed, "tuned")
         for model, flags in models.items():
-            for part in slices:
-                yield job(part, "--split random", model, flags, seed)
-            for part, train in NEXT.items():
-                yield job(part, f"--split slice --train {train}", model, flags, seed)
+            for place in wholes:
+                yield job(*place, model, flags, seed)
     for model in OF_DONORS:
         for part, train in OTHER_DONOR.items():
             yield job(part, f"--split donor --train {train}", model, MODES[model], seeds[0])
     for seed in seeds:
         for model, flags in (models | CANDIDATES).items():
-            for fold in folds:
-                for part in slices:
-                    split = f"--split blocks --fold {fold} --buffer {BUFFER}"
-                    is_extra = seed != seeds[0] and model in CANDIDATES
-                    yield job(part, split, model, flags, seed, is_extra=is_extra)
+            for place in blocks:
+                is_extra = seed != seeds[0] and model in CANDIDATES
+                yield job(*place, model, flags, seed, is_extra=is_extra)
