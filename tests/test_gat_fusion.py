@@ -535,6 +535,63 @@ def test_it_learns_the_simulated_layers(cortex):
     assert ari(task, prob) > max(0.4, ari(task, alone))
 
 
+def test_first_loss_is_the_weighted_cross_entropy_of_the_training_spots(cortex):
+    c = short(cortex, dropout=0.0, epochs=1)
+    task = task_of(c)
+    run.seed_everything(0)
+    history = gf.train(task, CPU)[3]
+    run.seed_everything(0)
+    model, train = gf.GatFusion(c, *task.widths), task.split.train
+    logits, _ = model(torch.as_tensor(task.x), Neighbours(task.table(c.k)))
+    prob = logits[train].softmax(1)[torch.arange(train.sum()), task.labels[train]]
+    weights = gf.class_weights(task.labels[train], task.n_classes)[task.labels[train]]
+    expected = -(weights * prob.log()).sum() / weights.sum()
+    assert history[0, 0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def scripted(monkeypatch, aris):
+    """Make the validation ARI of an epoch what `aris` says; -> the weights of every epoch, and the
+    optimisers that are made, as lists that training fills."""
+    weights, optimisers, predict = [], [], layers.predict
+    make = torch.optim.AdamW
+
+    def noted(model, *args):
+        weights.append({name: w.clone() for name, w in model.state_dict().items()})
+        return predict(model, *args)
+
+    def noted_optimiser(*args, **flags):
+        optimisers.append(make(*args, **flags))
+        return optimisers[-1]
+
+    monkeypatch.setattr(layers, "predict", noted)
+    monkeypatch.setattr(torch.optim, "AdamW", noted_optimiser)
+    monkeypatch.setattr(metrics, "clustering", lambda *_: {"ari": aris[len(weights) - 1]})
+    return weights, optimisers
+
+
+def test_training_stops_after_patience_and_returns_the_best_epoch(cortex, monkeypatch):
+    """The second epoch is the best, the fourth is as good and no better."""
+    aris = [0.1, 0.5, 0.4, 0.5, 0.3, 0.9, 0.9]
+    weights, _ = scripted(monkeypatch, aris)
+    model, prob, _, history = gf.train(task_of(short(cortex, epochs=50, patience=3)), CPU)
+    assert history[:, 1].tolist() == aris[:5] and len(weights) == 6
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[1][name])
+    assert not torch.equal(weights[1]["head.weight"], weights[4]["head.weight"])
+    assert not model.training and abs(prob.sum(1) - 1).max() < 1e-6
+
+
+def test_learning_rate_halves_where_validation_stands_still(cortex, monkeypatch):
+    """After more than ten epochs without a better ARI."""
+    for epochs, factor in ((11, 1), (12, 0.5)):
+        with monkeypatch.context() as patch:
+            _, optimisers = scripted(patch, [0.5] * 20)
+            gf.train(task_of(short(cortex, epochs=epochs, patience=30, lr=0.01)), CPU)
+        (group,) = optimisers[0].param_groups
+        assert group["lr"] == pytest.approx(0.01 * factor)
+        assert group["weight_decay"] == gf.WEIGHT_DECAY == 1e-4
+
+
 @pytest.mark.parametrize("mode", ["full", "gcn_full"])
 def test_plain_training_ends_where_the_fast_one_does(cortex, mode):
     """Three epochs with dropout: the same masks, sums in another order."""
