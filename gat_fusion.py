@@ -80,8 +80,6 @@ PRESETS = {"paper": {}, "tuned": {"k": 18}}
 
 @dataclass
 class Config(run.SlideConfig):
-    """Flags of gat_fusion.py."""
-
     presets: ClassVar = PRESETS
 
     mode: Literal[tuple(MODES)] = "full"
@@ -170,8 +168,7 @@ def mlp(dim_in, hidden, dim, dropout):
 
 
 def softmax_over_neighbours(scores, is_empty):
-    """scores (N, heads, k), is_empty (N, k) or None where all places are in use -> weights (N,
-    heads, k) that sum to 1 over those in use."""
+    """scores (N, heads, k) -> weights that sum to 1 over the places that are not empty (N, k)."""
     if is_empty is not None:
         scores = scores.masked_fill(is_empty[:, None], -torch.inf)
     return scores.softmax(-1)
@@ -221,8 +218,7 @@ class GraphConvolution(nn.Module):
 
     $$H' = D^{-1/2} (A + I) D^{-1/2} H W + b \tag{5}$$
 
-    $A$ is the table of neighbours; $D$ counts the places in use of each row, the spot itself
-    included.
+    $A$ is the table; $D$ counts the places in use of each of its rows, the spot itself included.
 
     Test: test_graph_convolution_equals_the_normalised_adjacency
     """
@@ -258,16 +254,15 @@ class GraphEncoder(nn.Module):
 
     def __init__(self, config, kind, dim_in):
         super().__init__()
-        c = config
         self.convolutions = nn.ModuleList()
-        for width, dim in pairwise([dim_in] + [c.dim] * c.layers):
+        for width, dim in pairwise([dim_in] + [config.dim] * config.layers):
             if kind == "gat":
-                layer = GraphAttention(width, dim, c.heads, c.dropout, c.fast)
+                layer = GraphAttention(width, dim, config.heads, config.dropout, config.fast)
             else:
-                layer = GraphConvolution(width, dim, c.fast)
+                layer = GraphConvolution(width, dim, config.fast)
             self.convolutions.append(layer)
-        self.norms = nn.ModuleList(nn.LayerNorm(c.dim) for _ in range(c.layers))
-        self.dropout = nn.Dropout(c.dropout)
+        self.norms = nn.ModuleList(nn.LayerNorm(config.dim) for _ in range(config.layers))
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, h, graph):
         """h (N, dim_in) -> S (N, dim), the last layer's attention (N, heads, k+1) or None."""
@@ -359,10 +354,8 @@ class CrossAttentionLayer(nn.Module):
 
 
 class GatFusion(nn.Module):
-    """The encoders that the mode of a Config has, and how their embeddings meet.
-
-    dim_in: width of the genes or frozen vectors; dim_image: of the image features, 0 without.
-    """
+    """The encoders of a mode, and how their embeddings meet. dim_in: width of the genes or frozen
+    vectors; dim_image: of the image features, 0 without."""
 
     def __init__(self, config, dim_in, dim_image, n_classes):
         super().__init__()
@@ -438,8 +431,7 @@ def train(task, device, patience=20):
     c, is_val = task.config, task.split.val  # (N,) bool
     # a batch: the inputs of some spots, rows with a loss, their labels; tiles cover all spots
     batches, tiles = task.batches(device)
-    model = GatFusion(c, *task.widths).to(device)
-    run.compiled(model, c)
+    model = run.compiled(GatFusion(c, *task.widths).to(device), c)
     weights = class_weights(task.labels[task.split.train], task.n_classes).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=1e-4)
     schedule = ReduceLROnPlateau(optimiser, mode="max", factor=0.5, patience=10)
