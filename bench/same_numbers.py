@@ -71,7 +71,7 @@ JOBS = {
         f"{GAT} --split blocks --fold 1 --buffer 1 --n_blocks 4",
         f"{GAT} --split slice --train sim2",
         f"{GAT} --tile 100 --k 9",
-        f"{GAT} --hvg seurat_v3 --library own --n_top_genes 60",
+        f"{GAT} --library own --n_top_genes 60",
         "--data {made}/cortex --slice sim2 --predict {runs}/gat_fusion/4/**/model.pt",
         "--data {real}/dlpfc --slice 151673 --epochs 2",
         "--data {real}/dlpfc --slice 151674 --split slice --train 151673 --epochs 2 --dim 32",

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import data
 import experiments
 from conftest import ROOT
 from data import DataError
@@ -143,7 +144,8 @@ def test_make_runs_what_is_lacking(folder, tmp_path):
     runs = f"RUNS={tmp_path / 'runs'}"
     status, out = commands(folder, *words, runs, "SLICES=151673 151675")
     assert status == 0, out
-    assert out.count("gat_fusion.py") == 2 and out.count("multist.py") == 6
+    n_presets = len(dlpfc.PRESETS["gat_fusion"])
+    assert out.count("gat_fusion.py") == 2 * n_presets and out.count("multist.py") == 6
     assert out.count("plainst download dlpfc --slices 151675") == 1  # the other slice is there
     assert "slices 151673 --out" not in out and "evaluation.report" in out
     record = re.search(
@@ -174,6 +176,17 @@ def test_launch_stands_before_every_run(folder, tmp_path):
             else:
                 assert not line.startswith("srun")
     assert ran == {"gat_fusion.py", "multist.py", "stformer.py", "cmrcnet.py", "spatia.py"}
+
+
+def test_slices_of_the_demo_can_be_held_out_in_blocks(tmp_path):
+    """At the default buffer a smaller slide has one validation spot or none: a network would stop
+    at its first epoch."""
+    flags = re.search(r"simulate cortex \S+ (.*)", (ROOT / "Makefile").read_text())[1]
+    simulate.main(["cortex", str(tmp_path), *flags.split()])
+    for name in ("sim1", "sim2"):
+        slide = data.load_slide(tmp_path, name, counts=False)
+        split = data.block_split(slide.labels, slide.xy, 0, buffer=3.0)
+        assert split.val.sum() >= 8, name
 
 
 @needs_make

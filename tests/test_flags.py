@@ -172,9 +172,7 @@ IDLE = {
         --embedding e.npz | embedding
         --encoder x.npz | encoder
         --mode embedding --embedding e.npz --encoder x.npz | encoder
-        --hvg none --n_top_genes 50 | n_top_genes
         --mode embedding --embedding e.npz --n_top_genes 50 | n_top_genes
-        --mode embedding --embedding e.npz --hvg none | hvg
         --mode embedding_only --embedding e.npz --scale train | scale
         --mode embedding_only --embedding e.npz --library own | library
         --mode none --dim 16 | dim
@@ -182,7 +180,6 @@ IDLE = {
         --mode none --heads 2 | heads
         --mode none --epochs 3 | epochs
         --mode none --lr 0.1 | lr
-        --mode none --patience 5 | patience
         --mode none --compile | compile
         --mode none --bf16 | bf16
         --mode none --fast | fast
@@ -263,7 +260,7 @@ BUSY = {
         --mode embedding --embedding e.npz --tile 100 --fusion concat
         --mode img_expr --k 12 --heads 2 --layers 1 --no-fast
         --mode expr_only --dim 6
-        --mode multimodal --encoder x.npz --fusion concat
+        --mode multimodal --encoder x.npz --fusion gated
         --split slice --train 151674
         --predict model.pt --embedding e.npz --encoder x.npz --min_shared 0.2 --labels l.csv
         --predict model.pt --tile 10 --label_key x --h5ad --bf16 --cache c --slice a

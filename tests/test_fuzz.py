@@ -137,7 +137,7 @@ def write_good_files(root):
     )
     small = ["--epochs", "1", "--device", "cpu", "--threads", "1", "--runs", str(root / "runs")]
     hest_flags = ["--data", str(root / "hest"), "--cache", str(root / "cache"), *small]
-    gat_fusion.main([*f"--data {root}/vis --hvg none --dim 8 --heads 2".split(), *small])
+    gat_fusion.main([*f"--data {root}/vis --dim 8 --heads 2".split(), *small])
     cmrcnet.main(
         [
             *hest_flags,

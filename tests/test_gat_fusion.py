@@ -573,7 +573,7 @@ def test_training_stops_after_patience_and_returns_the_best_epoch(cortex, monkey
     """The second epoch is the best, the fourth is as good and no better."""
     aris = [0.1, 0.5, 0.4, 0.5, 0.3, 0.9, 0.9]
     weights, _ = scripted(monkeypatch, aris)
-    model, prob, _, history = gf.train(task_of(short(cortex, epochs=50, patience=3)), CPU)
+    model, prob, _, history = gf.train(task_of(short(cortex, epochs=50)), CPU, patience=3)
     assert history[:, 1].tolist() == aris[:5] and len(weights) == 6
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[1][name])
@@ -586,10 +586,10 @@ def test_learning_rate_halves_where_validation_stands_still(cortex, monkeypatch)
     for epochs, factor in ((11, 1), (12, 0.5)):
         with monkeypatch.context() as patch:
             _, optimisers = scripted(patch, [0.5] * 20)
-            gf.train(task_of(short(cortex, epochs=epochs, patience=30, lr=0.01)), CPU)
+            gf.train(task_of(short(cortex, epochs=epochs, lr=0.01)), CPU, patience=30)
         (group,) = optimisers[0].param_groups
         assert group["lr"] == pytest.approx(0.01 * factor)
-        assert group["weight_decay"] == gf.WEIGHT_DECAY == 1e-4
+        assert group["weight_decay"] == 1e-4
 
 
 @pytest.mark.parametrize("mode", ["full", "gcn_full"])
@@ -658,7 +658,7 @@ def test_same_seed_same_arrays(cortex, tmp_path):
 def test_help_is_readable(capsys):
     assert gat("--help") == 0
     text = capsys.readouterr().out
-    for words in ("neighbours of a spot", "(default: 6)", "--no-deterministic", "--no-fast"):
+    for words in ("neighbours of a spot", "(default: 128)", "--no-deterministic", "--no-fast"):
         assert words in text
 
 

@@ -798,6 +798,7 @@ def test_predict_uses_this_runs_device_and_needs_the_image_scale(cortex, tmp_pat
         ("--n_blocks 0", "--n_blocks"),
         ("--lr 0", "--lr"),
         ("--min_shared 2 --predict x.pt", "--min_shared"),
+        ("--mode multimodal --fusion concat", "--fusion concat leaves no gate"),
         ("--mode none --h5ad", "--h5ad has no effect in --mode none"),
         ("--mode none --lr 0.1", "--lr has no effect in --mode none"),
         ("--mode embedding --embedding e.npz --scale slice", "--scale has no effect"),
