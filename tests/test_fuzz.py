@@ -75,9 +75,10 @@ def write_good_files(root):
     import data
     import gat_fusion
     import stformer
+    from evaluation import genes as stformer_runs
     from plainst import run, simulate
 
-    for module in (cmrcnet, gat_fusion, stformer):
+    for module in (cmrcnet, gat_fusion, stformer_runs):
         # half the time of a prediction; git is most of the rest
         module.draw = lambda *args: None
     run.git_commit = lambda: ""
@@ -298,6 +299,7 @@ def readers_of(root):
     import gat_fusion
     import stformer
     from evaluation import downstream
+    from evaluation import genes as gene_runs
     from evaluation import hest as hest_protocol
     from plainst import download, retrieval, run
     from plainst.readers import convert
@@ -380,7 +382,7 @@ def readers_of(root):
         "GMT": lambda: dict(
             zip(
                 ("names", "member"),
-                (np.asarray(v) for v in stformer.read_gmt(root / "sets.gmt", genes)),
+                (np.asarray(v) for v in gene_runs.read_gmt(root / "sets.gmt", genes)),
             )
         ),
         "split": lambda: dict(

@@ -20,8 +20,9 @@ import metrics
 import stformer as st
 from conftest import in_processes, status_of
 from data import DataError
-from evaluation import bags, baselines, hest
-from plainst import simulate
+from evaluation import bags, baselines, genes, hest, samples
+from plainst import jobs, quadrants, run, simulate
+from plainst.features import input_files
 
 COMBINATIONS = [c for r in range(1, 5) for c in itertools.combinations(st.QUADRANTS, r)]
 
@@ -41,7 +42,7 @@ def task(tmp_path_factory):
 def no_figures(request, monkeypatch):
     """Figures are half the time of a small run: only the end-to-end test draws them."""
     if request.node.name != "test_end_to_end_record_resume_and_predict":
-        monkeypatch.setattr(st, "draw", lambda *args: None)
+        monkeypatch.setattr(genes, "draw", lambda *args: None)
 
 
 def test_unknown_patient_means_leaking(tmp_path):
@@ -98,11 +99,11 @@ def sample_of(n=150, dim=8, rings=2, seed=0, genes=5):
         None, np.array([]), np.arange(n).astype(str), rng.random((n, 2)) * n**0.5, sample=f"s{seed}"
     )
     x, y = (torch.tensor(rng.normal(size=(n, d)), dtype=torch.float32) for d in (dim, genes))
-    return st.Sample(
+    return samples.Sample(
         slide.sample,
         slide.sample,
         x,
-        *st.neighbourhood(slide, rings),
+        *samples.neighbourhood(slide, rings),
         y,
         y.abs().round(),
         torch.full((n,), 1e4),
@@ -115,56 +116,99 @@ def sample_of(n=150, dim=8, rings=2, seed=0, genes=5):
 # ---------------------------------------------------------------------------------------- attention
 
 
-def dense_layer(layer, t, h, sample):
-    """The same layer as one masked (P + S) x (P + S) attention."""
-    p, s = t.shape[1], h.shape[1]
-    allow, bias = torch.eye(p + s, dtype=torch.bool), torch.zeros(layer.heads, p + s, p + s)
-    rows = {"p": slice(0, p), "h": slice(p, p + s)}
-    for name in layer.on - ({"h2h"} if layer.h2h == "local" else set()):
-        allow[rows[name[0]], rows[name[2]]] = True
-    if "h2h" in layer.on and layer.h2h == "local":
-        for i in range(s):
-            for j, ring in zip(sample.table[i].tolist(), sample.ring[i].tolist()):
-                if ring >= 0:
-                    allow[p + i, p + j] = True
-                    bias[:, p + i, p + j] = 0 if layer.bias is None else layer.bias[ring]
-    x = torch.cat([t, h], 1)
-    q, k, v = layer.qkv(layer.norm1(x)).unflatten(-1, (3, layer.heads, -1)).unbind(2)
-    score = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5 + bias
-    x = x + layer.out(
-        torch.einsum(
-            "bhij,bjhd->bihd", score.masked_fill(~allow, float("-inf")).softmax(-1), v
-        ).flatten(2)
-    )
-    x = x + layer.ffn(layer.norm2(x))
-    return x[:, :p], x[:, p:]
+def allowed(sample, n_tokens, on, h2h):
+    """(P + S, P + S) bool, from the names of the quadrants and the table, in loops."""
+    size = n_tokens + len(sample.x)
+    allow = torch.eye(size, dtype=torch.bool)
+    rows = {"p": range(n_tokens), "h": range(n_tokens, size)}
+    for query, key in ((name[0], name[2]) for name in on if name != "h2h" or h2h == "whole"):
+        for i in rows[query]:
+            allow[i, rows[key].start : rows[key].stop] = True
+    if "h2h" in on and h2h == "local":
+        for i, (row, rings) in enumerate(zip(sample.table.tolist(), sample.ring.tolist())):
+            for j in (j for j, ring in zip(row, rings) if ring >= 0):
+                allow[n_tokens + i, n_tokens + j] = True
+    return allow
 
 
 @pytest.mark.parametrize("h2h", ["local", "whole"])
-def test_every_combination_of_quadrants_equals_the_dense_masked_reference(h2h):
+def test_mask_of_the_quadrants(h2h):
+    """Against loops, for all combinations; a padded patch is read by itself alone."""
+    sample = sample_of(40)
+    patches = samples.collate([sample, sample_of(50, seed=1)])["patches"]
+    reads = st.ring_matrix(patches) >= 0
+    if h2h == "whole":
+        reads = torch.ones_like(reads)
+    for on in COMBINATIONS:
+        mask = st.quadrant_mask(on, 3, reads, patches.is_real)
+        assert mask.shape == (2, 53, 53)
+        assert torch.equal(mask[0, :43, :43], allowed(sample, 3, on, h2h)), on
+        assert torch.equal(mask[0, :, 43:], torch.eye(53, dtype=torch.bool)[:, 43:])
+
+
+@pytest.mark.parametrize("h2h", ["local", "whole"])
+def test_every_combination_of_quadrants_equals_the_dense_mask(h2h):
+    """The fast form, the plain form and torch's own attention with the mask of loops: values; the
+    first two: gradients."""
     torch.manual_seed(0)
     sample = sample_of()
-    batch = st.collate([sample])
+    patches = samples.collate([sample])["patches"]
     assert len(COMBINATIONS) == 15
     for on in COMBINATIONS:
-        layer = st.Layer(16, 2, on, h2h, 2 if h2h == "local" and "h2h" in on else 0, dropout=0)
+        rings = 2 if h2h == "local" and "h2h" in on else 0
+        layer = st.QuadrantAttention(16, 2, on, h2h, rings)
         if layer.bias is not None:
             torch.nn.init.normal_(layer.bias)
-        t, h = (
-            torch.randn(1, 5, 16, requires_grad=True),
-            torch.randn(1, 150, 16, requires_grad=True),
-        )
-        fast, slow = layer(t, h, batch["valid"], batch["blocks"]), dense_layer(layer, t, h, sample)
-        inputs = [t, h, *layer.parameters()]
-        for a, b in zip(fast, slow):
-            assert torch.allclose(a, b, atol=1e-5), on
-        for a, b in zip(
-            *(
-                torch.autograd.grad(sum(o.square().sum() for o in out), inputs)
-                for out in (fast, slow)
-            )
-        ):
+        x = torch.randn(1, 155, 16, requires_grad=True)
+        out, gradients = [], []
+        for layer.fast in (True, False):
+            out.append(layer(x, 5, patches))
+            inputs = [x, *layer.parameters()]
+            gradients.append(torch.autograd.grad(out[-1].square().sum(), inputs))
+        assert torch.allclose(*out, atol=1e-5), on
+        for a, b in zip(*gradients):
             assert torch.allclose(a, b, atol=1e-3, rtol=1e-4), on
+        q, k, v = layer.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        mask = torch.where(allowed(sample, 5, on, h2h), 0.0, -torch.inf)[None]
+        if layer.bias is not None:
+            ring = st.ring_matrix(patches)[0].clamp(min=0)
+            bias = F.pad(layer.bias[ring].permute(2, 0, 1), (5, 0, 5, 0))
+            mask = mask + bias
+        dense = F.scaled_dot_product_attention(q, k, v, mask[None]).transpose(1, 2).flatten(2)
+        assert torch.allclose(out[0], layer.out(dense), atol=1e-5), on
+
+
+def test_fast_and_plain_agree_on_padded_batches():
+    batch = samples.collate([sample_of(70, seed=1), sample_of(150, seed=2, rings=1)])
+    for more in ({}, {"h2h": "whole"}, {"interactions": "p2h,h2p"}, {"interactions": "p2p"}):
+        fast, plain = (make(sample_of(), fast=is_fast, **more) for is_fast in (True, False))
+        with torch.no_grad():
+            genes_fast, genes_plain = fast(**batch)["genes"], plain(**batch)["genes"]
+        real = batch["valid"]
+        assert torch.allclose(genes_fast[real], genes_plain[real], atol=1e-5), more
+
+
+def test_layer_equals_its_equation():
+    torch.manual_seed(0)
+    patches = samples.collate([sample_of()])["patches"]
+    layer = st.Layer(16, 2, st.QUADRANTS, "local", 2).eval()
+    x = torch.randn(1, 155, 16)
+    hidden = x + layer.attention(F.layer_norm(x, (16,)), 5, patches)
+    first, second = layer.ffn[1], layer.ffn[4]
+    want = hidden + second(F.gelu(first(F.layer_norm(hidden, (16,)))))
+    assert torch.allclose(layer(x, 5, patches), want, atol=1e-5)
+
+
+def test_pieces_give_the_numbers_of_the_whole(monkeypatch):
+    """Long slides are done in pieces: values and gradients stay."""
+    batch, found = samples.collate([sample_of(200)]), []
+    for piece in (16384, 70):
+        monkeypatch.setattr(quadrants, "PIECE", piece)
+        model = make(sample_of())
+        out = model(**batch)["genes"]
+        out.square().sum().backward()
+        found.append([out, *(p.grad for p in model.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(*found))
 
 
 def test_blocks_hold_the_table():
@@ -195,18 +239,19 @@ def test_lattice_neighbourhood_is_rings_of_the_lattice():
     slide = data.Slide(
         None, np.array([]), np.arange(300).astype(str), simulate.lattice_pixels(grid), grid
     )
-    _, table, ring, _ = st.neighbourhood(slide, 2)
+    _, table, ring, _ = samples.neighbourhood(slide, 2)
     middle = (ring >= 0).all(1)
     assert middle.any() and table.shape == (300, 19)
     assert (torch.bincount(ring[middle][0]) == torch.tensor([1, 6, 12])).all()
     assert (table[ring < 0] == torch.arange(300)[:, None].expand_as(table)[ring < 0]).all()
 
 
-def make(sample, **more):
+def make(sample, layers=2, **more):
     torch.manual_seed(0)
-    return st.PathwayTransformer(
-        sample.x.shape[1], 5, 4, 2, 16, 2, rings=2, **{"distance_bias": True, **more}
-    ).eval()
+    config = st.Config(**{"size": "mini", **more})
+    model = st.PathwayTransformer(config, sample.x.shape[1], 5, 4).eval()
+    model.layers = model.layers[:layers]
+    return model
 
 
 @pytest.mark.parametrize(
@@ -215,20 +260,20 @@ def make(sample, **more):
         {},
         {"position": "sincos"},
         {"position": "mlp", "h2h": "whole"},
-        {"quadrants": ("p2h", "h2p")},
+        {"interactions": "p2h,h2p"},
         {"mode": "global"},
-        {"quadrants": ("p2p",)},
+        {"interactions": "p2p"},
     ],
 )
 def test_padding_and_batch_mates_change_nothing(more):
     a, b = sample_of(70, seed=1), sample_of(150, seed=2, rings=1)
     model = make(a, **more)
     with torch.no_grad():
-        alone, together = model(**st.collate([a])), model(**st.collate([b, a]))
+        alone, together = model(**samples.collate([a])), model(**samples.collate([b, a]))
     for name, value in alone.items():
         other = together[name][1] if more.get("mode") == "global" else together[name][1, :70]
         assert torch.allclose(value[0], other, atol=1e-6), name
-    loud = st.collate([b, a])
+    loud = samples.collate([b, a])
     # whatever stands in the padding
     loud["x"][1, 70:] = 1e3
     with torch.no_grad():
@@ -241,32 +286,29 @@ def test_who_hears_of_whom():
     """Perturb patch 0: with local h2h one layer reaches its neighbours, the bottleneck needs two
     layers, and without both nobody hears."""
     sample = sample_of()
-    batch = st.collate([sample])
+    batch = samples.collate([sample])
     changed = batch | {"x": batch["x"].clone()}
     changed["x"][0, 0] += 3
     near = torch.zeros(150, dtype=torch.bool)
     near[((sample.table == 0) & (sample.ring >= 0)).any(1)] = True
 
     def moved(layers, on):
-        torch.manual_seed(0)
-        model = st.PathwayTransformer(8, 5, 4, layers, 16, 2, on, rings=2).eval()
-        h = []
-        hook = model.norm.register_forward_hook(lambda _, __, out: h.append(out))
+        model, h = make(sample, layers, interactions=on, distance_bias=False), []
+        hook = model.norm.register_forward_hook(lambda _, __, out: h.append(out[:, 4:]))
         with torch.no_grad():
             model(**batch), model(**changed)
         hook.remove()
-        # patches (the tokens' norm comes first)
-        return (h[1] - h[3]).abs().amax(-1)[0] > 1e-7
+        return (h[0] - h[1]).abs().amax(-1)[0] > 1e-7
 
-    assert (moved(1, ("h2h",)) == near).all()
+    assert (moved(1, "h2h") == near).all()
     only_me = torch.arange(150) == 0
-    assert (moved(1, ("p2h", "h2p")) == only_me).all() and moved(2, ("p2h", "h2p")).all()
-    assert (moved(2, ("p2p", "p2h")) == only_me).all()
+    assert (moved(1, "p2h,h2p") == only_me).all() and moved(2, "p2h,h2p").all()
+    assert (moved(2, "p2p,p2h") == only_me).all()
 
 
 def test_checkpointing_gives_the_same_gradients():
     sample = sample_of()
-    batch, grads = st.collate([sample]), []
+    batch, grads = samples.collate([sample]), []
     for on in (False, True):
         model = make(sample, checkpointing=on).train()
         for module in model.modules():
@@ -277,17 +319,34 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
 
 
+def test_genes_are_a_linear_map_of_scaled_cosines():
+    sample = sample_of(30)
+    batch, sequence = samples.collate([sample]), []
+    for more in ({}, {"tau": "fixed"}):
+        model = make(sample, **more)
+        model.norm.register_forward_hook(lambda _, __, out: sequence.append(out[0]))
+        with torch.no_grad():
+            out = model(**batch)
+        tokens, h = sequence[-1][:4], sequence[-1][4:]
+        tau = 1.0 if more else 1 / 0.07
+        for i, p in ((0, 0), (7, 3)):
+            cosine = h[i] @ tokens[p] / h[i].norm() / tokens[p].norm()
+            assert torch.isclose(out["scores"][0, i, p], tau * cosine, rtol=1e-4, atol=1e-5)
+        want = out["scores"][0] @ model.genes.weight.T + model.genes.bias
+        assert torch.allclose(out["genes"][0], want, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "size, count",
     [("tiny", 1_840_696), ("small", 7_464_120), ("medium", 19_385_656), ("large", 85_735_992)],
 )
 def test_parameter_counts(size, count):
+    plain = {"size": size, "distance_bias": False, "tau": "fixed", "loss": "mse"}
+    more = plain | {"position": "mlp", "loss": "zinb"}
     with torch.device("meta"):
-        layers, dim, heads = st.SIZES[size]
-        model = st.PathwayTransformer(768, 1000, 50, layers, dim, heads)
-        learned = st.PathwayTransformer(
-            768, 1000, 50, layers, dim, heads, position="mlp", zinb=True
-        )
+        model = st.PathwayTransformer(st.Config(**plain), 768, 1000, 50)
+        learned = st.PathwayTransformer(st.Config(**more), 768, 1000, 50)
+    dim = st.SIZES[size][1]
     assert sum(p.numel() for p in model.parameters()) == count
     assert sum(p.numel() for p in learned.parameters()) == count + dim * dim + 4 * dim + 2 * (
         50 * 1000 + 1000
@@ -340,7 +399,7 @@ def test_targets_in_units_of_the_slide_or_of_the_training_spots():
     over slides and genes."""
     y, mask = torch.randn(2, 9, 4) * 3 + 5, torch.rand(2, 9, 4) < 0.7
     mask[:, :2] = True
-    z = st.Scaler(
+    z = samples.Scaler(
         {"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}
     ).standardise_targets(y, mask, "slide")
     for b, g in np.ndindex(2, 4):
@@ -355,7 +414,7 @@ def test_targets_in_units_of_the_slide_or_of_the_training_spots():
             and not z[b, ~use, g].any()
         )
     assert torch.allclose(
-        st.Scaler(
+        samples.Scaler(
             {"y_mean": torch.arange(4.0), "y_std": torch.full((4,), 2.0)}
         ).standardise_targets(y, mask, "train"),
         (y - torch.arange(4.0)) / 2,
@@ -387,20 +446,20 @@ def test_zinb_does_not_read_the_counts_of_what_it_predicts(target):
     train.library = torch.arange(40.0) * 100 + 500
     train.scored[30:] = False
     config = st.Config(loss="zinb", target=target, size="mini")
-    scaler = st.Scaler.fit([train])
+    scaler = samples.Scaler.fit([train])
     assert scaler.tensors["median_library"] == 500 + 100 * 14
-    model = st.PathwayTransformer(8, 5, 6, 2, 16, 2, zinb=True)
-    genes = st.predict([model], a, scaler, config)[0]
+    model = st.PathwayTransformer(config, 8, 5, 6)
+    genes = samples.predict([model], a, scaler, config)[0]
     b = sample_of(50, seed=2)
     b.counts, b.y, b.library = b.counts * 9 + 3, b.y + 1, b.library * torch.rand(50)
-    assert np.array_equal(st.predict([model], b, scaler, config)[0], genes)
+    assert np.array_equal(samples.predict([model], b, scaler, config)[0], genes)
     # and a new slide, which has no counts, is predicted alike
     b.y = b.counts = b.library = None
-    assert np.allclose(st.predict([model], b, scaler, config)[0], genes, atol=1e-6)
+    assert np.allclose(samples.predict([model], b, scaler, config)[0], genes, atol=1e-6)
     # counts of the median spot, or of 10,000
     depth = 1e4 if target == "cp10k" else 1900
     with torch.no_grad():
-        out = model.eval()(**st.collate([a]))
+        out = model.eval()(**samples.collate([a]))
     mean = depth / 1e4 * scaler.tensors["rate"] * F.softplus(out["genes"][0] + 0.5413)
     want = torch.log1p(mean * torch.sigmoid(-out["pi"][0]))
     assert np.allclose(genes, want.numpy(), atol=1e-5)
@@ -431,24 +490,57 @@ def test_pathway_targets_are_mean_z_scores_of_members():
     assert st.pathway_loss(target, true, mask, member).abs() < 1e-5
 
 
+def test_loss_is_the_sum_of_its_parts():
+    fit = [sample_of(40, seed=1)]
+    scaler, batch = samples.Scaler.fit(fit), samples.collate(fit)
+    out, member = make(fit[0])(**batch), torch.eye(5)[:4]
+    true = (batch["y"] - scaler.tensors["y_mean"]) / scaler.tensors["y_std"]
+    mse, pcc = (f(out["genes"], true, batch["scored"]) for f in (st.masked_mse, st.pcc_loss))
+    aux = st.pathway_loss(out["scores"], true, batch["scored"], member)
+
+    def loss(member=None, **flags):
+        return st.loss_of(out, batch, scaler, st.Config(**flags), member)
+
+    assert torch.isclose(loss(loss="mse"), mse) and torch.isclose(loss(loss="pcc"), pcc)
+    assert torch.isclose(loss(loss="mse_pcc", pcc_weight=0.3), mse + 0.3 * pcc)
+    assert torch.isclose(loss(member, loss="mse", lambda_pathway=0.5), mse + 0.5 * aux)
+    assert torch.isclose(loss(loss="mse", lambda_pathway=0.5), mse)
+
+
+def test_agreement_of_pathways_is_the_correlation_of_the_loss():
+    a, b = sample_of(40, seed=1), sample_of(50, seed=2)
+    a.scored[:5], b.measured[2] = False, False
+    member = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 1]])
+    scores, want = [torch.randn(len(s.x), 3) for s in (a, b)], []
+    for s, values in zip((a, b), scores):
+        mask = (s.scored[:, None] & s.measured)[None]
+        target, is_present = st.pathway_targets(s.y[None], mask, member)
+        mask = mask.any(-1, keepdim=True) & is_present[:, None]
+        r, is_defined = st.masked_pcc(values[None], target, mask)
+        want += r[is_defined].tolist()
+    assert len(want) == 5
+    found = genes.pathway_agreement([a, b], [v.numpy() for v in scores], member)
+    assert abs(found - np.mean(want)) < 1e-5
+
+
 def test_gmt_and_shuffled_sets(tmp_path):
     (tmp_path / "a.gmt").write_text("SET_A\turl\tG1\tG2\nSET_B\turl\tX\nSET_C\turl\tG2\tG3\tY\n")
-    genes = ["G0", "G1", "G2", "G3"]
-    names, member = st.read_gmt(tmp_path / "a.gmt", genes)
+    panel = ["G0", "G1", "G2", "G3"]
+    names, member = genes.read_gmt(tmp_path / "a.gmt", panel)
     assert names == ["SET_A", "SET_C"] and member.tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
-    shuffled = st.read_gmt(tmp_path / "a.gmt", genes, np.random.default_rng(2))[1]
+    shuffled = genes.read_gmt(tmp_path / "a.gmt", panel, np.random.default_rng(2))[1]
     assert (shuffled.sum(1) == member.sum(1)).all() and not torch.equal(shuffled, member)
-    model = st.PathwayTransformer(8, 4, 2, 1, 16, 2)
+    model = st.PathwayTransformer(st.Config(), 8, 4, 2)
     model.start_from_sets(member)
     assert torch.equal(model.genes.weight, member.T / 2) and (model.genes.bias == 0).all()
 
 
 def test_hallmark_sets(real_data):
-    genes = data.hest_genes(real_data / "her2st")
-    names, member = st.read_gmt(real_data / "hallmark" / "h.all.symbols.gmt", genes)
+    panel = data.hest_genes(real_data / "her2st")
+    names, member = genes.read_gmt(real_data / "hallmark" / "h.all.symbols.gmt", panel)
     assert (
         20 < len(names) <= 50
-        and member[names.index("HALLMARK_ALLOGRAFT_REJECTION"), genes.index("B2M")] == 1
+        and member[names.index("HALLMARK_ALLOGRAFT_REJECTION"), panel.index("B2M")] == 1
     )
 
 
@@ -495,9 +587,9 @@ def test_unmeasured_genes_are_masked_not_zero(task):
 def test_scaler_leaves_low_counts_and_unmeasured_genes_out():
     a, b = sample_of(40, seed=1), sample_of(50, seed=2)
     a.scored[:5], b.measured[2] = False, False
-    want = st.Scaler.fit([a, b]).tensors
+    want = samples.Scaler.fit([a, b]).tensors
     a.y[:5], a.x[:5], b.y[:, 2] = 1e3, 1e3, 1e3
-    assert all(torch.equal(v, want[k]) for k, v in st.Scaler.fit([a, b]).tensors.items())
+    assert all(torch.equal(v, want[k]) for k, v in samples.Scaler.fit([a, b]).tensors.items())
     assert torch.allclose(want["y_mean"][2], a.y[5:, 2].mean(), atol=1e-6)
 
 
@@ -551,10 +643,12 @@ def test_bags_ignore_padding_and_learn_a_slide_mean(kind):
     model = kind(8, 5).eval()
     with torch.no_grad():
         assert torch.allclose(
-            model(**st.collate([a]))["genes"][0], model(**st.collate([a, b]))["genes"][0], atol=1e-5
+            model(**samples.collate([a]))["genes"][0],
+            model(**samples.collate([a, b]))["genes"][0],
+            atol=1e-5,
         )
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    batch, want = st.collate([a, b]), torch.tensor([[1.0] * 5, [-1.0] * 5])
+    batch, want = samples.collate([a, b]), torch.tensor([[1.0] * 5, [-1.0] * 5])
     for _ in range(40):
         loss = F.mse_loss(model(**batch)["genes"], want)
         optimiser.zero_grad()
@@ -628,7 +722,7 @@ def test_end_to_end_record_resume_and_predict(task, tmp_path, capsys, monkeypatc
         if stopped[0] == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(st, "draw", lambda *args: None)
+    monkeypatch.setattr(genes, "draw", lambda *args: None)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(st.run, "write_atomically", stop_early)
         st.main(flags(task, tmp_path / "again", "--fold", "0", "--folds", "2", "--save_every", "1"))
@@ -755,31 +849,34 @@ def test_bfloat16_products_stay_near_float32(task, tmp_path, capsys):
 
 def test_batches_are_collated_once_and_padding_is_known(task):
     a, b = sample_of(40, seed=1), sample_of(50, seed=2)
-    assert st.collate([a])["whole"] and not st.collate([a, b])["whole"]
-    model, batch = st.PathwayTransformer(8, 5, 6, 2, 16, 2), st.collate([a])
+    batch = samples.collate([a])
+    padded = samples.collate([a, b])["patches"]
+    assert batch["patches"].is_unpadded and not padded.is_unpadded
+    model = make(a)
     with torch.no_grad():
-        whole, masked = model.eval()(**batch), model(**batch | {"whole": False})
+        whole = model(**batch)
+        masked = model(**batch | {"patches": batch["patches"]._replace(is_unpadded=False)})
     assert torch.allclose(whole["genes"], masked["genes"], atol=1e-5)
     calls, config = [], st.Config(epochs=3, size="mini", members=1)
+
+    def counted(parts, device, collate=samples.collate):
+        calls.append(len(parts))
+        return collate(parts, device)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            st,
-            "collate",
-            lambda samples, device, collate=st.collate: (
-                calls.append(len(samples)) or collate(samples, device)
-            ),
-        )
-        st.train_one(
-            lambda: bags.OneLinear(8, 5),
-            [a, b],
-            [a],
-            st.Scaler.fit([a, b]),
-            config,
-            torch.device("cpu"),
-            3,
-        )
+        patch.setattr(samples, "collate", counted)
+        train_linear([a, b], [a], config)
     # two slides and one for validation, whatever the number of epochs
     assert calls == [1, 1, 1] and a.batch is None
+
+
+def train_linear(fit, val, config):
+    """One linear layer, trained as the model is."""
+    job = jobs.Job(config, 0)
+    device, scaler = torch.device("cpu"), samples.Scaler.fit(fit)
+    return st.train(
+        lambda: bags.OneLinear(8, 5), fit, val, scaler, config, device, config.epochs, job
+    )
 
 
 def test_predict_from_features_files(task, tmp_path, capsys):
@@ -911,23 +1008,23 @@ def test_ring2_genes_need_context(tmp_path):
             lr=5e-3,
             dropout=0.0,
         )
-        raw, genes = st.load(config, ["S1", "S2", "S3"], ["S4"])
-        scaler = st.Scaler.fit([raw[n] for n in ("S1", "S2", "S3")], "slide")
+        raw, names = genes.load(config, ["S1", "S2", "S3"], ["S4"])
+        scaler = samples.Scaler.fit([raw[n] for n in ("S1", "S2", "S3")], "slide")
         s = {n: scaler.features(raw[n], "train") for n in raw}
-        model, _ = st.train_one(
-            lambda c=config: st.PathwayTransformer(
-                42, 50, 20, 2, 64, 4, st.quadrants(c.interactions), distance_bias=True
-            ),
-            [s["S1"], s["S2"], s["S3"]],
+        fit, device = [s["S1"], s["S2"], s["S3"]], torch.device("cpu")
+        model, _ = st.train(
+            lambda c=config: st.PathwayTransformer(c, 42, 50, 20),
+            fit,
             [],
             scaler,
             config,
-            torch.device("cpu"),
+            device,
             config.epochs,
+            jobs.Job(config, 0),
         )
-        column = [list(truth["genes"]).index(g) for g in genes]
+        column = [list(truth["genes"]).index(g) for g in names]
         rate = truth["z_S4"] @ truth["weights"][:, column]
-        found[on] = metrics.pcc_summary(rate, st.predict([model], s["S4"], scaler, config)[0])[
+        found[on] = metrics.pcc_summary(rate, samples.predict([model], s["S4"], scaler, config)[0])[
             "pcc_mean"
         ]
     assert found["p2p,p2h,h2p,h2h"] > 0.85 and abs(found["p2p"]) < 0.15, found
@@ -956,7 +1053,8 @@ def test_two_processes_have_the_numbers_of_one(task, tmp_path):
     found = []
     script = tmp_path / "two.py"
     script.write_text(
-        "import stformer\nstformer.draw = lambda *a: None\nstformer.run.cli(stformer.main)\n"
+        "import stformer\nfrom evaluation import genes\ngenes.draw = lambda *a: None\n"
+        "stformer.run.cli(stformer.main)\n"
     )
     more = ("--fold", "0", "--folds", "3", "--members", "2")
     runs = [(n, flags(task, tmp_path / str(n), *more)) for n in (1, 2)]
@@ -1089,10 +1187,10 @@ def test_her2st_low_counts_are_filtered_and_baselines_are_above_chance(real_data
             embedding=data.handmade_descriptor(slide.patches[:][:, ::4, ::4]),
             barcodes=slide.barcodes,
         )
-    samples, genes = st.load(config, ["C4"], ["C5"])
-    assert "C5: 2 of 181 spots" in capsys.readouterr().out and len(genes) == 50
-    found = st.classical_baselines(samples, ["C4"], ["C5"])
-    scores = {n: st.score([samples["C5"]], p)["pcc_mean"] for n, p in found.items()}
+    raw, names = genes.load(config, ["C4"], ["C5"])
+    assert "C5: 2 of 181 spots" in capsys.readouterr().out and len(names) == 50
+    found = genes.classical_baselines(raw, ["C4"], ["C5"])
+    scores = {n: genes.score([raw["C5"]], p)["pcc_mean"] for n, p in found.items()}
     assert scores["train_mean"] == 0 and scores["ridge_raw"] > 0.15
 
 
@@ -1100,17 +1198,19 @@ def test_her2st_low_counts_are_filtered_and_baselines_are_above_chance(real_data
 
 
 def test_linear_layer_in_the_average():
-    pairs, linear = [(np.full((3, 2), 1.0), None)], [np.full((3, 2), 5.0)]
+    fit = [sample_of(40, seed=1)]
+    scaler = samples.Scaler.fit(fit)
+    layer, ones = bags.OneLinear(8, 5), [np.ones((40, 5))]
+    linear = samples.predict([layer], fit[0], scaler, st.Config())[0]
     for weight, mode, want in (
-        (0.5, "dense", 3.0),
-        (0.25, "dense", 2.0),
-        (0.0, "dense", 1.0),
-        (0.5, "global", 1.0),
+        (0.5, "dense", 0.5 + 0.5 * linear),
+        (0.25, "dense", 0.75 + 0.25 * linear),
+        (0.0, "dense", ones[0]),
+        (0.5, "global", ones[0]),
     ):
-        ((genes, scores),) = st.with_linear(
-            pairs, linear, st.Config(linear_weight=weight, mode=mode)
-        )
-        assert (genes == want).all() and scores is None
+        config = st.Config(linear_weight=weight, mode=mode)
+        (found,) = genes.with_linear(ones, [layer], fit, scaler, config)
+        assert np.allclose(found, want, atol=1e-6)
     with pytest.raises(DataError, match="--linear_weight is 1.5"):
         st.check(st.Config(linear_weight=1.5))
 
@@ -1118,8 +1218,8 @@ def test_linear_layer_in_the_average():
 def test_the_record_lists_fold_genes_and_metadata(real_data):
     root = real_data / "her2st"
     slide = data.load_hest(root, "A2", counts=False)
-    more = st.hest.task_files(st.Config(data=str(root), fold=1))
-    files = st.run.list_files(st.input_files([slide], "handmade", more), root)
+    more = hest.task_files(st.Config(data=str(root), fold=1))
+    files = run.list_files(input_files([slide], "handmade", more), root)
     assert list(files) == [
         "adata/A2.h5ad",
         "metadata.csv",
@@ -1128,5 +1228,5 @@ def test_the_record_lists_fold_genes_and_metadata(real_data):
         "splits/test_1.csv",
         "var_50genes.json",
     ]
-    genes = st.hest.task_files(st.Config(data="none", split="section", genes="mine.json"))
+    genes = hest.task_files(st.Config(data="none", split="section", genes="mine.json"))
     assert [str(path) for path in genes] == ["mine.json"]

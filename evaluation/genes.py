@@ -1,0 +1,547 @@
+"""A run of a network that predicts the genes of patches by way of pathway scores: flags, slides,
+baselines, members, scores, and the prediction of new slides.
+
+What is the method's own comes from it: `train`, as in stformer.py, and `build`(config, dim_in,
+n_genes, n_pathways), which makes the network.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import metrics
+from data import DataError
+from evaluation import bags, baselines, figures, hest
+from evaluation.samples import Scaler, predict, to_sample
+from plainst import export, run
+from plainst.features import input_files
+from plainst.jobs import Job, Jobs
+
+# columns of the printed table
+COLUMNS = (
+    *("pcc_mean", "pcc_pooled", "variance_ratio_median", "rmse", "slide_mean_rmse", "rate_pcc"),
+)
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------
+
+
+def check(config, quadrants):
+    """Raise DataError, naming the flag, for a value that no run can use, or for one that does
+    nothing beside the others. quadrants: the names that --interactions may have."""
+    rules = dict.fromkeys(("pathways", "epochs", "members", "batch"), run.AT_LEAST_ONE)
+    at_least_zero = ("fold", "min_counts", "rings", "pcc_weight", "lambda_pathway", "save_every")
+    rules |= dict.fromkeys(at_least_zero, run.AT_LEAST_ZERO)
+    rules |= {
+        "lr": run.POSITIVE,
+        "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+        "folds": (lambda v: v == 0 or v >= 2, "0, or 2 or more"),
+        "linear_weight": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    }
+    run.check_flags(config, rules)
+    run.refuse_idle_flags(config, idle_flags(config, quadrants_of(config, quadrants)))
+
+
+def idle_flags(config, quadrants):
+    """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
+    them. --rings, and in global mode the loss, still rule the baselines."""
+    if config.predict:
+        return [run.idle_with_predict(config, ())]
+    split, has_h2h = f"with --split {config.split}", "h2h" in quadrants
+    is_local = has_h2h and config.h2h == "local" and config.rings > 0
+    has_pcc = config.loss in ("pcc", "mse_pcc")
+    return [
+        (config.split != "folds", split, ("fold",)),
+        (config.split != "patient", split, ("patient",)),
+        (config.split != "section", split, ("slice",)),
+        (not has_h2h, f"with --interactions {config.interactions}", ("h2h",)),
+        (not is_local, "without local h2h of a ring or more", ("distance_bias",)),
+        (not config.gene_sets, "without --gene_sets", ("shuffle_sets", "lambda_pathway")),
+        (bool(config.gene_sets), "with --gene_sets", ("pathways",)),
+        (not has_pcc, f"with --loss {config.loss}", ("pcc_weight",)),
+        (config.mode == "global", "in --mode global", ("linear_weight", "lambda_pathway")),
+    ]
+
+
+def quadrants_of(config, quadrants):
+    """`p2p,h2p` of --interactions -> ("p2p", "h2p"), `all` -> all `quadrants`. Raises DataError for
+    an unknown name."""
+    text = config.interactions
+    names = quadrants if text == "all" else tuple(text.split(","))
+    if not set(names) <= set(quadrants):
+        raise DataError(
+            f"--interactions {text} is not a comma-separated choice of {', '.join(quadrants)}: "
+            "correct it"
+        )
+    return names
+
+
+def variant(config):
+    """Folder name of the run: split where it is not the folder's own, size, and every other flag
+    that is not at its default."""
+    words = [config.size]
+    if config.split != "folds":
+        words = [config.split, *words]
+    return run.variant(config, words, ("split", "fold", "patient", "size", "fast"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Gene sets
+# --------------------------------------------------------------------------------------------------
+
+
+def read_gmt(path, genes, rng=None):
+    """GMT file -> set names, membership (P, G) float32 of the sets with a gene on the list; with
+    `rng` the genes are permuted (control)."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read as a GMT file ({error}): give name, description and "
+            "genes, tab-separated"
+        ) from error
+    rows = [line.rstrip("\n").split("\t") for line in lines if line.strip()]
+    member = np.array([np.isin(genes, row[2:]) for row in rows], np.float32)
+    member = member.reshape(len(rows), len(genes))
+    has_gene = member.any(1)
+    if not has_gene.any():
+        raise DataError(
+            f"{path} has no set with one of the {len(genes)} target genes: check species, "
+            "gene naming and the tab-separated format"
+        )
+    member = member[has_gene]
+    if rng is not None:
+        member = member[:, rng.permutation(len(genes))]
+    return [row[0] for row, is_used in zip(rows, has_gene) if is_used], torch.tensor(member)
+
+
+# --------------------------------------------------------------------------------------------------
+# The task: slides, genes, split
+# --------------------------------------------------------------------------------------------------
+
+
+class Task:
+    """What a run trains on and is scored on.
+
+    `raw`: {name: Sample}, features unscaled; `fit`, `test`: [Sample] of either side, features
+    scaled; `genes`: names (G,); `sets`: names of the gene sets; `member` (P, G) or None; `rates`:
+    noise-free expression of simulated test slides, or None.
+    """
+
+    def __init__(self, config):
+        self.config, self.is_bag = config, config.mode == "global"
+        self.split, self.train_names, self.test_names, self.part, self.leaks = hest.hest_partition(
+            config.data, config.split, config.fold, config.patient, config.slice
+        )
+
+    def load(self):
+        """Read the slides; prints what is left out of them."""
+        c = self.config
+        if run.processes()[1] > 1 and (c.save_every or c.resume):
+            raise DataError(
+                "several processes write no checkpoints: leave --save_every and --resume away, "
+                "or start one process"
+            )
+        self.raw, self.genes = load(c, self.train_names, self.test_names)
+        self.sets, self.member = [], None
+        if c.gene_sets:
+            rng = np.random.default_rng(c.seed) if c.shuffle_sets else None
+            self.sets, self.member = read_gmt(c.gene_sets, self.genes, rng)
+        if c.permute_pairs:
+            self.raw |= {n: shuffled_pairs(self.raw[n], c.seed) for n in self.train_names}
+        fit, test = ([self.raw[n] for n in names] for names in (self.train_names, self.test_names))
+        self.scaler = Scaler.fit(fit, c.target_scale)
+        self.fit = [self.scaler.features(s, c.scale) for s in fit]
+        self.test = [self.scaler.features(s, c.scale) for s in test]
+        self.rates = hest.simulated_rates(c.data, test, self.genes, normalised=False)
+        self.n_pathways = len(self.sets) or c.pathways
+
+    def widths(self):
+        """Features of a patch, genes, pathways."""
+        return self.fit[0].x.shape[1], len(self.genes), self.n_pathways
+
+    def files(self):
+        """Files whose content can change a number of the run."""
+        slides = [self.raw[n].slide for n in [*self.train_names, *self.test_names]]
+        more = [*hest.task_files(self.config), self.config.gene_sets]
+        return input_files(slides, self.config.encoder, more)
+
+    def test_slides(self):
+        """[Slide] of the test side."""
+        return [s.slide for s in self.test]
+
+    def describe(self):
+        """One line: what is trained on and scored."""
+        tokens = f"{self.n_pathways} tokens without gene sets"
+        if self.sets:
+            tokens = f"{len(self.sets)} gene sets with a target gene"
+        n_features = self.raw[self.test_names[0]].x.shape[1]
+        return (
+            f"{self.part}: {self.split.detail}; train {' '.join(self.train_names)}, "
+            f"test {' '.join(self.test_names)}; {len(self.genes)} genes, {n_features} features, "
+            f"{tokens}"
+        )
+
+    def facts(self):
+        """What the record says of the task."""
+        low = {n: int((~s.scored).sum()) for n, s in self.raw.items()}
+        chosen = "training slides"
+        if self.config.genes == "task":
+            chosen = "the folder's list, chosen by its makers on all slides"
+        return {
+            "target": self.config.target,
+            "leaks_patient": self.leaks,
+            "train_slides": self.train_names,
+            "test_slides": self.test_names,
+            "low_count_spots": low,
+            "genes": chosen,
+        }
+
+
+def load(config, train_names, test_names):
+    """Samples by name (features unscaled), genes; prints what was filtered."""
+    has_pictures = not hest.has_feature_files(config.encoder)
+    slides = hest.load_slides(config.data, [*train_names, *test_names], has_pictures)
+    fit = [slides[n] for n in train_names]
+    genes = hest.target_genes(config.genes, fit, config.data, config.min_counts)
+    samples = {n: to_sample(config, slides[n], genes) for n in slides}
+    for sample in samples.values():
+        hest.say_what_is_left_out(sample, config.min_counts)
+    return samples, genes
+
+
+def shuffled_pairs(sample, seed):
+    """The sample with another spot's image at every spot (control)."""
+    out = copy.copy(sample)
+    rng = np.random.default_rng([seed, len(sample.x)])
+    out.x = sample.x[torch.from_numpy(rng.permutation(len(sample.x)))]
+    return out
+
+
+# --------------------------------------------------------------------------------------------------
+# Baselines: the same features, targets, training spots and scores
+# --------------------------------------------------------------------------------------------------
+
+
+def classical_baselines(raw, fit, test):
+    """{name: [prediction (S, G) per test sample]} of the predictors without a network. raw:
+    unscaled samples by name; fit, test: names."""
+    features = {n: raw[n].x.double().numpy() for n in [*fit, *test]}
+    near = {}
+    for n in features:
+        s = raw[n]
+        near[n] = baselines.neighbour_mean(s.x, s.table, s.ring >= 0).double().numpy()
+    samples = [raw[n] for n in fit]
+    x = hest.scored_rows(samples, [features[n] for n in fit])
+    x_near = hest.scored_rows(samples, [near[n] for n in fit])
+    y = hest.scored_rows(samples, [s.y.double() for s in samples])
+    measured = [np.tile(s.measured.numpy(), (int(s.scored.sum()), 1)) for s in samples]
+    y, mean = hest.fill_unmeasured(y, np.concatenate(measured))
+    tests, tests_near = ([a[n] for n in test] for a in (features, near))
+    return {
+        "train_mean": [np.tile(mean, (len(t), 1)) for t in tests],
+        **baselines.feature_baselines(x, y, tests),
+        **baselines.neighbour_baselines(x, x_near, y, tests, tests_near),
+    }
+
+
+def baseline_flags(config):
+    """The flags for a predictor without pathways: a linear layer predicts values, not a
+    likelihood's parameters."""
+    flags = copy.copy(config)
+    flags.lambda_pathway = 0.0
+    if config.loss == "zinb":
+        flags.loss = "mse"
+    flags.bf16 = flags.compile = False
+    return flags
+
+
+def trained_baselines(task, train, device):
+    """{name: [prediction per test sample]} of the networks of `bags`, trained as the model is; and
+    the linear layers."""
+
+    def train_network(name, make):
+        is_bag, flags = name in bags.BAGS, baseline_flags(task.config)
+        if is_bag:
+            flags.folds, flags.members, flags.batch = 0, 1, 1
+        else:
+            flags.lr = max(flags.lr, 1e-2)  # one layer from zero needs larger steps
+        queue = Jobs(flags, is_shared=True)
+        models, _ = train_queue(queue, train, make, task, flags, device, is_bag=is_bag)
+        return models, [predict(models, s, task.scaler, flags)[0] for s in task.test]
+
+    predictions, models = bags.trained_baselines(task.fit, task.test, train_network)
+    return predictions, models["linear"]
+
+
+def score_baselines(task, train, device):
+    """{name: scores} of every baseline, and the trained linear layers; prints a row for each."""
+    trained, linear = trained_baselines(task, train, device)
+    predictions = classical_baselines(task.raw, task.train_names, task.test_names) | trained
+    scores = {name: score(task.test, p, task.rates) for name, p in predictions.items()}
+    for name in scores:
+        run.say(score_row(name, scores[name]))
+    return scores, linear
+
+
+# --------------------------------------------------------------------------------------------------
+# Members: cross-validation inside the training slides chooses the number of epochs
+# --------------------------------------------------------------------------------------------------
+
+
+def train_queue(queue, train, make, task, config, device, member=None, is_bag=False):
+    """Cross-validation inside the training slides chooses the number of epochs; then `members`
+    models are trained on all of them. Under torchrun the folds, and then the members, are shared
+    out to the processes.
+
+    Returns models, the best mean validation score (nan without folds); the histories of folds and
+    members are the queue's.
+    """
+    folds = hest.inner_folds(task.fit, config.folds, lambda s: s.place)
+    if config.folds and not folds:
+        raise DataError(
+            f"slide {task.fit[0].name} is too small to train on alone: give more training slides"
+        )
+
+    def train_on(fit, val, epochs):
+        def work(number, saved, save):
+            job = Job(config, number, saved, save)
+            given = (make, fit, val, task.scaler, config, device, epochs, job)
+            return train(*given, member=member, is_bag=is_bag)
+
+        return work
+
+    for fit, val in folds:
+        queue.do(train_on(fit, val, config.epochs))
+    epochs, best = config.epochs, float("nan")
+    if folds:
+        queue.exchange(0, epochs, device)
+        epochs, best = hest.best_epochs(queue.histories()[: len(folds)])
+    for _ in range(config.members):
+        queue.do(train_on(task.fit, [], epochs), keep_weights=True)
+    queue.exchange(len(folds), epochs, device, make)
+    models = [make().to(device) for _ in range(config.members)]
+    for model, job in zip(models, queue.done[len(folds) :]):
+        model.load_state_dict(job["weights"])
+    return models, best
+
+
+def train_members(task, train, build, record):
+    """The members of a run: models, histories of the inner folds and the members, and the best mean
+    validation score."""
+    config, member = task.config, task.member
+
+    def make():
+        model = build(config, *task.widths())
+        if member is not None:
+            model.start_from_sets(member)
+        return model
+
+    latest = record.folder / "latest.pt"
+    names = [str(gene) for gene in task.genes]
+    origin = [task.origin, task.train_names, task.test_names, names]
+    queue = Jobs(config, latest, origin, "stformer checkpoint", is_shared=True)
+    on_device = None if member is None else member.to(record.device)
+    models, best = train_queue(
+        queue, train, make, task, config, record.device, on_device, task.is_bag
+    )
+    return models, queue.histories(), best
+
+
+# --------------------------------------------------------------------------------------------------
+# Scores
+# --------------------------------------------------------------------------------------------------
+
+
+def score(samples, predictions, rates=None):
+    """Scores across the scored spots of the samples, and of the slide's mean."""
+    scores = hest.score(samples, predictions, rates)
+    return scores | hest.slide_mean_scores(samples, predictions)
+
+
+class Result:
+    """What trained models say of the test slides: `predictions` [(S, G)] and `pathways` [(S, P), or
+    (P,) in global mode], the mean over the models; `alone`: [(S, G)] without the linear layer."""
+
+    def __init__(self, task, models, linear):
+        self.task, self.models, self.linear = task, models, linear
+        flags, scaler = task.config, task.scaler
+        self.alone, self.pathways = predict_genes(models, task.test, scaler, flags)
+        self.predictions = with_linear(self.alone, linear, task.test, scaler, flags)
+
+    def scores(self):
+        """Flat dict of the scores on the test slides."""
+        task = self.task
+        scores = score(task.test, self.predictions, task.rates)
+        if not task.is_bag:
+            scores["pcc_mean_transformer"] = score(task.test, self.alone)["pcc_mean"]
+            if task.member is not None:
+                scores["pathway_pcc"] = pathway_agreement(task.test, self.pathways, task.member)
+        return scores
+
+    def shown(self):
+        """Samples, predictions, pathway scores, names of genes and of sets: what arrays and figures
+        are made of."""
+        task = self.task
+        return task.test, self.predictions, self.pathways, task.genes, task.sets
+
+    def arrays(self):
+        """What arrays.npz holds."""
+        return arrays_of(*self.shown())
+
+    def checkpoint(self):
+        """Everything that --predict needs, as tensors, numbers and strings: loads with
+        weights_only=True."""
+        return {
+            "config": vars(self.task.config).copy(),
+            "genes": list(self.task.genes),
+            "gene_sets": list(self.task.sets),
+            "scaler": self.task.scaler.tensors,
+            "weights": [model.state_dict() for model in self.models],
+            "linear": [layer.state_dict() for layer in self.linear],
+        }
+
+
+def predict_genes(models, samples, scaler, config):
+    """[genes (S, G)] of the samples, where a bag's answer stands at every spot, and [pathway
+    scores]."""
+    pairs = [predict(models, s, scaler, config) for s in samples]
+    genes = [values for values, _ in pairs]
+    if config.mode == "global":
+        genes = [np.tile(mean, (len(s.x), 1)) for mean, s in zip(genes, samples)]
+    return genes, [scores for _, scores in pairs]
+
+
+def with_linear(genes, linear, samples, scaler, config):
+    """[genes (S, G)] of the transformers averaged with those of the linear layers. A bag's answer
+    (global mode) stays as it is."""
+    weight = 0.0 if config.mode == "global" else config.linear_weight
+    if not weight:
+        return genes
+    flags = baseline_flags(config)
+    layers = [predict(linear, s, scaler, flags)[0] for s in samples]
+    return [(1 - weight) * own + weight * layer for own, layer in zip(genes, layers)]
+
+
+def pathway_agreement(samples, pathways, member):
+    """Mean PCC of the pathway scores with z-scored, member-averaged measured genes, over sets and
+    test slides."""
+    correlations = []
+    for s, scores in zip(samples, pathways):
+        rows, measured = np.asarray(s.scored), np.asarray(s.measured)
+        y, a = np.asarray(s.y)[rows][:, measured], np.asarray(member)[:, measured]  # (P, G')
+        z = (y - y.mean(0)) / np.maximum(y.std(0, ddof=1), 1e-6)
+        n_members = a.sum(1)
+        target = z @ a.T / np.maximum(n_members, 1)  # (S', P)
+        r = metrics.scored_pcc(target, scores[rows])  # (P,), nan where the target is constant
+        correlations += r[(n_members > 0) & np.isfinite(r)].tolist()
+    return float(np.mean(correlations)) if correlations else float("nan")
+
+
+def gains(scores, others):
+    """{"gain_over_<baseline>": difference of the mean PCC} of a network to every other."""
+    return {f"gain_over_{name}": scores["pcc_mean"] - others[name]["pcc_mean"] for name in others}
+
+
+def score_row(name, scores):
+    """One row of the printed table."""
+    row = hest.table_row(name, scores, COLUMNS)
+    if "gain_over_ridge_raw" in scores:
+        raw, pca = scores["gain_over_ridge_raw"], scores["gain_over_ridge_pca256"]
+        row += f"  gain over ridge {raw:+.3f} (raw), {pca:+.3f} (PCA 256)"
+    return row
+
+
+def arrays_of(samples, predictions, pathways, genes, sets):
+    """What arrays.npz holds: spots of all slides one below the other."""
+    arrays = hest.spot_arrays(samples, predictions, genes)
+    arrays["gene_sets"] = np.array(sets, dtype=str)
+    if pathways[0] is not None and pathways[0].ndim == 2:
+        arrays["pathway_scores"] = np.concatenate(pathways)
+    return arrays
+
+
+def draw(record, samples, predictions, pathways, genes, sets, histories=()):
+    """Figures of the first slide: true and predicted maps of the five best and the five worst
+    genes, pathway maps; training curves."""
+    record.figure("genes", figures.gene_maps(samples[0], predictions[0], genes))
+    scores = pathways[0]
+    if scores is not None and scores.ndim == 2:
+        names = [name.removeprefix("HALLMARK_").lower()[:24] for name in sets]
+        names = names or [f"token {j}" for j in range(scores.shape[1])]
+        record.figure("pathways", figures.most_varied_maps(scores, names, samples[0].slide.xy))
+    if histories:
+        losses = {f"job {i}": [row[0] for row in h] for i, h in enumerate(histories)}
+        curves = {f"fold {i}": [row[1] for row in h] for i, h in enumerate(histories)}
+        curves = {name: v for name, v in curves.items() if np.isfinite(v[-1])}
+        record.figure("training", figures.training_curves(losses, curves, "validation score"))
+    figures.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# New slides
+# --------------------------------------------------------------------------------------------------
+
+# of a checkpoint
+NEEDED = ("scaler", "genes", "gene_sets", "weights", "linear")
+
+
+def read_checkpoint(config, check):
+    """What `Result.checkpoint` saved, with its scaler as a `Scaler`, and the flags of its run."""
+    path = config.predict
+    saved = run.read_checkpoint(path, "stformer checkpoint", ["config"])
+    known = run.saved_flags(path, type(config), saved["config"], check)
+    with run.checkpoint_fits(path):
+        saved = {name: saved[name] for name in NEEDED}
+        scaler, n_genes = saved["scaler"], len(saved["genes"])
+        if {scaler[name].shape for name in ("y_mean", "y_std", "rate")} != {(n_genes,)}:
+            raise ValueError("its scaler is of other genes")
+        if known.loss == "zinb" and "median_library" not in scaler:
+            raise ValueError("it lacks the median library")
+        if scaler["x_mean"].ndim != 1:
+            raise ValueError("its scaler is of no features")
+        saved["scaler"] = Scaler(scaler)
+    return saved, known
+
+
+def load_models(config, saved, known, build, dim_in, device):
+    """The transformers and the linear layers of a checkpoint."""
+    n_genes, n_pathways = len(saved["genes"]), len(saved["gene_sets"]) or known.pathways
+    with run.checkpoint_fits(config.predict):
+        models = [build(known, dim_in, n_genes, n_pathways) for _ in saved["weights"]]
+        layers = [bags.OneLinear(dim_in, n_genes) for _ in saved["linear"]]
+        for model, weights in zip(models + layers, saved["weights"] + saved["linear"]):
+            model.load_state_dict(weights)
+            model.to(device)
+    return models, layers
+
+
+def predict_folder(config, check, build, start):
+    """Predict the genes of slides that have no counts with a saved model; one folder of results for
+    all of them. check, build: those of the method; start as in `run.Run`."""
+    saved, known = read_checkpoint(config, check)
+    slides = hest.new_slides(config, known)
+    name = f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}"
+    record = run.Run("stformer", config, config.slice or "all", name, start)
+    record.note_inputs(input_files(slides, known.encoder, [config.predict]))
+    samples, scaler = [to_sample(known, s) for s in slides], saved["scaler"]
+    for s in samples:
+        width = len(scaler.tensors["x_mean"])
+        hest.check_width(s.x, width, s.name, known.encoder, config.predict)
+    with run.checkpoint_fits(config.predict):
+        samples = [scaler.features(s, known.scale) for s in samples]
+    dim_in = samples[0].x.shape[1]
+    models, linear = load_models(config, saved, known, build, dim_in, record.device)
+    genes, pathways = predict_genes(models, samples, scaler, known)
+    genes = with_linear(genes, linear, samples, scaler, known)
+    names, sets = saved["genes"], saved["gene_sets"]
+    draw(record, samples, genes, pathways, names, sets)
+    arrays, known.h5ad = arrays_of(samples, genes, pathways, names, sets), config.h5ad
+    n_params = sum(weight.numel() for weight in models[0].parameters())
+    files = export.files_of("stformer", arrays, slides, known)
+    record.finish({}, {}, arrays, n_params, files=files, checkpoint=config.predict)
+    return 0
