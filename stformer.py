@@ -489,14 +489,15 @@ def loss_of(out, batch, scaler, config, member=None, is_bag=False):
 
     $$L = L_\mathrm{mse} + \alpha L_\mathrm{pcc} + \lambda L_\mathrm{aux} \tag{13}$$
 
+    is_bag: a slide's mean is predicted; the losses are then over the slides of the batch as they
+    else are over the spots of a slide.
+
     Test: test_loss_is_the_sum_of_its_parts
     """
-    mask = batch["scored"]
     if is_bag:
-        true = scaler.standardise_targets(batch["y"], mask, "train")
-        mean, is_known = samples.bag_mean(true, mask)
-        return masked_mse(out["genes"], mean, is_known)
-    true = scaler.standardise_targets(batch["y"], mask, config.target_scale)
+        out, batch = samples.slides_as_rows(out, batch)
+    mask = batch["scored"]
+    true = scaler.standardise_targets(batch["y"], mask, "train" if is_bag else config.target_scale)
     loss = 0.0
     if config.loss == "zinb":
         mu = scaler.mean_counts(out, batch["library"])
@@ -520,15 +521,19 @@ def learning_rate(epoch, config):
     return config.lr * run.warmup_cosine(epoch, config.epochs, warm, floor=0.01)
 
 
-def train(make, fit, val, scaler, config, device, epochs, job, member=None, is_bag=False):
-    """One model, `epochs` passes over the slides `fit`. Returns it and its history [(loss, score on
-    the slides `val` or nan)]. job: `jobs.Job`, which seeds, resumes and saves."""
+def train(make, part, config, device, epochs, job, is_bag=False):
+    """One model of make(), `epochs` passes over the slides to fit of a `genes.Part`. Returns it and
+    its history [(loss, score on the validation slides or nan)]. job: `jobs.Job`, which seeds,
+    resumes and saves; is_bag: the model predicts a slide's mean."""
     job.seed_start()
     model = run.compiled(make().to(device), config)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY, foreach=True
     )
-    scaler, val = scaler.to(device), samples.with_batch(val, device)
+    scaler, val = part.scaler.to(device), samples.with_batch(part.val, device)
+    fit, member = part.fit, part.member
+    if member is not None:
+        member = member.to(device)
     if config.batch == 1:
         fit = samples.with_batch(fit, device)
     for epoch in job.epochs(model, optimiser, epochs):

@@ -6,6 +6,8 @@ n_genes, n_pathways), which makes the network.
 """
 
 import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +46,18 @@ def check(config, quadrants):
     }
     run.check_flags(config, rules)
     run.refuse_idle_flags(config, idle_flags(config, quadrants_of(config, quadrants)))
+    has_correlation = config.loss in ("pcc", "mse_pcc") or config.lambda_pathway > 0
+    if config.mode == "global" and has_correlation and config.batch < 2:
+        raise DataError(
+            f"--mode global with --loss {config.loss} and --lambda_pathway "
+            f"{config.lambda_pathway:g} correlates the slides of a batch: give --batch 2 or more, "
+            "or --loss mse and --lambda_pathway 0"
+        )
 
 
 def idle_flags(config, quadrants):
     """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
-    them. --rings, and in global mode the loss, still rule the baselines."""
+    them. --rings still rules the baselines."""
     if config.predict:
         return [run.idle_with_predict(config, ())]
     split, has_h2h = f"with --split {config.split}", "h2h" in quadrants
@@ -63,7 +72,7 @@ def idle_flags(config, quadrants):
         (not config.gene_sets, "without --gene_sets", ("shuffle_sets", "lambda_pathway")),
         (bool(config.gene_sets), "with --gene_sets", ("pathways",)),
         (not has_pcc, f"with --loss {config.loss}", ("pcc_weight",)),
-        (config.mode == "global", "in --mode global", ("linear_weight", "lambda_pathway")),
+        (config.mode == "global", "in --mode global", ("linear_weight",)),
     ]
 
 
@@ -124,12 +133,31 @@ def read_gmt(path, genes, rng=None):
 # --------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Part:
+    """What one training reads: slides to fit and to validate on with features scaled, and all that
+    is fitted on the former alone."""
+
+    fit: list  # [Sample]
+    val: list  # [Sample]
+    scaler: Scaler
+    # names of the genes (G,) and of the gene sets
+    genes: list
+    sets: list
+    # (P, G) or None
+    member: torch.Tensor
+
+    def widths(self, config):
+        """Features of a patch, genes, pathways."""
+        return self.fit[0].x.shape[1], len(self.genes), len(self.sets) or config.pathways
+
+
 class Task:
     """What a run trains on and is scored on.
 
-    `raw`: {name: Sample}, features unscaled; `fit`, `test`: [Sample] of either side, features
-    scaled; `genes`: names (G,); `sets`: names of the gene sets; `member` (P, G) or None; `rates`:
-    noise-free expression of simulated test slides, or None.
+    `raw`: {name: Sample}, features unscaled; `genes`: names (G,); `all`: the `Part` of all training
+    slides; `test`: [Sample] scored, features scaled; `rates`: noise-free expression of simulated
+    test slides, or None.
     """
 
     def __init__(self, config):
@@ -147,22 +175,43 @@ class Task:
                 "or start one process"
             )
         self.raw, self.genes = load(c, self.train_names, self.test_names)
-        self.sets, self.member = [], None
-        if c.gene_sets:
-            rng = np.random.default_rng(c.seed) if c.shuffle_sets else None
-            self.sets, self.member = read_gmt(c.gene_sets, self.genes, rng)
         if c.permute_pairs:
             self.raw |= {n: shuffled_pairs(self.raw[n], c.seed) for n in self.train_names}
-        fit, test = ([self.raw[n] for n in names] for names in (self.train_names, self.test_names))
-        self.scaler = Scaler.fit(fit, c.target_scale)
-        self.fit = [self.scaler.features(s, c.scale) for s in fit]
-        self.test = [self.scaler.features(s, c.scale) for s in test]
+        self.all = self.part_of(self.training_slides(), [])
+        test = [self.raw[n] for n in self.test_names]
+        self.test = [self.all.scaler.features(s, c.scale) for s in test]
         self.rates = hest.simulated_rates(c.data, test, self.genes, normalised=False)
-        self.n_pathways = len(self.sets) or c.pathways
 
-    def widths(self):
-        """Features of a patch, genes, pathways."""
-        return self.fit[0].x.shape[1], len(self.genes), self.n_pathways
+    def training_slides(self):
+        """[Sample] of the training side, features unscaled."""
+        return [self.raw[n] for n in self.train_names]
+
+    def inner_parts(self):
+        """[Part] of the cross-validation inside the training slides; empty with --folds 0."""
+        c, slides = self.config, self.training_slides()
+        folds = hest.inner_folds(slides, c.folds, lambda s: s.place)
+        if c.folds and not folds:
+            raise DataError(
+                f"slide {slides[0].name} is too small to train on alone: give more training slides"
+            )
+        return [self.part_of(fit, val) for fit, val in folds]
+
+    def part_of(self, fit, val):
+        """`Part` of slides with unscaled features. Where the most variable genes are predicted,
+        those of the spots to fit are chosen."""
+        c, genes = self.config, self.genes
+        if val and c.genes.isdigit():
+            slides = [s.slide.subset(np.flatnonzero(s.scored)) for s in fit]
+            genes = hest.target_genes(c.genes, slides, c.data, c.min_counts)
+            fit = [with_targets(s, genes, c.target) for s in fit]
+            val = [with_targets(s, genes, c.target) for s in val]
+        sets, member = [], None
+        if c.gene_sets:
+            rng = np.random.default_rng(c.seed) if c.shuffle_sets else None
+            sets, member = read_gmt(c.gene_sets, genes, rng)
+        scaler = Scaler.fit(fit, c.target_scale)
+        fit, val = ([scaler.features(s, c.scale) for s in side] for side in (fit, val))
+        return Part(fit, val, scaler, genes, sets, member)
 
     def files(self):
         """Files whose content can change a number of the run."""
@@ -176,9 +225,9 @@ class Task:
 
     def describe(self):
         """One line: what is trained on and scored."""
-        tokens = f"{self.n_pathways} tokens without gene sets"
-        if self.sets:
-            tokens = f"{len(self.sets)} gene sets with a target gene"
+        tokens = f"{self.config.pathways} tokens without gene sets"
+        if self.all.sets:
+            tokens = f"{len(self.all.sets)} gene sets with a target gene"
         n_features = self.raw[self.test_names[0]].x.shape[1]
         return (
             f"{self.part}: {self.split.detail}; train {' '.join(self.train_names)}, "
@@ -214,12 +263,17 @@ def load(config, train_names, test_names):
     return samples, genes
 
 
+def with_targets(sample, genes, target):
+    """The sample with the expression of other genes as what is to be predicted."""
+    arrays = hest.target_expression(sample.slide, genes, target)
+    y, counts, library, measured = map(torch.from_numpy, arrays)
+    return replace(sample, y=y, counts=counts, library=library, measured=measured)
+
+
 def shuffled_pairs(sample, seed):
     """The sample with another spot's image at every spot (control)."""
-    out = copy.copy(sample)
-    rng = np.random.default_rng([seed, len(sample.x)])
-    out.x = sample.x[torch.from_numpy(rng.permutation(len(sample.x)))]
-    return out
+    rows = hest.permuted_pairs(len(sample.x), seed)
+    return replace(sample, x=sample.x[torch.from_numpy(rows)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,17 +318,22 @@ def trained_baselines(task, train, device):
     """{name: [prediction per test sample]} of the networks of `bags`, trained as the model is; and
     the linear layers."""
 
-    def train_network(name, make):
+    def train_network(name, network):
         is_bag, flags = name in bags.BAGS, baseline_flags(task.config)
+
+        def make(part):
+            return network(*part.widths(flags)[:2])
+
         if is_bag:
-            flags.folds, flags.members, flags.batch = 0, 1, 1
+            flags.members, flags.batch, flags.loss = 1, 1, "mse"
         else:
             flags.lr = max(flags.lr, 1e-2)  # one layer from zero needs larger steps
+        inner = [] if is_bag else task.inner_parts()
         queue = Jobs(flags, is_shared=True)
-        models, _ = train_queue(queue, train, make, task, flags, device, is_bag=is_bag)
-        return models, [predict(models, s, task.scaler, flags)[0] for s in task.test]
+        models, _ = train_queue(queue, train, make, task.all, inner, flags, device, is_bag)
+        return models, [predict(models, s, task.all.scaler, flags)[0] for s in task.test]
 
-    predictions, models = bags.trained_baselines(task.fit, task.test, train_network)
+    predictions, models = bags.trained_baselines(task.test, train_network)
     return predictions, models["linear"]
 
 
@@ -293,39 +352,32 @@ def score_baselines(task, train, device):
 # --------------------------------------------------------------------------------------------------
 
 
-def train_queue(queue, train, make, task, config, device, member=None, is_bag=False):
-    """Cross-validation inside the training slides chooses the number of epochs; then `members`
-    models are trained on all of them. Under torchrun the folds, and then the members, are shared
-    out to the processes.
+def train_queue(queue, train, make, everything, inner, config, device, is_bag=False):
+    """The inner parts choose the number of epochs; then `members` models are trained on everything.
+    Under torchrun the parts, and then the members, are shared out to the processes.
 
-    Returns models, the best mean validation score (nan without folds); the histories of folds and
-    members are the queue's.
+    make: `Part` -> network. Returns models, the best mean validation score (nan without inner
+    parts); the histories of parts and members are the queue's.
     """
-    folds = hest.inner_folds(task.fit, config.folds, lambda s: s.place)
-    if config.folds and not folds:
-        raise DataError(
-            f"slide {task.fit[0].name} is too small to train on alone: give more training slides"
-        )
 
-    def train_on(fit, val, epochs):
+    def train_on(part, epochs):
         def work(number, saved, save):
             job = Job(config, number, saved, save)
-            given = (make, fit, val, task.scaler, config, device, epochs, job)
-            return train(*given, member=member, is_bag=is_bag)
+            return train(partial(make, part), part, config, device, epochs, job, is_bag)
 
         return work
 
-    for fit, val in folds:
-        queue.do(train_on(fit, val, config.epochs))
+    for part in inner:
+        queue.do(train_on(part, config.epochs))
     epochs, best = config.epochs, float("nan")
-    if folds:
+    if inner:
         queue.exchange(0, epochs, device)
-        epochs, best = hest.best_epochs(queue.histories()[: len(folds)])
+        epochs, best = hest.best_epochs(queue.histories()[: len(inner)])
     for _ in range(config.members):
-        queue.do(train_on(task.fit, [], epochs), keep_weights=True)
-    queue.exchange(len(folds), epochs, device, make)
-    models = [make().to(device) for _ in range(config.members)]
-    for model, job in zip(models, queue.done[len(folds) :]):
+        queue.do(train_on(everything, epochs), keep_weights=True)
+    queue.exchange(len(inner), epochs, device, partial(make, everything))
+    models = [make(everything).to(device) for _ in range(config.members)]
+    for model, job in zip(models, queue.done[len(inner) :]):
         model.load_state_dict(job["weights"])
     return models, best
 
@@ -333,21 +385,21 @@ def train_queue(queue, train, make, task, config, device, member=None, is_bag=Fa
 def train_members(task, train, build, record):
     """The members of a run: models, histories of the inner folds and the members, and the best mean
     validation score."""
-    config, member = task.config, task.member
+    config, device = task.config, record.device
 
-    def make():
-        model = build(config, *task.widths())
-        if member is not None:
-            model.start_from_sets(member)
+    def make(part):
+        model = build(config, *part.widths(config))
+        if part.member is not None:
+            model.start_from_sets(part.member)
         return model
 
     latest = record.folder / "latest.pt"
     names = [str(gene) for gene in task.genes]
     origin = [task.origin, task.train_names, task.test_names, names]
     queue = Jobs(config, latest, origin, "stformer checkpoint", is_shared=True)
-    on_device = None if member is None else member.to(record.device)
+    inner = task.inner_parts()
     models, best = train_queue(
-        queue, train, make, task, config, record.device, on_device, task.is_bag
+        queue, train, make, task.all, inner, config, device, is_bag=task.is_bag
     )
     return models, queue.histories(), best
 
@@ -369,7 +421,7 @@ class Result:
 
     def __init__(self, task, models, linear):
         self.task, self.models, self.linear = task, models, linear
-        flags, scaler = task.config, task.scaler
+        flags, scaler = task.config, task.all.scaler
         self.alone, self.pathways = predict_genes(models, task.test, scaler, flags)
         self.predictions = with_linear(self.alone, linear, task.test, scaler, flags)
 
@@ -379,15 +431,16 @@ class Result:
         scores = score(task.test, self.predictions, task.rates)
         if not task.is_bag:
             scores["pcc_mean_transformer"] = score(task.test, self.alone)["pcc_mean"]
-            if task.member is not None:
-                scores["pathway_pcc"] = pathway_agreement(task.test, self.pathways, task.member)
+            member = task.all.member
+            if member is not None:
+                scores["pathway_pcc"] = pathway_agreement(task.test, self.pathways, member)
         return scores
 
     def shown(self):
         """Samples, predictions, pathway scores, names of genes and of sets: what arrays and figures
         are made of."""
         task = self.task
-        return task.test, self.predictions, self.pathways, task.genes, task.sets
+        return task.test, self.predictions, self.pathways, task.genes, task.all.sets
 
     def arrays(self):
         """What arrays.npz holds."""
@@ -399,8 +452,8 @@ class Result:
         return {
             "config": vars(self.task.config).copy(),
             "genes": list(self.task.genes),
-            "gene_sets": list(self.task.sets),
-            "scaler": self.task.scaler.tensors,
+            "gene_sets": list(self.task.all.sets),
+            "scaler": self.task.all.scaler.tensors,
             "weights": [model.state_dict() for model in self.models],
             "linear": [layer.state_dict() for layer in self.linear],
         }

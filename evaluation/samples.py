@@ -142,10 +142,19 @@ def half_of(batch):
     return batch | {"valid": valid, "patches": patches, "scored": scored}
 
 
-def bag_mean(y, mask):
-    """(B, S, G) -> (B, G) mean over the scored spots, and (B, G) where there is one."""
-    n = mask.sum(1)
-    return (y * mask).sum(1) / n.clamp(min=1), n > 0
+def slides_as_rows(out, batch):
+    """Outputs (B, G) and a batch of slides whose mean is predicted -> the same as one matrix (1, B,
+    G) whose rows are slides: the mean of the targets, the sums of counts and library."""
+    mask = batch["scored"]  # (B, S, G)
+    n = mask.sum(1)  # (B, G)
+    rows = {
+        "y": (batch["y"] * mask).sum(1) / n.clamp(min=1),
+        "counts": (batch["counts"] * mask).sum(1),
+        "library": (batch["library"] * mask.any(-1)).sum(1),  # (B,)
+        "scored": n > 0,
+    }
+    matrix = {name: value[None] for name, value in rows.items()}
+    return {name: value[None] for name, value in out.items()}, matrix
 
 
 # --------------------------------------------------------------------------------------------------

@@ -507,6 +507,34 @@ def test_loss_is_the_sum_of_its_parts():
     assert torch.isclose(loss(loss="mse", lambda_pathway=0.5), mse)
 
 
+def test_losses_of_slide_means():
+    """Global mode: every loss is over the slides of the batch, as it else is over spots."""
+    fit = [sample_of(40, seed=i) for i in range(3)]
+    fit[0].scored[:9] = False
+    fit[1].measured[2] = False
+    scaler, batch, member = samples.Scaler.fit(fit), samples.collate(fit), torch.eye(5)[:4]
+    out = make(fit[0], mode="global", loss="zinb")(**batch)
+    mean = torch.stack([s.y[s.scored].mean(0) for s in fit])
+    true = ((mean - scaler.tensors["y_mean"]) / scaler.tensors["y_std"])[None]
+    mask, pred = torch.stack([s.measured for s in fit])[None], out["genes"][None]
+    assert pred.shape == (1, 3, 5)
+
+    def loss(**flags):
+        config = st.Config(mode="global", **flags)
+        return st.loss_of(out, batch, scaler, config, member, is_bag=True)
+
+    mse, pcc = st.masked_mse(pred, true, mask), st.pcc_loss(pred, true, mask)
+    assert torch.isclose(loss(loss="mse"), mse) and torch.isclose(loss(loss="pcc"), pcc)
+    assert torch.isclose(loss(loss="mse_pcc"), mse + pcc) and pcc > 0.01
+    aux = st.pathway_loss(out["scores"][None], true, mask, member)
+    assert torch.isclose(loss(loss="mse", lambda_pathway=0.5), mse + 0.5 * aux) and aux > 0.01
+    counts = torch.stack([s.counts[s.scored].sum(0) for s in fit])[None]
+    library = torch.stack([s.library[s.scored].sum() for s in fit])[None]
+    pi, theta = out["pi"][None], out["theta"][None]
+    mu = scaler.mean_counts({"genes": pred}, library)
+    assert torch.isclose(loss(loss="zinb"), st.zinb_nll(counts, mu, theta, pi, mask))
+
+
 def test_agreement_of_pathways_is_the_correlation_of_the_loss():
     a, b = sample_of(40, seed=1), sample_of(50, seed=2)
     a.scored[:5], b.measured[2] = False, False
@@ -872,11 +900,9 @@ def test_batches_are_collated_once_and_padding_is_known(task):
 
 def train_linear(fit, val, config):
     """One linear layer, trained as the model is."""
-    job = jobs.Job(config, 0)
-    device, scaler = torch.device("cpu"), samples.Scaler.fit(fit)
-    return st.train(
-        lambda: bags.OneLinear(8, 5), fit, val, scaler, config, device, config.epochs, job
-    )
+    part = genes.Part(fit, val, samples.Scaler.fit(fit), [], [], None)
+    job, device = jobs.Job(config, 0), torch.device("cpu")
+    return st.train(lambda: bags.OneLinear(8, 5), part, config, device, config.epochs, job)
 
 
 def test_predict_from_features_files(task, tmp_path, capsys):
@@ -909,7 +935,9 @@ def test_predict_from_features_files(task, tmp_path, capsys):
     "more",
     [
         ["--loss", "zinb"],
-        ["--mode", "global"],
+        ["--mode", "global", "--loss", "mse"],
+        ["--mode", "global", "--loss", "pcc", "--batch", "3"],
+        ["--mode", "global", "--loss", "zinb"],
         ["--interactions", "p2h,h2p", "--position", "mlp", "--loss", "pcc"],
         [
             "--h2h",
@@ -991,6 +1019,39 @@ def test_same_seed_same_numbers_and_poisoned_test_slide_changes_nothing(task, tm
     )
 
 
+def test_inner_split_is_fitted_on_its_own_slides(task, tmp_path):
+    """What a fold of the inner cross-validation trains on, its scaler and its most variable genes,
+    does not see the slide that it validates on."""
+    argv = flags(task, tmp_path, "--genes", "20", "--folds", "3")
+    runs = genes.Task(run.parse(st.Config, argv))
+    runs.load()
+    clean = runs.inner_parts()
+    held_out = clean[0].val[0].name
+    poisoned = runs.raw[held_out]
+    counts = poisoned.slide.counts
+    counts.data[:] = counts.data[::-1] * 50
+    poisoned.x[:] = poisoned.x * 9 + 1
+    poisoned.y[:] = poisoned.y * 9 + 1
+    again = runs.inner_parts()[0]
+    assert held_out not in {s.name for s in again.fit} and again.genes == clean[0].genes
+    for name, value in clean[0].scaler.tensors.items():
+        assert torch.equal(value, again.scaler.tensors[name]), name
+    for s, t in zip(clean[0].fit, again.fit):
+        assert torch.equal(s.x, t.x) and torch.equal(s.y, t.y)
+    # the other folds train on that slide: their scaler moves
+    others = runs.inner_parts()[1]
+    assert not torch.equal(others.scaler.tensors["y_mean"], clean[1].scaler.tensors["y_mean"])
+
+
+def test_permuted_pairs_stay_within_their_slide(task):
+    rows = hest.permuted_pairs(60, 3)
+    assert sorted(rows) == list(range(60)) and (rows != np.arange(60)).any()
+    assert (hest.permuted_pairs(60, 3) == rows).all() and (hest.permuted_pairs(60, 4) != rows).any()
+    sample = sample_of(60)
+    out = genes.shuffled_pairs(sample, 3)
+    assert torch.equal(out.x, sample.x[rows]) and out.y is sample.y
+
+
 def test_ring2_genes_need_context(tmp_path):
     """Genes that depend on the patches two steps away: local h2h finds their true rates, a
     patch-only model does not."""
@@ -1011,14 +1072,12 @@ def test_ring2_genes_need_context(tmp_path):
         raw, names = genes.load(config, ["S1", "S2", "S3"], ["S4"])
         scaler = samples.Scaler.fit([raw[n] for n in ("S1", "S2", "S3")], "slide")
         s = {n: scaler.features(raw[n], "train") for n in raw}
-        fit, device = [s["S1"], s["S2"], s["S3"]], torch.device("cpu")
+        part = genes.Part([s["S1"], s["S2"], s["S3"]], [], scaler, names, [], None)
         model, _ = st.train(
             lambda c=config: st.PathwayTransformer(c, 42, 50, 20),
-            fit,
-            [],
-            scaler,
+            part,
             config,
-            device,
+            torch.device("cpu"),
             config.epochs,
             jobs.Job(config, 0),
         )
@@ -1060,7 +1119,9 @@ def test_two_processes_have_the_numbers_of_one(task, tmp_path):
     runs = [(n, flags(task, tmp_path / str(n), *more)) for n in (1, 2)]
     for (n, _), told in zip(runs, in_processes("stformer", script, runs)):
         record = json.loads(next((tmp_path / str(n)).rglob("run.json")).read_text())
+        lines = told.splitlines()
         assert record["processes"] == n and told.count("gain over ridge") == 1
+        assert len(lines) == len(set(lines)), "a line is printed by every process"
         with np.load(next((tmp_path / str(n)).rglob("arrays.npz"))) as arrays:
             found.append((record["metrics"], record["baselines"], arrays["pred"]))
     assert (
@@ -1076,6 +1137,13 @@ def test_bad_flags(task, tmp_path):
     fails(flags(task, tmp_path, "--interactions", "p2p,h2x"), "h2x")
     fails(flags(task, tmp_path, "--genes", str(tmp_path / "none.json")), "none.json")
     assert not (tmp_path / "runs").exists()
+
+
+def test_loss_that_a_bag_of_one_slide_lacks(task, tmp_path):
+    more = ("--mode", "global", "--loss")
+    fails(flags(task, tmp_path, *more, "mse_pcc"), "--mode global", "--batch 2")
+    sets = ("--gene_sets", "a.gmt", "--lambda_pathway", "0.5")
+    fails(flags(task, tmp_path, *more, "mse", *sets), "--lambda_pathway 0.5", "--batch 2")
 
 
 def test_gmt_without_a_gene_of_the_panel(task, tmp_path):
