@@ -41,7 +41,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from evaluation import genes, samples
+from evaluation import genes, new_patches, patch_baselines, samples
 from plainst import export, run
 from plainst.quadrants import by_rows, quadrant_attention
 
@@ -56,8 +56,23 @@ SIZES = {
     "large": (12, 768, 12),
 }
 
-# named sets of flags; what is typed goes before them
-PRESETS = {"tuned": {}}
+# named sets of flags; what is typed goes before them. The defaults of Config are the source's
+PRESETS = {
+    "paper": {},
+    "tuned": {
+        "size": "mini",
+        "scale": "both",
+        "target_scale": "train",
+        "head": "linear",
+        "h2h": "local",
+        "position": "none",
+        "loss": "mse_pcc",
+        "optimiser": "adamw",
+        "lr": 3e-3,
+        "epochs": 30,
+        "members": 3,
+    },
+}
 
 
 @dataclass
@@ -65,6 +80,7 @@ class Config(run.Config):
     """Flags of stformer.py."""
 
     presets: ClassVar = PRESETS
+    preset: str = "paper"
 
     data: str = "datasets/her2st"
     """HEST-benchmark task folder (or HEST-1k folder); with --predict also a folder of patches
@@ -89,29 +105,31 @@ class Config(run.Config):
     {sample} stands for the slide's name"""
     cache: str = ""
     "folder for image features; empty: <data>/.features where that can be written"
-    scale: Literal["train", "slide", "both"] = "both"
-    """features are z-scored by the training spots, by the slide's own spots (no label is used), or
-    both, side by side"""
-    target_scale: Literal["train", "slide"] = "train"
-    """the MSE sees genes z-scored over the training spots, or within each slide: differences
-    between slides are then no part of the task"""
-    size: Literal[tuple(SIZES)] = "mini"
+    scale: Literal["none", "train", "slide", "both"] = "none"
+    """features are left as they are, z-scored by the training spots, by the slide's own spots (no
+    label is used), or both, side by side"""
+    target_scale: Literal["none", "train", "slide"] = "none"
+    """the losses see the genes as they are, z-scored over the training spots, or within each slide:
+    differences between slides are then no part of the task"""
+    size: Literal[tuple(SIZES)] = "tiny"
     "layers, width and heads: 2 x 128 x 4, 2 x 256 x 4, 4 x 384 x 8, 6 x 512 x 8, 12 x 768 x 12"
     mode: Literal["dense", "global"] = "dense"
     "genes of every spot, or of the slide's mean"
     interactions: str = "p2p,p2h,h2p,h2h"
     """quadrants that are on, query first: p2h lets pathways read patches; without h2h all context
     flows through the pathways"""
-    h2h: Literal["local", "whole"] = "local"
+    h2h: Literal["local", "whole"] = "whole"
     "whom patches read: the lattice sites within --rings, or all patches of the slide"
     rings: int = 2
     "reach of local h2h in lattice steps"
     distance_bias: bool = True
     "local h2h scores get a learned bias per head and distance"
-    position: Literal["none", "sincos", "mlp"] = "none"
+    position: Literal["none", "sincos", "mlp"] = "sincos"
     "code of the place in the slide added to a patch"
     tau: Literal["fixed", "learned"] = "learned"
     "temperature of the cosine scores: 1, or learned from 14.3 on"
+    head: Literal["softplus", "linear"] = "softplus"
+    "genes are softplus(W s + b), of values as they are, or W s + b"
     gene_sets: str = ""
     """GMT file: one token a set, gene weights begin as its members; empty: --pathways tokens,
     random weights"""
@@ -121,7 +139,7 @@ class Config(run.Config):
     "control: in the training slides image and expression of the spots are paired at random"
     pathways: int = 50
     "number of tokens without --gene_sets"
-    loss: Literal["mse", "pcc", "mse_pcc", "zinb"] = "mse_pcc"
+    loss: Literal["mse", "pcc", "mse_pcc", "zinb"] = "mse"
     "zinb is on raw counts with the spot's library size, which only training reads"
     pcc_weight: float = 1.0
     "weight of 1 - PCC in mse_pcc"
@@ -129,19 +147,18 @@ class Config(run.Config):
     "weight of the auxiliary loss on pathway scores (needs --gene_sets)"
     dropout: float = 0.1
     "dropout of features, attention output and feed-forward"
-    lr: float = 3e-3
-    "peak AdamW learning rate after a linear warm-up; a cosine follows"
-    epochs: int = 30
+    optimiser: Literal["adam", "adamw"] = "adam"
+    "adamw decays the weights"
+    lr: float = 1e-4
+    "peak learning rate after a linear warm-up; a cosine follows"
+    epochs: int = 100
     """most passes over the training slides; how many there are is chosen by cross-validation inside
     the training slides"""
     folds: int = 5
     """folds of that cross-validation, at most: over patients, over slides where there is one
     patient; 0: none, all --epochs are run"""
-    members: int = 3
+    members: int = 1
     "models trained on all training slides, each from its own start, and averaged"
-    linear_weight: float = 0.5
-    """share of one linear layer, trained in the same way, in the average of the predictions (dense
-    mode); 0: the transformers alone"""
     batch: int = 1
     "slides a step"
     fast: bool = True
@@ -312,10 +329,10 @@ class PathwayTransformer(nn.Module):
     r"""Genes of patches by way of pathway scores.
 
     $$s_{ip} = \tau \frac{\langle h_i, T_p \rangle}{\|h_i\| \|T_p\|}, \qquad
-    y_{ig} = \sum_p W_{gp} s_{ip} + b_g \tag{5}$$
+    y_{ig} = \mathrm{softplus} \Big( \sum_p W_{gp} s_{ip} + b_g \Big) \tag{5}$$
 
     With gene sets $W_{gp}$ begins as $A_{pg} / \sum_{g'} A_{pg'}$. In global mode $h$ is first
-    averaged over the slide.
+    averaged over the slide. The linear head, and zinb, leave the softplus out.
 
     Test: test_genes_are_a_linear_map_of_scaled_cosines
     """
@@ -328,6 +345,7 @@ class PathwayTransformer(nn.Module):
         has_bias = c.distance_bias and c.h2h == "local" and "h2h" in quadrants
         rings = c.rings if has_bias else 0
         self.mode, self.checkpointing = c.mode, c.checkpointing
+        self.has_softplus = c.head == "softplus" and c.loss != "zinb"
         self.embed, self.dropout = nn.Linear(dim_in, dim), nn.Dropout(c.dropout)
         self.position = None if c.position == "none" else Position(c.position, dim)
         self.tokens = nn.Parameter(torch.randn(n_pathways, dim))
@@ -369,7 +387,8 @@ class PathwayTransformer(nn.Module):
         scores = F.normalize(h, dim=-1) @ F.normalize(tokens, dim=-1).transpose(1, 2)  # (B, S, P)
         if self.log_tau is not None:
             scores = scores * self.log_tau.exp()
-        out = {"genes": self.genes(scores), "scores": scores}
+        y = self.genes(scores)  # (B, S, G)
+        out = {"genes": F.softplus(y) if self.has_softplus else y, "scores": scores}
         if self.pi_head is not None:
             out["pi"] = self.pi_head(scores) - 3
             out["theta"] = F.softplus(self.theta_head(scores) + 0.5) + 1e-6
@@ -485,7 +504,7 @@ def pathway_loss(scores, y, mask, member):
 
 
 def loss_of(out, batch, scaler, config, member=None, is_bag=False):
-    r"""The loss of a batch, in units of the genes' spread, so that all genes count alike.
+    r"""The loss of a batch; in units of the genes' spread (--target_scale) all genes count alike.
 
     $$L = L_\mathrm{mse} + \alpha L_\mathrm{pcc} + \lambda L_\mathrm{aux} \tag{13}$$
 
@@ -497,7 +516,8 @@ def loss_of(out, batch, scaler, config, member=None, is_bag=False):
     if is_bag:
         out, batch = samples.slides_as_rows(out, batch)
     mask = batch["scored"]
-    true = scaler.standardise_targets(batch["y"], mask, "train" if is_bag else config.target_scale)
+    by = "train" if is_bag and config.target_scale == "slide" else config.target_scale
+    true = scaler.standardise_targets(batch["y"], mask, by)
     loss = 0.0
     if config.loss == "zinb":
         mu = scaler.mean_counts(out, batch["library"])
@@ -527,8 +547,10 @@ def train(make, part, config, device, epochs, job, is_bag=False):
     resumes and saves; is_bag: the model predicts a slide's mean."""
     job.seed_start()
     model = run.compiled(make().to(device), config)
+    decay = WEIGHT_DECAY if config.optimiser == "adamw" else 0.0
+    # without decay AdamW is Adam
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY, foreach=True
+        model.parameters(), lr=config.lr, weight_decay=decay, foreach=True
     )
     scaler, val = part.scaler.to(device), samples.with_batch(part.val, device)
     fit, member = part.fit, part.member
@@ -560,21 +582,22 @@ def main(argv=None):
     config = run.parse(Config, argv, __doc__.split("\n")[0])
     check(config)
     if config.predict:
-        return genes.predict_folder(config, check, PathwayTransformer, start)
+        return new_patches.predict_folder(config, check, PathwayTransformer, start)
     task = genes.Task(config)
     record = run.Run("stformer", config, task.part, variant(config), start)
     task.load()
     task.origin = record.note_inputs(task.files())
     run.say(task.describe())
     record.lap("read")
-    baselines, linear = genes.score_baselines(task, train, record.device)
+    baselines, ridge = patch_baselines.score_baselines(task, train, record.device)
     record.lap("baselines")
-    models, histories, val_pcc = genes.train_members(task, train, PathwayTransformer, record)
+    models, histories, val_pcc, inner = genes.train_members(task, train, PathwayTransformer, record)
     record.lap("training")
-    result = genes.Result(task, models, linear)
+    result = genes.Result(task, models)
     scores = result.scores() | {"val_pcc": val_pcc}
     scores |= genes.gains(scores, baselines)
     run.say(genes.score_row("stformer", scores))
+    baselines |= patch_baselines.average_row(task, result, inner, ridge)
     arrays = result.arrays()
     genes.draw(record, *result.shown(), histories)
     files = {"model.pt": lambda file: torch.save(result.checkpoint(), file)}

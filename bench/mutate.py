@@ -50,6 +50,8 @@ TESTS = {
     "evaluation/pictures.py": ["spatia"],
     "evaluation/bags.py": ["stformer"],
     "evaluation/genes.py": ["stformer"],
+    "evaluation/new_patches.py": ["stformer"],
+    "evaluation/patch_baselines.py": ["stformer"],
     "evaluation/samples.py": ["stformer"],
     "evaluation/baselines.py": ["gat_fusion", "stformer", "cmrcnet"],
     "plainst/graphs.py": ["multist"],

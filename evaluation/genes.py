@@ -5,7 +5,6 @@ What is the method's own comes from it: `train`, as in stformer.py, and `build`(
 n_genes, n_pathways), which makes the network.
 """
 
-import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
 import metrics
 from data import DataError
-from evaluation import bags, baselines, figures, hest
+from evaluation import figures, hest
 from evaluation.samples import Scaler, predict, to_sample
-from plainst import export, run
+from plainst import run
 from plainst.features import input_files
 from plainst.jobs import Job, Jobs
 
@@ -42,10 +40,14 @@ def check(config, quadrants):
         "lr": run.POSITIVE,
         "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
         "folds": (lambda v: v == 0 or v >= 2, "0, or 2 or more"),
-        "linear_weight": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     }
     run.check_flags(config, rules)
     run.refuse_idle_flags(config, idle_flags(config, quadrants_of(config, quadrants)))
+    if config.head == "softplus" and config.loss != "zinb" and config.target_scale != "none":
+        raise DataError(
+            f"--head softplus gives no negative value, as --target_scale {config.target_scale} "
+            "asks for: give --head linear or --target_scale none"
+        )
     has_correlation = config.loss in ("pcc", "mse_pcc") or config.lambda_pathway > 0
     if config.mode == "global" and has_correlation and config.batch < 2:
         raise DataError(
@@ -72,7 +74,7 @@ def idle_flags(config, quadrants):
         (not config.gene_sets, "without --gene_sets", ("shuffle_sets", "lambda_pathway")),
         (bool(config.gene_sets), "with --gene_sets", ("pathways",)),
         (not has_pcc, f"with --loss {config.loss}", ("pcc_weight",)),
-        (config.mode == "global", "in --mode global", ("linear_weight",)),
+        (config.loss == "zinb", "with --loss zinb", ("head", "target_scale")),
     ]
 
 
@@ -174,6 +176,11 @@ class Task:
                 "several processes write no checkpoints: leave --save_every and --resume away, "
                 "or start one process"
             )
+        if run.processes()[1] > 1 and c.gene_sets and c.genes.isdigit():
+            raise DataError(
+                "several processes share no inner folds whose gene sets differ: give a list of "
+                "genes with --genes, or start one process"
+            )
         self.raw, self.genes = load(c, self.train_names, self.test_names)
         if c.permute_pairs:
             self.raw |= {n: shuffled_pairs(self.raw[n], c.seed) for n in self.train_names}
@@ -186,11 +193,11 @@ class Task:
         """[Sample] of the training side, features unscaled."""
         return [self.raw[n] for n in self.train_names]
 
-    def inner_parts(self):
-        """[Part] of the cross-validation inside the training slides; empty with --folds 0."""
-        c, slides = self.config, self.training_slides()
-        folds = hest.inner_folds(slides, c.folds, lambda s: s.place)
-        if c.folds and not folds:
+    def inner_parts(self, n_folds):
+        """[Part] of the cross-validation inside the training slides; empty with 0 folds."""
+        slides = self.training_slides()
+        folds = hest.inner_folds(slides, n_folds, lambda s: s.place)
+        if self.config.folds and not folds:
             raise DataError(
                 f"slide {slides[0].name} is too small to train on alone: give more training slides"
             )
@@ -258,7 +265,14 @@ def load(config, train_names, test_names):
     fit = [slides[n] for n in train_names]
     genes = hest.target_genes(config.genes, fit, config.data, config.min_counts)
     samples = {n: to_sample(config, slides[n], genes) for n in slides}
+    width = samples[train_names[0]].x.shape[1]
     for sample in samples.values():
+        if sample.x.shape[1] != width:
+            raise DataError(
+                f"--encoder {config.encoder} gives slide {sample.name} {sample.x.shape[1]} "
+                f"features and slide {train_names[0]} {width}: make the features of all slides "
+                "with one encoder"
+            )
         hest.say_what_is_left_out(sample, config.min_counts)
     return samples, genes
 
@@ -274,77 +288,6 @@ def shuffled_pairs(sample, seed):
     """The sample with another spot's image at every spot (control)."""
     rows = hest.permuted_pairs(len(sample.x), seed)
     return replace(sample, x=sample.x[torch.from_numpy(rows)])
-
-
-# --------------------------------------------------------------------------------------------------
-# Baselines: the same features, targets, training spots and scores
-# --------------------------------------------------------------------------------------------------
-
-
-def classical_baselines(raw, fit, test):
-    """{name: [prediction (S, G) per test sample]} of the predictors without a network. raw:
-    unscaled samples by name; fit, test: names."""
-    features = {n: raw[n].x.double().numpy() for n in [*fit, *test]}
-    near = {}
-    for n in features:
-        s = raw[n]
-        near[n] = baselines.neighbour_mean(s.x, s.table, s.ring >= 0).double().numpy()
-    samples = [raw[n] for n in fit]
-    x = hest.scored_rows(samples, [features[n] for n in fit])
-    x_near = hest.scored_rows(samples, [near[n] for n in fit])
-    y = hest.scored_rows(samples, [s.y.double() for s in samples])
-    measured = [np.tile(s.measured.numpy(), (int(s.scored.sum()), 1)) for s in samples]
-    y, mean = hest.fill_unmeasured(y, np.concatenate(measured))
-    tests, tests_near = ([a[n] for n in test] for a in (features, near))
-    return {
-        "train_mean": [np.tile(mean, (len(t), 1)) for t in tests],
-        **baselines.feature_baselines(x, y, tests),
-        **baselines.neighbour_baselines(x, x_near, y, tests, tests_near),
-    }
-
-
-def baseline_flags(config):
-    """The flags for a predictor without pathways: a linear layer predicts values, not a
-    likelihood's parameters."""
-    flags = copy.copy(config)
-    flags.lambda_pathway = 0.0
-    if config.loss == "zinb":
-        flags.loss = "mse"
-    flags.bf16 = flags.compile = False
-    return flags
-
-
-def trained_baselines(task, train, device):
-    """{name: [prediction per test sample]} of the networks of `bags`, trained as the model is; and
-    the linear layers."""
-
-    def train_network(name, network):
-        is_bag, flags = name in bags.BAGS, baseline_flags(task.config)
-
-        def make(part):
-            return network(*part.widths(flags)[:2])
-
-        if is_bag:
-            flags.members, flags.batch, flags.loss = 1, 1, "mse"
-        else:
-            flags.lr = max(flags.lr, 1e-2)  # one layer from zero needs larger steps
-        inner = [] if is_bag else task.inner_parts()
-        queue = Jobs(flags, is_shared=True)
-        models, _ = train_queue(queue, train, make, task.all, inner, flags, device, is_bag)
-        return models, [predict(models, s, task.all.scaler, flags)[0] for s in task.test]
-
-    predictions, models = bags.trained_baselines(task.test, train_network)
-    return predictions, models["linear"]
-
-
-def score_baselines(task, train, device):
-    """{name: scores} of every baseline, and the trained linear layers; prints a row for each."""
-    trained, linear = trained_baselines(task, train, device)
-    predictions = classical_baselines(task.raw, task.train_names, task.test_names) | trained
-    scores = {name: score(task.test, p, task.rates) for name, p in predictions.items()}
-    for name in scores:
-        run.say(score_row(name, scores[name]))
-    return scores, linear
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,10 +311,10 @@ def train_queue(queue, train, make, everything, inner, config, device, is_bag=Fa
         return work
 
     for part in inner:
-        queue.do(train_on(part, config.epochs))
+        queue.do(train_on(part, config.epochs), keep_weights=True)
     epochs, best = config.epochs, float("nan")
     if inner:
-        queue.exchange(0, epochs, device)
+        queue.exchange(0, epochs, device, partial(make, everything))
         epochs, best = hest.best_epochs(queue.histories()[: len(inner)])
     for _ in range(config.members):
         queue.do(train_on(everything, epochs), keep_weights=True)
@@ -383,8 +326,8 @@ def train_queue(queue, train, make, everything, inner, config, device, is_bag=Fa
 
 
 def train_members(task, train, build, record):
-    """The members of a run: models, histories of the inner folds and the members, and the best mean
-    validation score."""
+    """The members of a run: models, histories of the inner folds and the members, the best mean
+    validation score, and [(Part, network after all epochs)] of the inner folds."""
     config, device = task.config, record.device
 
     def make(part):
@@ -397,11 +340,14 @@ def train_members(task, train, build, record):
     names = [str(gene) for gene in task.genes]
     origin = [task.origin, task.train_names, task.test_names, names]
     queue = Jobs(config, latest, origin, "stformer checkpoint", is_shared=True)
-    inner = task.inner_parts()
+    inner = task.inner_parts(config.folds)
     models, best = train_queue(
         queue, train, make, task.all, inner, config, device, is_bag=task.is_bag
     )
-    return models, queue.histories(), best
+    networks = [make(part).to(device) for part in inner]
+    for network, job in zip(networks, queue.done):
+        network.load_state_dict(job["weights"])
+    return models, queue.histories(), best, list(zip(inner, networks))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,23 +363,21 @@ def score(samples, predictions, rates=None):
 
 class Result:
     """What trained models say of the test slides: `predictions` [(S, G)] and `pathways` [(S, P), or
-    (P,) in global mode], the mean over the models; `alone`: [(S, G)] without the linear layer."""
+    (P,) in global mode], the mean over the models."""
 
-    def __init__(self, task, models, linear):
-        self.task, self.models, self.linear = task, models, linear
-        flags, scaler = task.config, task.all.scaler
-        self.alone, self.pathways = predict_genes(models, task.test, scaler, flags)
-        self.predictions = with_linear(self.alone, linear, task.test, scaler, flags)
+    def __init__(self, task, models):
+        self.task, self.models = task, models
+        self.predictions, self.pathways = predict_genes(
+            models, task.test, task.all.scaler, task.config
+        )
 
     def scores(self):
         """Flat dict of the scores on the test slides."""
         task = self.task
         scores = score(task.test, self.predictions, task.rates)
-        if not task.is_bag:
-            scores["pcc_mean_transformer"] = score(task.test, self.alone)["pcc_mean"]
+        if task.all.member is not None and not task.is_bag:
             member = task.all.member
-            if member is not None:
-                scores["pathway_pcc"] = pathway_agreement(task.test, self.pathways, member)
+            scores["pathway_pcc"] = pathway_agreement(task.test, self.pathways, member)
         return scores
 
     def shown(self):
@@ -455,7 +399,6 @@ class Result:
             "gene_sets": list(self.task.all.sets),
             "scaler": self.task.all.scaler.tensors,
             "weights": [model.state_dict() for model in self.models],
-            "linear": [layer.state_dict() for layer in self.linear],
         }
 
 
@@ -467,17 +410,6 @@ def predict_genes(models, samples, scaler, config):
     if config.mode == "global":
         genes = [np.tile(mean, (len(s.x), 1)) for mean, s in zip(genes, samples)]
     return genes, [scores for _, scores in pairs]
-
-
-def with_linear(genes, linear, samples, scaler, config):
-    """[genes (S, G)] of the transformers averaged with those of the linear layers. A bag's answer
-    (global mode) stays as it is."""
-    weight = 0.0 if config.mode == "global" else config.linear_weight
-    if not weight:
-        return genes
-    flags = baseline_flags(config)
-    layers = [predict(linear, s, scaler, flags)[0] for s in samples]
-    return [(1 - weight) * own + weight * layer for own, layer in zip(genes, layers)]
 
 
 def pathway_agreement(samples, pathways, member):
@@ -533,68 +465,3 @@ def draw(record, samples, predictions, pathways, genes, sets, histories=()):
         curves = {name: v for name, v in curves.items() if np.isfinite(v[-1])}
         record.figure("training", figures.training_curves(losses, curves, "validation score"))
     figures.close()
-
-
-# --------------------------------------------------------------------------------------------------
-# New slides
-# --------------------------------------------------------------------------------------------------
-
-# of a checkpoint
-NEEDED = ("scaler", "genes", "gene_sets", "weights", "linear")
-
-
-def read_checkpoint(config, check):
-    """What `Result.checkpoint` saved, with its scaler as a `Scaler`, and the flags of its run."""
-    path = config.predict
-    saved = run.read_checkpoint(path, "stformer checkpoint", ["config"])
-    known = run.saved_flags(path, type(config), saved["config"], check)
-    with run.checkpoint_fits(path):
-        saved = {name: saved[name] for name in NEEDED}
-        scaler, n_genes = saved["scaler"], len(saved["genes"])
-        if {scaler[name].shape for name in ("y_mean", "y_std", "rate")} != {(n_genes,)}:
-            raise ValueError("its scaler is of other genes")
-        if known.loss == "zinb" and "median_library" not in scaler:
-            raise ValueError("it lacks the median library")
-        if scaler["x_mean"].ndim != 1:
-            raise ValueError("its scaler is of no features")
-        saved["scaler"] = Scaler(scaler)
-    return saved, known
-
-
-def load_models(config, saved, known, build, dim_in, device):
-    """The transformers and the linear layers of a checkpoint."""
-    n_genes, n_pathways = len(saved["genes"]), len(saved["gene_sets"]) or known.pathways
-    with run.checkpoint_fits(config.predict):
-        models = [build(known, dim_in, n_genes, n_pathways) for _ in saved["weights"]]
-        layers = [bags.OneLinear(dim_in, n_genes) for _ in saved["linear"]]
-        for model, weights in zip(models + layers, saved["weights"] + saved["linear"]):
-            model.load_state_dict(weights)
-            model.to(device)
-    return models, layers
-
-
-def predict_folder(config, check, build, start):
-    """Predict the genes of slides that have no counts with a saved model; one folder of results for
-    all of them. check, build: those of the method; start as in `run.Run`."""
-    saved, known = read_checkpoint(config, check)
-    slides = hest.new_slides(config, known)
-    name = f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}"
-    record = run.Run("stformer", config, config.slice or "all", name, start)
-    record.note_inputs(input_files(slides, known.encoder, [config.predict]))
-    samples, scaler = [to_sample(known, s) for s in slides], saved["scaler"]
-    for s in samples:
-        width = len(scaler.tensors["x_mean"])
-        hest.check_width(s.x, width, s.name, known.encoder, config.predict)
-    with run.checkpoint_fits(config.predict):
-        samples = [scaler.features(s, known.scale) for s in samples]
-    dim_in = samples[0].x.shape[1]
-    models, linear = load_models(config, saved, known, build, dim_in, record.device)
-    genes, pathways = predict_genes(models, samples, scaler, known)
-    genes = with_linear(genes, linear, samples, scaler, known)
-    names, sets = saved["genes"], saved["gene_sets"]
-    draw(record, samples, genes, pathways, names, sets)
-    arrays, known.h5ad = arrays_of(samples, genes, pathways, names, sets), config.h5ad
-    n_params = sum(weight.numel() for weight in models[0].parameters())
-    files = export.files_of("stformer", arrays, slides, known)
-    record.finish({}, {}, arrays, n_params, files=files, checkpoint=config.predict)
-    return 0

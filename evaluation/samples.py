@@ -171,14 +171,18 @@ class Scaler:
 
     @classmethod
     def fit(cls, samples, by="train"):
-        """by: as in `hest.target_statistics`."""
+        """by: --target_scale; `none` keeps the statistics of `train`."""
         mean, std = hest.mean_and_std([s.x[s.scored] for s in samples])
         depth = torch.cat([s.library[s.scored] for s in samples]).median()
         scale = {"x_mean": mean, "x_std": std, "median_library": depth}
+        by = "train" if by == "none" else by
         return cls(scale | hest.target_statistics(samples, by))
 
     def features(self, sample, scale):
-        """The sample with z-scored features: by the training spots, or by all its own spots."""
+        """The sample with its features as they are, or z-scored by the training spots, by all its
+        own spots, or both."""
+        if scale == "none":
+            return sample
         mean, std = self.tensors["x_mean"], self.tensors["x_std"]
         return replace(sample, x=hest.scaled_features(sample.x, mean, std, scale))
 
@@ -187,8 +191,10 @@ class Scaler:
         return Scaler({name: value.to(device) for name, value in self.tensors.items()})
 
     def standardise_targets(self, y, mask, by):
-        """Targets (B, S, G) in units of their spread over the training spots, or z-scored within
-        each slide over the mask."""
+        """Targets (B, S, G) as they are, in units of their spread over the training spots, or
+        z-scored within each slide over the mask."""
+        if by == "none":
+            return y
         mean, std = self.tensors["y_mean"], self.tensors["y_std"]
         return hest.standardise_targets(y, mask, mean, std, by)
 
@@ -202,6 +208,8 @@ class Scaler:
 
         Expected counts of zinb are those of a spot of 10,000 counts (target cp10k) or of the median
         training library (log1p): a spot's own library is the sum of what is to be predicted."""
+        if config.loss != "zinb" and config.target_scale == "none":
+            return out["genes"]
         if config.loss != "zinb":
             return out["genes"] * self.tensors["y_std"] + self.tensors["y_mean"]
         is_composition = config.target == "cp10k"

@@ -212,7 +212,8 @@ IDLE = {
         --lambda_pathway 0.1 | lambda_pathway
         --gene_sets s.gmt --pathways 10 | pathways
         --loss mse --pcc_weight 2 | pcc_weight
-        --mode global --loss mse --linear_weight 0.5 | linear_weight
+        --loss zinb --head linear | head
+        --loss zinb --target_scale train | target_scale
         --predict model.pt --size mini | size
         --predict model.pt --genes task | genes
         --predict model.pt --save_every 2 | save_every

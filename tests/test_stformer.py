@@ -20,7 +20,7 @@ import metrics
 import stformer as st
 from conftest import in_processes, status_of
 from data import DataError
-from evaluation import bags, baselines, genes, hest, samples
+from evaluation import bags, baselines, genes, hest, patch_baselines, samples
 from plainst import jobs, quadrants, run, simulate
 from plainst.features import input_files
 
@@ -69,8 +69,15 @@ def test_unknown_patient_means_leaking(tmp_path):
     )
 
 
+def tuned(**more):
+    """The preset `tuned` with other flags."""
+    return dataclasses.replace(run.of_preset(st.Config, "tuned"), **more)
+
+
 def flags(root, tmp_path, *more):
     return [
+        "--preset",
+        "tuned",
         "--data",
         str(root),
         "--runs",
@@ -248,7 +255,7 @@ def test_lattice_neighbourhood_is_rings_of_the_lattice():
 
 def make(sample, layers=2, **more):
     torch.manual_seed(0)
-    config = st.Config(**{"size": "mini", **more})
+    config = tuned(**more)
     model = st.PathwayTransformer(config, sample.x.shape[1], 5, 4).eval()
     model.layers = model.layers[:layers]
     return model
@@ -341,11 +348,17 @@ def test_genes_are_a_linear_map_of_scaled_cosines():
     [("tiny", 1_840_696), ("small", 7_464_120), ("medium", 19_385_656), ("large", 85_735_992)],
 )
 def test_parameter_counts(size, count):
-    plain = {"size": size, "distance_bias": False, "tau": "fixed", "loss": "mse"}
+    plain = {
+        "size": size,
+        "distance_bias": False,
+        "tau": "fixed",
+        "loss": "mse",
+        "position": "none",
+    }
     more = plain | {"position": "mlp", "loss": "zinb"}
     with torch.device("meta"):
-        model = st.PathwayTransformer(st.Config(**plain), 768, 1000, 50)
-        learned = st.PathwayTransformer(st.Config(**more), 768, 1000, 50)
+        model = st.PathwayTransformer(tuned(**plain), 768, 1000, 50)
+        learned = st.PathwayTransformer(tuned(**more), 768, 1000, 50)
     dim = st.SIZES[size][1]
     assert sum(p.numel() for p in model.parameters()) == count
     assert sum(p.numel() for p in learned.parameters()) == count + dim * dim + 4 * dim + 2 * (
@@ -445,7 +458,7 @@ def test_zinb_does_not_read_the_counts_of_what_it_predicts(target):
     train, a = sample_of(40, seed=1), sample_of(50, seed=2)
     train.library = torch.arange(40.0) * 100 + 500
     train.scored[30:] = False
-    config = st.Config(loss="zinb", target=target, size="mini")
+    config = tuned(loss="zinb", target=target, size="mini")
     scaler = samples.Scaler.fit([train])
     assert scaler.tensors["median_library"] == 500 + 100 * 14
     model = st.PathwayTransformer(config, 8, 5, 6)
@@ -499,12 +512,28 @@ def test_loss_is_the_sum_of_its_parts():
     aux = st.pathway_loss(out["scores"], true, batch["scored"], member)
 
     def loss(member=None, **flags):
-        return st.loss_of(out, batch, scaler, st.Config(**flags), member)
+        return st.loss_of(out, batch, scaler, tuned(**flags), member)
 
     assert torch.isclose(loss(loss="mse"), mse) and torch.isclose(loss(loss="pcc"), pcc)
     assert torch.isclose(loss(loss="mse_pcc", pcc_weight=0.3), mse + 0.3 * pcc)
     assert torch.isclose(loss(member, loss="mse", lambda_pathway=0.5), mse + 0.5 * aux)
     assert torch.isclose(loss(loss="mse", lambda_pathway=0.5), mse)
+
+
+def test_softplus_head_predicts_values_as_they_are():
+    fit = [sample_of(40, seed=1)]
+    fit[0].y = fit[0].y.abs()
+    scaler, batch = samples.Scaler.fit(fit), samples.collate(fit)
+    config = run.of_preset(st.Config, "paper")
+    model = make(fit[0], **{k: v for k, v in vars(config).items() if k not in ("typed", "preset")})
+    with torch.no_grad():
+        out = model(**batch)
+        want = F.softplus(model.genes(out["scores"]))
+    assert torch.allclose(out["genes"], want, atol=1e-5) and (out["genes"] > 0).all()
+    assert np.allclose(samples.predict([model], fit[0], scaler, config)[0], want[0], atol=1e-5)
+    mse = st.masked_mse(out["genes"], batch["y"], batch["scored"])
+    assert torch.isclose(st.loss_of(out, batch, scaler, config), mse)
+    assert torch.equal(scaler.features(fit[0], config.scale).x, fit[0].x)
 
 
 def test_losses_of_slide_means():
@@ -520,7 +549,7 @@ def test_losses_of_slide_means():
     assert pred.shape == (1, 3, 5)
 
     def loss(**flags):
-        config = st.Config(mode="global", **flags)
+        config = tuned(mode="global", **flags)
         return st.loss_of(out, batch, scaler, config, member, is_bag=True)
 
     mse, pcc = st.masked_mse(pred, true, mask), st.pcc_loss(pred, true, mask)
@@ -558,7 +587,7 @@ def test_gmt_and_shuffled_sets(tmp_path):
     assert names == ["SET_A", "SET_C"] and member.tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
     shuffled = genes.read_gmt(tmp_path / "a.gmt", panel, np.random.default_rng(2))[1]
     assert (shuffled.sum(1) == member.sum(1)).all() and not torch.equal(shuffled, member)
-    model = st.PathwayTransformer(st.Config(), 8, 4, 2)
+    model = st.PathwayTransformer(tuned(), 8, 4, 2)
     model.start_from_sets(member)
     assert torch.equal(model.genes.weight, member.T / 2) and (model.genes.bias == 0).all()
 
@@ -698,14 +727,17 @@ def test_end_to_end_record_resume_and_predict(task, tmp_path, capsys, monkeypatc
     record = json.loads(path.read_text())
     names = {
         "train_mean",
+        "coordinates",
         "ridge_pca256",
         "ridge_raw",
-        "ridge_neighbour",
-        "ridge_own_and_neighbour",
+        "ridge_own",
+        "ridge_rings",
+        "ridge_rings_place",
         "knn",
         "linear",
         "abmil",
         "transmil",
+        "average_with_ridge",
     }
     assert (
         set(record["baselines"]) == names
@@ -860,7 +892,7 @@ def test_bfloat16_products_stay_near_float32(task, tmp_path, capsys):
     """The linear layer, a baseline, stays as it is."""
     found = []
     for more in ([], ["--bf16"]):
-        st.main(flags(task, tmp_path, "--linear_weight", "0", *more))
+        st.main(flags(task, tmp_path, *more))
         path = Path(capsys.readouterr().out.strip().splitlines()[-1])
         found.append(
             (
@@ -885,7 +917,7 @@ def test_batches_are_collated_once_and_padding_is_known(task):
         whole = model(**batch)
         masked = model(**batch | {"patches": batch["patches"]._replace(is_unpadded=False)})
     assert torch.allclose(whole["genes"], masked["genes"], atol=1e-5)
-    calls, config = [], st.Config(epochs=3, size="mini", members=1)
+    calls, config = [], tuned(epochs=3, size="mini", members=1)
 
     def counted(parts, device, collate=samples.collate):
         calls.append(len(parts))
@@ -954,6 +986,8 @@ def test_predict_from_features_files(task, tmp_path, capsys):
             "log1p",
         ],
         ["--permute_pairs", "--scale", "slide", "--genes", "20", "--checkpointing"],
+        ["--preset", "paper", "--members", "2"],
+        ["--preset", "paper", "--loss", "zinb", "--batch", "2"],
     ],
 )
 def test_variants_run(task, tmp_path, capsys, more):
@@ -1025,21 +1059,21 @@ def test_inner_split_is_fitted_on_its_own_slides(task, tmp_path):
     argv = flags(task, tmp_path, "--genes", "20", "--folds", "3")
     runs = genes.Task(run.parse(st.Config, argv))
     runs.load()
-    clean = runs.inner_parts()
+    clean = runs.inner_parts(3)
     held_out = clean[0].val[0].name
     poisoned = runs.raw[held_out]
     counts = poisoned.slide.counts
     counts.data[:] = counts.data[::-1] * 50
     poisoned.x[:] = poisoned.x * 9 + 1
     poisoned.y[:] = poisoned.y * 9 + 1
-    again = runs.inner_parts()[0]
+    again = runs.inner_parts(3)[0]
     assert held_out not in {s.name for s in again.fit} and again.genes == clean[0].genes
     for name, value in clean[0].scaler.tensors.items():
         assert torch.equal(value, again.scaler.tensors[name]), name
     for s, t in zip(clean[0].fit, again.fit):
         assert torch.equal(s.x, t.x) and torch.equal(s.y, t.y)
     # the other folds train on that slide: their scaler moves
-    others = runs.inner_parts()[1]
+    others = runs.inner_parts(3)[1]
     assert not torch.equal(others.scaler.tensors["y_mean"], clean[1].scaler.tensors["y_mean"])
 
 
@@ -1061,7 +1095,7 @@ def test_ring2_genes_need_context(tmp_path):
     truth = np.load(root / "truth.npz")
     found = {}
     for on in ("p2p,p2h,h2p,h2h", "p2p"):
-        config = st.Config(
+        config = tuned(
             data=str(root),
             cache=str(tmp_path / "c"),
             interactions=on,
@@ -1144,6 +1178,10 @@ def test_loss_that_a_bag_of_one_slide_lacks(task, tmp_path):
     fails(flags(task, tmp_path, *more, "mse_pcc"), "--mode global", "--batch 2")
     sets = ("--gene_sets", "a.gmt", "--lambda_pathway", "0.5")
     fails(flags(task, tmp_path, *more, "mse", *sets), "--lambda_pathway 0.5", "--batch 2")
+
+
+def test_softplus_of_standardised_genes(task, tmp_path):
+    fails(flags(task, tmp_path, "--head", "softplus"), "--head", "--target_scale none")
 
 
 def test_gmt_without_a_gene_of_the_panel(task, tmp_path):
@@ -1242,12 +1280,47 @@ def test_nan_features(task, tmp_path):
     fails(flags(task, tmp_path, "--encoder", str(tmp_path / "{sample}.npz")), "S", "NaN")
 
 
+def features_of(task, folder, width=4):
+    """A features file of every slide of the task; the pattern of their names."""
+    for name in data.hest_samples(task):
+        slide = data.load_hest(task, name, patches=False)
+        x = np.random.default_rng(0).normal(size=(slide.n_spots, width))
+        np.savez(folder / f"{name}.npz", embedding=x, barcodes=slide.barcodes)
+    return str(folder / "{sample}.npz")
+
+
+def test_features_of_two_widths(task, tmp_path):
+    pattern = features_of(task, tmp_path)
+    with np.load(tmp_path / "S3.npz") as file:
+        np.savez(tmp_path / "S3.npz", embedding=np.ones((60, 7)), barcodes=file["barcodes"])
+    fails(flags(task, tmp_path, "--encoder", pattern), "S3", "7 features", "one encoder")
+
+
+def test_features_without_the_barcodes_of_a_section(task, tmp_path):
+    pattern = features_of(task, tmp_path)
+    np.savez(tmp_path / "S2.npz", embedding=np.ones((2, 4)), barcodes=np.array(["a", "b"]))
+    fails(flags(task, tmp_path, "--encoder", pattern), "S2", "lacks 60 of the 60 barcodes")
+    (tmp_path / "S2.npz").unlink()
+    fails(flags(task, tmp_path, "--encoder", pattern), "S2.npz")
+
+
+def test_checkpoint_without_weights_of_a_layer(task, tmp_path, capsys):
+    st.main(flags(task, tmp_path, "--epochs", "1"))
+    path = Path(capsys.readouterr().out.strip().splitlines()[-1]).with_name("model.pt")
+    saved = torch.load(path, weights_only=True)
+    del saved["weights"][0]["layers.1.attention.out.weight"]
+    torch.save(saved, tmp_path / "part.pt")
+    argv = ["--data", str(task), "--predict", str(tmp_path / "part.pt")]
+    fails([*argv, "--runs", str(tmp_path / "p")], "part.pt", "model.pt of a finished run")
+    assert not (tmp_path / "p").exists()
+
+
 # ---------------------------------------------------------------------------------------- real data
 
 
 def test_her2st_low_counts_are_filtered_and_baselines_are_above_chance(real_data, tmp_path, capsys):
     root = real_data / "her2st"
-    config = st.Config(data=str(root), cache=str(tmp_path), encoder=str(tmp_path / "{sample}.npz"))
+    config = tuned(data=str(root), cache=str(tmp_path), encoder=str(tmp_path / "{sample}.npz"))
     for n in ("C4", "C5"):  # every fourth pixel: quick
         slide = data.load_hest(root, n)
         np.savez(
@@ -1257,7 +1330,7 @@ def test_her2st_low_counts_are_filtered_and_baselines_are_above_chance(real_data
         )
     raw, names = genes.load(config, ["C4"], ["C5"])
     assert "C5: 2 of 181 spots" in capsys.readouterr().out and len(names) == 50
-    found = genes.classical_baselines(raw, ["C4"], ["C5"])
+    found = patch_baselines.classical_baselines([raw["C4"]], [raw["C5"]])
     scores = {n: genes.score([raw["C5"]], p)["pcc_mean"] for n, p in found.items()}
     assert scores["train_mean"] == 0 and scores["ridge_raw"] > 0.15
 
@@ -1265,28 +1338,96 @@ def test_her2st_low_counts_are_filtered_and_baselines_are_above_chance(real_data
 # -------------------------------------------------------------------------------------------- bench
 
 
-def test_linear_layer_in_the_average():
-    fit = [sample_of(40, seed=1)]
-    scaler = samples.Scaler.fit(fit)
-    layer, ones = bags.OneLinear(8, 5), [np.ones((40, 5))]
-    linear = samples.predict([layer], fit[0], scaler, st.Config())[0]
-    for weight, mode, want in (
-        (0.5, "dense", 0.5 + 0.5 * linear),
-        (0.25, "dense", 0.75 + 0.25 * linear),
-        (0.0, "dense", ones[0]),
-        (0.5, "global", ones[0]),
-    ):
-        config = st.Config(linear_weight=weight, mode=mode)
-        (found,) = genes.with_linear(ones, [layer], fit, scaler, config)
-        assert np.allclose(found, want, atol=1e-6)
-    with pytest.raises(DataError, match="--linear_weight is 1.5"):
-        st.check(st.Config(linear_weight=1.5))
+def test_share_of_the_ridge_is_chosen_on_inner_parts(task, tmp_path, monkeypatch):
+    """The average takes what is better on the inner parts, and the two are mixed on the test
+    slides; without inner parts there is no row."""
+    runs = genes.Task(run.parse(st.Config, flags(task, tmp_path, "--folds", "2")))
+    runs.load()
+    inner = [(part, None) for part in runs.inner_parts(2)]
+    result = type("Result", (), {"predictions": [np.zeros(s.y.shape) for s in runs.test]})
+    for true_network, share in ((True, 0.0), (False, 1.0)):
+
+        def answer(samples, is_true):
+            rng = np.random.default_rng(0)
+            return [s.y.numpy() if is_true else rng.normal(size=s.y.shape) for s in samples]
+
+        ridge = type(
+            "Ridge",
+            (),
+            {"predict": lambda self, fit, test, a=answer, t=true_network: a(test, not t)},
+        )()
+        monkeypatch.setattr(
+            patch_baselines,
+            "predict",
+            lambda models, s, *_, a=answer, t=true_network: (a([s], t)[0], None),
+        )
+        row = patch_baselines.average_row(runs, result, inner, ridge)["average_with_ridge"]
+        assert row["ridge_share"] == share
+    assert row["pcc_mean"] == pytest.approx(1)
+    assert patch_baselines.average_row(runs, result, [], ridge) == {}
+
+
+def test_ridge_path_is_the_normal_equation():
+    rng = np.random.default_rng(0)
+    for n, f in ((80, 12), (20, 50)):
+        x, y = rng.normal(size=(n, f)) * 3 + 2, rng.normal(size=(n, 4)) + 5
+        z = (x - x.mean(0)) / x.std(0)
+        path = baselines.ridge_path(x, y, [x], (0.5, 100.0))
+        for penalty, (found,) in zip((0.5, 100.0), path):
+            want = Ridge(alpha=penalty).fit(z, y).predict(z)
+            assert np.allclose(found, want, atol=1e-8)
+
+
+def test_ridge_reads_what_the_network_reads():
+    """Rings against a loop; a spot without a neighbour in a ring stands for it."""
+    sample = sample_of(40, rings=1)
+    x, inputs = sample.x.double().numpy(), patch_baselines.with_rings(sample)
+    n_rings = int(sample.ring.max())
+    assert inputs.shape == (40, 8 * (1 + n_rings)) and np.allclose(inputs[:, :8], x)
+    for i in range(40):
+        for ring in range(1, n_rings + 1):
+            rows = sample.table[i][sample.ring[i] == ring].tolist() or [i]
+            mean = x[rows].mean(0)
+            assert np.allclose(inputs[i, 8 * ring : 8 * ring + 8], mean, atol=1e-5)
+    placed = patch_baselines.with_place(sample)
+    n_place = placed.shape[1] - inputs.shape[1]
+    assert n_place == 2 * patch_baselines.N_CHANNELS and np.allclose(placed[:, :-n_place], inputs)
+
+
+def test_penalty_is_chosen_on_inner_parts(task, tmp_path):
+    runs = genes.Task(run.parse(st.Config, flags(task, tmp_path)))
+    runs.load()
+    inner = runs.inner_parts(5)
+    ridge = patch_baselines.ChosenRidge(patch_baselines.own, inner)
+    scores = []
+    for penalty in patch_baselines.PENALTIES:
+        found = []
+        for part in inner:
+            assert not {s.name for s in part.fit} & {s.name for s in part.val}
+            path = ridge.path(part.fit, part.val, [penalty])
+            found.append(hest.score(part.val, path[0])["pcc_mean"])
+        scores.append(np.mean(found))
+    assert ridge.penalty == patch_baselines.PENALTIES[np.argmax(scores)]
+
+
+def test_coordinates_alone():
+    """Values that are a function of the place are met where a section of the patient trains; of
+    another patient only what depends on the distance from the middle is."""
+    slides = [dataclasses.replace(sample_of(300, seed=i), patient="P") for i in range(3)]
+    for s in slides:
+        s.y = torch.stack([s.place[:, 0], s.place.norm(dim=1)], 1)
+        s.measured = torch.ones(2, dtype=torch.bool)
+    r = metrics.pcc(slides[2].y.numpy(), patch_baselines.of_place(slides[:2], slides[2]))
+    assert (r > 0.95).all()
+    other = dataclasses.replace(slides[2], patient="Q")
+    r = metrics.pcc(other.y.numpy(), patch_baselines.of_place(slides[:2], other))
+    assert abs(r[0]) < 0.3 and r[1] > 0.9
 
 
 def test_the_record_lists_fold_genes_and_metadata(real_data):
     root = real_data / "her2st"
     slide = data.load_hest(root, "A2", counts=False)
-    more = hest.task_files(st.Config(data=str(root), fold=1))
+    more = hest.task_files(tuned(data=str(root), fold=1))
     files = run.list_files(input_files([slide], "handmade", more), root)
     assert list(files) == [
         "adata/A2.h5ad",
@@ -1296,5 +1437,5 @@ def test_the_record_lists_fold_genes_and_metadata(real_data):
         "splits/test_1.csv",
         "var_50genes.json",
     ]
-    genes = hest.task_files(st.Config(data="none", split="section", genes="mine.json"))
+    genes = hest.task_files(tuned(data="none", split="section", genes="mine.json"))
     assert [str(path) for path in genes] == ["mine.json"]
