@@ -1,8 +1,7 @@
 """Genes of new slides from a saved pathway network: folders of patches or of features."""
 
 import data
-from evaluation import hest
-from evaluation.genes import arrays_of, draw, predict_genes, variant
+from evaluation import genes, hest
 from evaluation.samples import Scaler, to_sample
 from plainst import export, run
 from plainst.features import input_files
@@ -45,7 +44,7 @@ def predict_folder(config, check, build, start):
     all of them. check, build: those of the method; start as in `run.Run`."""
     saved, known = read_checkpoint(config, check)
     slides = hest.new_slides(config, known)
-    name = f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}"
+    name = f"predict-{genes.variant(known)}-{data.file_checksum(config.predict)[:8]}"
     record = run.Run("stformer", config, config.slice or "all", name, start)
     record.note_inputs(input_files(slides, known.encoder, [config.predict]))
     samples, scaler = [to_sample(known, s) for s in slides], saved["scaler"]
@@ -56,10 +55,11 @@ def predict_folder(config, check, build, start):
         samples = [scaler.features(s, known.scale) for s in samples]
     dim_in = samples[0].x.shape[1]
     models = load_models(config, saved, known, build, dim_in, record.device)
-    genes, pathways = predict_genes(models, samples, scaler, known)
+    predictions, pathways = genes.predict_genes(models, samples, scaler, known)
     names, sets = saved["genes"], saved["gene_sets"]
-    draw(record, samples, genes, pathways, names, sets)
-    arrays, known.h5ad = arrays_of(samples, genes, pathways, names, sets), config.h5ad
+    shown = (samples, predictions, pathways, names, sets)
+    genes.draw(record, *shown)
+    arrays, known.h5ad = genes.arrays_of(*shown), config.h5ad
     n_params = sum(weight.numel() for weight in models[0].parameters())
     files = export.files_of("stformer", arrays, slides, known)
     record.finish({}, {}, arrays, n_params, files=files, checkpoint=config.predict)
