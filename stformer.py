@@ -65,7 +65,6 @@ PRESETS = {
         "target_scale": "train",
         "head": "linear",
         "h2h": "local",
-        "position": "none",
         "loss": "mse_pcc",
         "optimiser": "adamw",
         "lr": 3e-3,

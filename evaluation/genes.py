@@ -244,12 +244,15 @@ class Task:
 
     def facts(self):
         """What the record says of the task."""
+        c = self.config
         low = {n: int((~s.scored).sum()) for n, s in self.raw.items()}
         chosen = "training slides"
-        if self.config.genes == "task":
+        if c.genes == "task":
             chosen = "the folder's list, chosen by its makers on all slides"
+        reads_all = c.h2h == "whole" and ("h2h" in c.interactions or c.interactions == "all")
         return {
-            "target": self.config.target,
+            "grows_with": "spots squared, by h2h whole" if reads_all else "spots",
+            "target": c.target,
             "leaks_patient": self.leaks,
             "train_slides": self.train_names,
             "test_slides": self.test_names,

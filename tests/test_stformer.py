@@ -1102,6 +1102,7 @@ def test_ring2_genes_need_context(tmp_path):
             epochs=30 if "h2h" in on else 10,
             lr=5e-3,
             dropout=0.0,
+            position="none",
         )
         raw, names = genes.load(config, ["S1", "S2", "S3"], ["S4"])
         scaler = samples.Scaler.fit([raw[n] for n in ("S1", "S2", "S3")], "slide")
