@@ -67,8 +67,9 @@ PRESETS = {
         "h2h": "local",
         "loss": "mse_pcc",
         "optimiser": "adamw",
-        "lr": 3e-3,
-        "epochs": 30,
+        "dropout": 0.3,
+        "lr": 1e-3,
+        "epochs": 40,
         "members": 3,
     },
 }
