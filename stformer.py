@@ -1,31 +1,38 @@
-"""Gene expression from H&E patches by a transformer whose patches and pathway tokens meet in four
-switchable quadrants.
+r"""Genes from H&E patches by a transformer whose patches and pathway tokens meet in four quadrants.
 
-    features (S, F) --Linear--> h (S, D)        learned tokens T (P, D), one a pathway
-    L layers over [T; h], query first:
-        p2p  T reads T        p2h  T reads h
-        h2p  h reads T        h2h  h reads its neighbours in the tissue
-    score_ip = tau cos(h_i, T_p)  (S, P)
-    genes = W score + b  (S, G), W begun as the gene sets
+Source: the public documentation of the system "SpatialTranscriptFormer" (2026), which has no paper;
+transformer: Vaswani et al. 2017; tokens that read a set: Lee et al. 2019. The page beside this file
+is docs/stformer.md.
 
-With h2h off or local a layer costs O(S (P + k) D): nothing is S x S. Every run scores the model
-beside the predictors it has to beat (train mean, ridge, kNN, one linear layer, attention pooling)
-on the same slides; see docs/stformer.md.
+    features (S, F) --linear--> h (S, D)          tokens T (P, D), learned, one a pathway
+                                 |                     |
+                          [T; h] (P + S, D), L layers of attention
+                                 |        p2p  T reads T        p2h  T reads h
+                                 |        h2p  h reads T        h2h  h reads h
+                                 |                     |
+                      scores = tau cos(h, T) (S, P) --linear, begun as gene sets--> genes (S, G)
 
-    # a HEST-benchmark task, one of its splits
-    python stformer.py --data datasets/her2st --fold 0
-    # the other sections of its patient train: leaks the patient
+| symbol | meaning | shape |
+|---|---|---|
+| $F$ | frozen image features of the patches of a slide | (S, F) |
+| $h$ | embedding of the patches | (B, S, D) |
+| $T$ | pathway tokens | (P, D) |
+| $x$ | the sequence $[T; h]$ | (B, P + S, D) |
+| $M$ | True where a query (row) reads a key (column) | (B, P + S, P + S) |
+| $s$ | pathway scores of the patches | (B, S, P) |
+| $m$ | mask: the gene is on the panel and the spot has counts enough | (B, S, G) |
+| $A$ | members of the gene sets, 0 or 1 | (P, G) |
+
+A batch is B slides, padded to the longest. Every run scores the predictors that the network has to
+beat on the same slides.
+
+    python stformer.py --data datasets/her2st --fold 0 --encoder "features/{sample}.npz"
     python stformer.py --data datasets/her2st --split section --slice C2
     python stformer.py --data my_patches --predict runs/.../model.pt
-    # folds and members shared out, the same numbers
-    torchrun --standalone --nproc_per_node=2 stformer.py --data datasets/her2st
 """
 
-import copy
 import time
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -34,13 +41,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import data
-import metrics
-from data import DataError
-from evaluation import bags, baselines, figures, hest
-from plainst import export, jobs, run
-from plainst.features import input_files
+from evaluation import genes, new_patches, patch_baselines, samples
+from plainst import export, run
+from plainst.quadrants import by_rows, quadrant_attention
 
+# query first: p2h, a pathway token reads patches
 QUADRANTS = ("p2p", "p2h", "h2p", "h2h")
 # layers, width, heads
 SIZES = {
@@ -50,16 +55,24 @@ SIZES = {
     "medium": (6, 512, 8),
     "large": (12, 768, 12),
 }
-# most spots of an attention block; rows from which work is done in pieces
-BLOCK, MANY = 64, 16384
-# columns of the printed table
-COLUMNS = (
-    *("pcc_mean", "pcc_pooled", "variance_ratio_median", "rmse", "slide_mean_rmse", "rate_pcc"),
-)
 
-
-# named sets of flags; what is typed goes before them
-PRESETS = {"tuned": {}}
+# named sets of flags; what is typed goes before them. The defaults of Config are the source's
+PRESETS = {
+    "paper": {},
+    "tuned": {
+        "size": "mini",
+        "scale": "both",
+        "target_scale": "train",
+        "head": "linear",
+        "h2h": "local",
+        "loss": "mse_pcc",
+        "optimiser": "adamw",
+        "dropout": 0.3,
+        "lr": 1e-3,
+        "epochs": 40,
+        "members": 3,
+    },
+}
 
 
 @dataclass
@@ -67,6 +80,7 @@ class Config(run.Config):
     """Flags of stformer.py."""
 
     presets: ClassVar = PRESETS
+    preset: str = "paper"
 
     data: str = "datasets/her2st"
     """HEST-benchmark task folder (or HEST-1k folder); with --predict also a folder of patches
@@ -91,29 +105,31 @@ class Config(run.Config):
     {sample} stands for the slide's name"""
     cache: str = ""
     "folder for image features; empty: <data>/.features where that can be written"
-    scale: Literal["train", "slide", "both"] = "both"
-    """features are z-scored by the training spots, by the slide's own spots (no label is used), or
-    both, side by side"""
-    target_scale: Literal["train", "slide"] = "train"
-    """the MSE sees genes z-scored over the training spots, or within each slide: differences
-    between slides are then no part of the task"""
-    size: Literal["mini", "tiny", "small", "medium", "large"] = "mini"
+    scale: Literal["none", "train", "slide", "both"] = "none"
+    """features are left as they are, z-scored by the training spots, by the slide's own spots (no
+    label is used), or both, side by side"""
+    target_scale: Literal["none", "train", "slide"] = "none"
+    """the losses see the genes as they are, z-scored over the training spots, or within each slide:
+    differences between slides are then no part of the task"""
+    size: Literal[tuple(SIZES)] = "tiny"
     "layers, width and heads: 2 x 128 x 4, 2 x 256 x 4, 4 x 384 x 8, 6 x 512 x 8, 12 x 768 x 12"
     mode: Literal["dense", "global"] = "dense"
     "genes of every spot, or of the slide's mean"
     interactions: str = "p2p,p2h,h2p,h2h"
     """quadrants that are on, query first: p2h lets pathways read patches; without h2h all context
     flows through the pathways"""
-    h2h: Literal["local", "whole"] = "local"
+    h2h: Literal["local", "whole"] = "whole"
     "whom patches read: the lattice sites within --rings, or all patches of the slide"
     rings: int = 2
     "reach of local h2h in lattice steps"
     distance_bias: bool = True
     "local h2h scores get a learned bias per head and distance"
-    position: Literal["none", "sincos", "mlp"] = "none"
+    position: Literal["none", "sincos", "mlp"] = "sincos"
     "code of the place in the slide added to a patch"
     tau: Literal["fixed", "learned"] = "learned"
     "temperature of the cosine scores: 1, or learned from 14.3 on"
+    head: Literal["softplus", "linear"] = "softplus"
+    "genes are softplus(W s + b), of values as they are, or W s + b"
     gene_sets: str = ""
     """GMT file: one token a set, gene weights begin as its members; empty: --pathways tokens,
     random weights"""
@@ -123,7 +139,7 @@ class Config(run.Config):
     "control: in the training slides image and expression of the spots are paired at random"
     pathways: int = 50
     "number of tokens without --gene_sets"
-    loss: Literal["mse", "pcc", "mse_pcc", "zinb"] = "mse_pcc"
+    loss: Literal["mse", "pcc", "mse_pcc", "zinb"] = "mse"
     "zinb is on raw counts with the spot's library size, which only training reads"
     pcc_weight: float = 1.0
     "weight of 1 - PCC in mse_pcc"
@@ -131,23 +147,22 @@ class Config(run.Config):
     "weight of the auxiliary loss on pathway scores (needs --gene_sets)"
     dropout: float = 0.1
     "dropout of features, attention output and feed-forward"
-    lr: float = 3e-3
-    "peak AdamW learning rate after a linear warm-up; a cosine follows"
-    weight_decay: float = 0.01
-    "AdamW weight decay"
-    epochs: int = 30
+    optimiser: Literal["adam", "adamw"] = "adam"
+    "adamw decays the weights"
+    lr: float = 1e-4
+    "peak learning rate after a linear warm-up; a cosine follows"
+    epochs: int = 100
     """most passes over the training slides; how many there are is chosen by cross-validation inside
     the training slides"""
     folds: int = 5
     """folds of that cross-validation, at most: over patients, over slides where there is one
     patient; 0: none, all --epochs are run"""
-    members: int = 3
+    members: int = 1
     "models trained on all training slides, each from its own start, and averaged"
-    linear_weight: float = 0.5
-    """share of one linear layer, trained in the same way, in the average of the predictions (dense
-    mode); 0: the transformers alone"""
     batch: int = 1
     "slides a step"
+    fast: bool = True
+    "attention without the dense mask; the plain form gives the same numbers"
     checkpointing: bool = False
     "recompute layers in the backward pass: less memory, more time"
     save_every: int = 0
@@ -158,1181 +173,439 @@ class Config(run.Config):
     "checkpoint (model.pt of a run): predict --data with it, train nothing"
 
 
-# --------------------------------------------------------------------------------------------------
-# Slides -> tensors
-# --------------------------------------------------------------------------------------------------
+def check(config):
+    """Raise DataError, naming the flag, for a value or a combination that no run can use."""
+    genes.check(config, QUADRANTS)
 
 
-@dataclass
-class Sample:
-    """One slide, ready for the model. S spots, K places of the neighbour table, G genes."""
-
-    name: str
-    patient: str
-    x: torch.Tensor  # (S, F) frozen features
-    # (S, 2) position in lattice pitches
-    place: torch.Tensor
-    # (S, K) rows read by local h2h, the spot itself first
-    table: torch.Tensor
-    # (S, K) rounded distance in pitches, 0 = itself, -1 = empty place
-    ring: torch.Tensor
-    # the same table in blocks, see `in_blocks`
-    blocks: tuple
-    y: torch.Tensor = None  # (S, G) target
-    counts: torch.Tensor = None  # (S, G) raw counts
-    library: torch.Tensor = None  # (S,) counts of all genes
-    # (S,) bool, spots with enough counts
-    scored: torch.Tensor = None
-    # (G,) bool, genes on this slide's panel
-    measured: torch.Tensor = None
-    slide: data.Slide = None
-    # `collate` of it alone, on the device: made once for all epochs
-    batch: dict = None
-
-
-def neighbourhood(slide, rings):
-    """place (S, 2) in pitches, table (S, K), ring (S, K) of local h2h: lattice sites within
-    `rings`, else as many nearest spots."""
-    if slide.n_spots < 2:
-        raise DataError(
-            f"slide {slide.sample} has {slide.n_spots} spot: a correlation across spots needs "
-            "at least two, leave the slide out"
-        )
-    place = slide.xy / data.lattice_pitch(slide.xy)  # (S, 2)
-    if rings == 0:
-        table = np.zeros((slide.n_spots, 0), np.int64)
-    elif slide.grid is not None:
-        table = data.lattice_table(slide.grid, rings)
-    else:
-        table = data.knn_table(slide.xy, min(3 * rings * (rings + 1), slide.n_spots - 1))
-    myself = np.arange(slide.n_spots)[:, None]
-    # (S, K)
-    distance = np.rint(np.linalg.norm(place[table] - place[:, None], axis=-1)).clip(1, rings + 1)
-    ring = np.concatenate([np.zeros_like(myself), np.where(table < 0, -1, distance)], 1).astype(
-        np.int64
-    )
-    # (S, K+1)
-    table = np.concatenate([myself, np.where(table < 0, myself, table)], 1)
-    place = place - place.mean(0)
-    return (
-        torch.tensor(place, dtype=torch.float32),
-        torch.tensor(table),
-        torch.tensor(ring),
-        in_blocks(place, table, ring),
-    )
-
-
-def in_blocks(place, table, ring, size=BLOCK):
-    """The neighbour table as small dense pieces, which is what a matrix product wants: spots are
-    halved at the median of the wider axis until a block holds at most `size`, and the keys of a
-    block are all spots that one of its spots reads, itself and a rim. Memory O(S size).
-
-    -> rows (N, n) spots, keys (N, U) spots, ring (N, n, U) int8 as in the table, -1 = not read,
-    slot (S,) place of a spot in the flattened rows.
-    """
-    pieces = [np.arange(len(place))]
-    # all pieces have the same length, give or take one
-    while len(pieces[0]) > size:
-        halves = []
-        for p in pieces:
-            p = p[np.argsort(place[p, np.ptp(place[p], axis=0).argmax()], kind="stable")]
-            halves += [p[: (len(p) + 1) // 2], p[(len(p) + 1) // 2 :]]
-        pieces = halves
-    keys = [np.unique(table[p][ring[p] >= 0]) for p in pieces]
-    n, u = max(map(len, pieces)), max(map(len, keys))
-    rows_of, keys_of, ring_of = (
-        np.zeros((len(pieces), n), int),
-        np.zeros((len(pieces), u), int),
-        np.full((len(pieces), n, u), -1, np.int8),
-    )
-    slot = np.empty(len(place), int)
-    for b, (p, k) in enumerate(zip(pieces, keys)):
-        rows_of[b, : len(p)], keys_of[b, : len(k)], slot[p] = p, k, b * n + np.arange(len(p))
-        row, used = np.arange(len(p))[:, None], ring[p] >= 0
-        ring_of[b][np.broadcast_to(row, used.shape)[used], np.searchsorted(k, table[p][used])] = (
-            ring[p][used]
-        )
-        # a row of padding reads something: no softmax over nothing
-        ring_of[b, len(p) :, 0] = 0
-    return tuple(map(torch.tensor, (rows_of, keys_of, ring_of, slot)))
-
-
-def to_sample(config, slide, genes=None):
-    """Slide -> Sample; without `genes` there is no target (prediction)."""
-    out = Sample(
-        slide.sample,
-        slide.patient,
-        hest.slide_features(config, slide),
-        *neighbourhood(slide, config.rings),
-        slide=slide,
-    )
-    if genes is not None:
-        out.y, out.counts, out.library, out.measured = map(
-            torch.from_numpy, hest.target_expression(slide, genes, config.target)
-        )
-        out.scored = torch.from_numpy(hest.enough_counts(slide, config.min_counts))
-    return out
-
-
-def read_gmt(path, genes, rng=None):
-    """GMT file -> set names, membership (P, G) float32 of the sets with a gene on the list; with
-    `rng` the genes are permuted (control)."""
-    try:
-        rows = [
-            line.rstrip("\n").split("\t")
-            for line in Path(path).read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} cannot be read as a GMT file ({error}): give name, description and "
-            "genes, tab-separated"
-        ) from error
-    member = np.array([np.isin(genes, row[2:]) for row in rows], np.float32).reshape(
-        len(rows), len(genes)
-    )
-    keep = member.any(1)
-    if not keep.any():
-        raise DataError(
-            f"{path} has no set with one of the {len(genes)} target genes: check species, "
-            "gene naming and the tab-separated format"
-        )
-    member = member[keep] if rng is None else member[keep][:, rng.permutation(len(genes))]
-    return [row[0] for row, k in zip(rows, keep) if k], torch.tensor(member)
-
-
-def collate(samples, device="cpu"):
-    """Samples -> dict of tensors padded to the longest slide: x (B, S, F), valid (B, S), ...
-    `scored` (B, S, G) is where a target counts."""
-    longest = max(len(s.x) for s in samples)
-
-    def stack(name):
-        parts = [
-            F.pad(v, (0, 0) * (v.ndim - 1) + (0, longest - len(v))) if len(v) < longest else v
-            for v in (getattr(s, name) for s in samples)
-        ]
-        return (torch.stack(parts) if len(parts) > 1 else parts[0][None]).to(device)
-
-    out = {
-        "x": stack("x"),
-        "place": stack("place"),
-        "blocks": stack_blocks([s.blocks for s in samples], longest, device),
-    }
-    # (B, S)
-    out["valid"] = torch.stack([torch.arange(longest) < len(s.x) for s in samples]).to(device)
-    # nothing is padded: known here, so that nobody waits for the device to ask
-    out["whole"] = all(len(s.x) == longest for s in samples)
-    if samples[0].y is not None:
-        out |= {name: stack(name) for name in ("y", "counts", "library")}
-        measured = torch.stack([s.measured for s in samples]).to(device)
-        # (B, S, G)
-        out["scored"] = stack("scored")[..., None] & measured[:, None]
-    return out
-
-
-def stack_blocks(blocks, longest, device):
-    """Blocks of several slides in one list: rows (N, n), keys (N, U) and slot (B S,) count through
-    the flattened (B S) spots; owner (N,) slide."""
-    n, u = max(b[0].shape[1] for b in blocks), max(b[1].shape[1] for b in blocks)
-    parts, first = [], 0
-    for i, (rows, keys, ring, slot) in enumerate(blocks):
-        width = rows.shape[1]
-        ring = F.pad(ring, (0, u - keys.shape[1], 0, n - width), value=-1)
-        ring[:, width:, 0] = 0
-        slot = torch.div(slot, width, rounding_mode="floor") * n + slot % width + first
-        parts.append(
-            (
-                F.pad(rows, (0, n - width)) + i * longest,
-                F.pad(keys, (0, u - keys.shape[1])) + i * longest,
-                ring,
-                F.pad(slot, (0, longest - len(slot))),
-                torch.full((len(rows),), i),
-            )
-        )
-        first += len(rows) * n
-    # rows, keys, ring, slot, owner
-    return tuple(torch.cat(p).to(device) for p in zip(*parts))
+def variant(config):
+    """Folder name of the run."""
+    return genes.variant(config)
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention in four quadrants
+# Layers
 # --------------------------------------------------------------------------------------------------
-
-
-def in_pieces(function, pieces, dim=0):
-    """function(*piece) of every piece, joined along `dim`. More than one: recomputed in the
-    backward pass, so that the intermediate tensors of 100,000 spots never exist at once."""
-    pieces = list(pieces)
-    if len(pieces) == 1:
-        return function(*pieces[0])
-    return torch.cat(
-        [
-            checkpoint(function, *p, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else function(*p)
-            for p in pieces
-        ],
-        dim,
-    )
-
-
-class Layer(nn.Module):
-    """Pre-norm transformer layer over [tokens; patches], Vaswani et al. 2017, with only the wanted
-    quadrants of the attention computed.
-
-    Masking a full (P + S)^2 matrix gives the same numbers (a test compares them): a query always
-    reads itself, and its softmax runs over all keys of its row's quadrants together.
-    """
-
-    def __init__(self, dim, heads, quadrants, h2h="local", rings=0, dropout=0.1):
-        super().__init__()
-        self.heads, self.on, self.h2h = heads, frozenset(quadrants), h2h
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim)
-        )
-        self.drop = nn.Dropout(dropout)
-        # by rounded distance 0 .. rings + 1
-        self.bias = nn.Parameter(torch.zeros(rings + 2, heads)) if rings else None
-
-    def forward(self, t, h, valid, blocks, whole=False):
-        """t (B, P, D) tokens, h (B, S, D) patches, valid (B, S), all True where `whole`, blocks of
-        `stack_blocks` -> t, h."""
-        # (B, ., H, d)
-        (qt, kt, vt), (qh, kh, vh) = (
-            self.qkv(self.norm1(a)).unflatten(-1, (3, self.heads, -1)).unbind(2) for a in (t, h)
-        )
-        t = t + self.drop(self.out(self.tokens_read(qt, kt, vt, kh, vh, valid, whole).flatten(2)))
-        h = h + self.drop(
-            self.out(self.patches_read(qh, kh, vh, kt, vt, valid, blocks, whole).flatten(2))
-        )
-        return tuple(a + in_pieces(self.feed_forward, zip(a.split(MANY, 1)), 1) for a in (t, h))
-
-    def feed_forward(self, x):
-        return self.drop(self.ffn(self.norm2(x)))
-
-    def tokens_read(self, q, k, v, kh, vh, valid, whole):
-        """p2p and p2h: q, k, v (B, P, H, d), kh, vh (B, S, H, d) -> (B, P, H, d). O(P (P + S)
-        D)."""
-        mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device)
-        # itself only: the diagonal
-        mask = (mask if "p2p" in self.on else mask.tril().triu())[None, None].expand(
-            len(q), 1, -1, -1
-        )
-        if "p2h" in self.on:
-            k, v = torch.cat([k, kh], 1), torch.cat([v, vh], 1)  # (B, P + S, H, d)
-            # (B, 1, P, P + S)
-            mask = torch.cat([mask, valid[:, None, None].expand(-1, 1, q.shape[1], -1)], -1)
-        return sdpa(q, k, v, None if whole and "p2p" in self.on else mask)
-
-    def patches_read(self, q, k, v, kt, vt, valid, blocks, whole):
-        """h2p and h2h: q, k, v (B, S, H, d), kt, vt (B, P, H, d) -> (B, S, H, d). O(S (P + K) D),
-        or O(S (P + S) D) with h2h whole."""
-        if "h2p" not in self.on:
-            kt, vt = kt[:, :0], vt[:, :0]
-        if "h2h" not in self.on:
-            return itself_and_tokens(q, k, v, kt, vt)
-        if self.h2h == "whole":
-            # (B, 1, 1, P + S)
-            mask = torch.cat([valid.new_ones(kt.shape[:2]), valid], 1)[:, None, None]
-            return sdpa(q, torch.cat([kt, k], 1), torch.cat([vt, v], 1), None if whole else mask)
-        rows, keys, ring, slot, owner = blocks
-        flat = [a.flatten(0, 1) for a in (q, k, v)]  # (B S, H, d)
-        parts = zip(*(a.split(MANY // BLOCK) for a in (rows, keys, ring, owner)))
-        return (
-            in_pieces(self.block_reads, [(*flat, kt, vt, *part) for part in parts])
-            .flatten(0, 1)[slot]
-            .view(q.shape)
-        )
-
-    def block_reads(self, q, k, v, kt, vt, rows, keys, ring, owner):
-        """Attention of N blocks: q, k, v (B S, H, d), kt, vt (B, P, H, d) -> (N, n, H, d)."""
-        # (N, P + U, H, d)
-        k, v = (torch.cat([a[owner], b[keys]], 1) for a, b in ((kt, k), (vt, v)))
-        read = (ring >= 0)[:, None]  # (N, 1, n, U)
-        if self.bias is None:
-            mask = F.pad(read, (kt.shape[1], 0), value=True)
-        else:
-            at = torch.arange(len(self.bias), dtype=ring.dtype, device=ring.device)[:, None]
-            # (N, rings, n U) one-hot, 0 where not read
-            which = (ring.flatten(1)[:, None] == at).to(self.bias.dtype)
-            # (N, H, n, U): an embedding's gradient, summed one by one, takes longer
-            bias = (self.bias.T @ which).unflatten(2, ring.shape[1:])
-            mask = F.pad(bias.masked_fill(~read, float("-inf")), (kt.shape[1], 0))
-        return sdpa(q[rows], k, v, mask)
-
-
-def itself_and_tokens(q, k, v, kt, vt):
-    """A patch's softmax over itself and the tokens: the bottleneck, O(S P D). q, k, v (B, S, H, d),
-    kt, vt (B, P, H, d) -> (B, S, H, d)."""
-    q = q * q.shape[-1] ** -0.5
-    # (B, S, H, 1 + P)
-    weight = torch.cat(
-        [(q * k).sum(-1, keepdim=True), torch.einsum("bshd,bphd->bshp", q, kt)], -1
-    ).softmax(-1)
-    return weight[..., :1] * v + torch.einsum("bshp,bphd->bshd", weight[..., 1:], vt)
-
-
-def sdpa(q, k, v, mask):
-    """Scaled dot-product attention, q (B, n, H, d), k, v (B, m, H, d), mask (B, 1 or H, n or 1, m)
-    True = read, or added to the scores; None, which
-    opens the fused kernels: all are read."""
-    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
 class Position(nn.Module):
-    """Code of the place in the slide, (B, S, 2) -> (B, S, D), from positions centred over the valid
-    spots: padding changes nothing.
+    r"""Code of the place of a patch in its slide, centred over the real patches.
 
-    sincos: D/2 channels an axis, sin and cos of x w_i, w_i = 10000^(-2i/(D/2)), x in lattice
-    pitches (Vaswani et al. 2017, in 2-D).
-    mlp: Linear - GELU - Linear of x / max |x|.
+    `sincos` (Vaswani et al. 2017, Sec. 3.5, in two dimensions), D/2 channels an axis, places in
+    lattice pitches:
+
+    $$p_{2i} = \sin(x\, \omega_i), \quad p_{2i+1} = \cos(x\, \omega_i), \quad
+    \omega_i = 10000^{-2i / (D/2)} \tag{1}$$
+
+    `mlp`: two linear maps of $x / \max|x|$ with a GELU between them.
+
+    Test: test_sincos_position_is_shift_invariant_and_as_defined
     """
 
     def __init__(self, kind, dim):
         super().__init__()
-        self.kind, self.dim = kind, dim
-        self.mlp = (
-            nn.Sequential(nn.Linear(2, dim), nn.GELU(), nn.Linear(dim, dim))
-            if kind == "mlp"
-            else None
-        )
+        self.dim, self.mlp = dim, None
+        if kind == "mlp":
+            self.mlp = nn.Sequential(nn.Linear(2, dim), nn.GELU(), nn.Linear(dim, dim))
 
-    def forward(self, place, valid):
-        used = valid[..., None].to(place.dtype)  # (B, S, 1)
-        place = (place - (place * used).sum(1, keepdim=True) / used.sum(1, keepdim=True)) * used
-        if self.kind == "mlp":
+    def forward(self, place, is_real):
+        """place (B, S, 2), is_real (B, S), False = padding -> (B, S, D)."""
+        is_real = is_real[..., None].to(place.dtype)  # (B, S, 1)
+        centre = (place * is_real).sum(1, keepdim=True) / is_real.sum(1, keepdim=True)
+        place = (place - centre) * is_real
+        if self.mlp is not None:
             return self.mlp(place / place.abs().amax((1, 2), keepdim=True).clamp(min=1))
-        # (D/4,)
-        w = 10000 ** (-torch.arange(0, self.dim // 2, 2, device=place.device) / (self.dim // 2))
-        angle = place[..., None] * w  # (B, S, 2, D/4)
+        half = self.dim // 2
+        omega = 10000 ** (-torch.arange(0, half, 2, device=place.device) / half)  # (D/4,)
+        angle = place[..., None] * omega  # (B, S, 2, D/4)
         return torch.stack([angle.sin(), angle.cos()], -1).flatten(2)  # (B, S, D)
 
 
-class PathwayTransformer(nn.Module):
-    """features (B, S, F) -> genes (B, S, G), or (B, G) in global mode, by way of pathway scores (B,
-    S, P)."""
+def ring_matrix(patches):
+    """(B, S, S): distance in whole pitches of the patches that a patch reads with local h2h, -1
+    where it does not read."""
+    n_slides, n_patches = patches.is_real.shape
+    ring = patches.ring.new_full((n_slides, n_patches, n_patches), -1)
+    # an empty place of the table names the patch itself, with -1
+    return ring.scatter_reduce(2, patches.table, patches.ring, "amax")
 
-    def __init__(
-        self,
-        dim_in,
-        n_genes,
-        n_pathways=50,
-        layers=2,
-        dim=256,
-        heads=4,
-        quadrants=QUADRANTS,
-        h2h="local",
-        rings=2,
-        distance_bias=False,
-        position="none",
-        tau="fixed",
-        zinb=False,
-        dropout=0.1,
-        checkpointing=False,
-        mode="dense",
-    ):
+
+def quadrant_mask(quadrants, n_tokens, h2h_reads, is_real):
+    r"""The mask of the four quadrants: True where the query of a row reads the key of a column.
+
+    $$M = I \;\lor \begin{pmatrix} \mathrm{p2p} & \mathrm{p2h} \\
+    \mathrm{h2p} & \mathrm{h2h} \end{pmatrix} \tag{2}$$
+
+    A query always reads itself, and nobody reads padding. h2h_reads (B, S, S), is_real (B, S) ->
+    (B, P + S, P + S).
+
+    Test: test_mask_of_the_quadrants
+    """
+    size = n_tokens + is_real.shape[1]
+    tokens, patches = slice(n_tokens), slice(n_tokens, size)
+    mask = is_real.new_zeros(len(is_real), size, size)
+    mask[:, tokens, tokens] = "p2p" in quadrants
+    mask[:, tokens, patches] = "p2h" in quadrants
+    mask[:, patches, tokens] = "h2p" in quadrants
+    if "h2h" in quadrants:
+        mask[:, patches, patches] = h2h_reads
+    mask &= F.pad(is_real, (n_tokens, 0), value=True)[:, None]
+    return mask | torch.eye(size, dtype=torch.bool, device=mask.device)
+
+
+class QuadrantAttention(nn.Module):
+    r"""Multi-head attention over the sequence of tokens and patches (Vaswani et al. 2017, Eq. 1),
+    masked by quadrants, with a bias $b$ by the distance of two patches where h2h is local.
+
+    $$\alpha_{ij} = \mathrm{softmax}_{j: M_{ij}} \Big( \frac{\langle W_q x_i, W_k x_j \rangle}
+    {\sqrt{d}} + b_{r(i, j)} \Big), \qquad a_i = W_o \sum_{j} \alpha_{ij} W_v x_j \tag{3}$$
+
+    The plain form costs $O((P + S)^2 D)$ whatever is on; the fast one $O(S (P + k) D)$ with h2h off
+    or local to k neighbours.
+
+    Test: test_every_combination_of_quadrants_equals_the_dense_mask
+    """
+
+    def __init__(self, dim, heads, quadrants, h2h="local", rings=0, fast=True):
+        """rings: reach of the bias by distance, 0 = none."""
         super().__init__()
-        self.checkpointing, self.mode = checkpointing, mode
-        self.embed = nn.Linear(dim_in, dim)
-        self.position = None if position == "none" else Position(position, dim)
+        self.heads, self.quadrants, self.fast = heads, quadrants, fast
+        self.is_local = h2h == "local"
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        # by distance 0 .. rings + 1
+        self.bias = nn.Parameter(torch.zeros(rings + 2, heads)) if rings else None
+
+    def forward(self, x, n_tokens, patches):
+        """x (B, P + S, D), patches `Patches` -> (B, P + S, D)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, P + S, 3, H, d)
+        q, k, v = qkv.unbind(2)  # (B, P + S, H, d)
+        if self.fast:
+            a = quadrant_attention(
+                q, k, v, n_tokens, self.quadrants, patches, self.is_local, self.bias
+            )
+        else:
+            scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+            ring = ring_matrix(patches)  # (B, S, S)
+            if self.bias is not None:
+                bias = self.bias[ring.clamp(min=0)].permute(0, 3, 1, 2)  # (B, H, S, S)
+                scores = scores + F.pad(bias, (n_tokens, 0, n_tokens, 0))
+            reads = ring >= 0 if self.is_local else torch.ones_like(ring, dtype=torch.bool)
+            mask = quadrant_mask(self.quadrants, n_tokens, reads, patches.is_real)
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+            alpha = scores.softmax(-1)  # (B, H, P + S, P + S)
+            a = torch.einsum("bhij,bjhd->bihd", alpha, v)  # (B, P + S, H, d)
+        return self.out(a.flatten(2))
+
+
+class Layer(nn.Module):
+    r"""Pre-norm transformer layer (Vaswani et al. 2017, Sec. 3.1 and 3.3, norms first).
+
+    $$x \leftarrow x + \mathrm{QA}(\mathrm{LN}(x)), \qquad
+    x \leftarrow x + W_2\, \mathrm{GELU}(W_1 \mathrm{LN}(x)) \tag{4}$$
+
+    Test: test_layer_equals_its_equation
+    """
+
+    def __init__(self, dim, heads, quadrants, h2h="local", rings=0, dropout=0.1, fast=True):
+        super().__init__()
+        self.attention = QuadrantAttention(dim, heads, quadrants, h2h, rings, fast)
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 4 * dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(4 * dim, dim),
+            nn.Dropout(dropout),
+        )
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+
+    def forward(self, x, n_tokens, patches):
+        """x (B, P + S, D) -> (B, P + S, D)."""
+        x = x + self.dropout(self.attention(self.norm(x), n_tokens, patches))
+        return x + by_rows(self.ffn, x)
+
+
+class PathwayTransformer(nn.Module):
+    r"""Genes of patches by way of pathway scores.
+
+    $$s_{ip} = \tau \frac{\langle h_i, T_p \rangle}{\|h_i\| \|T_p\|}, \qquad
+    y_{ig} = \mathrm{softplus} \Big( \sum_p W_{gp} s_{ip} + b_g \Big) \tag{5}$$
+
+    With gene sets $W_{gp}$ begins as $A_{pg} / \sum_{g'} A_{pg'}$. In global mode $h$ is first
+    averaged over the slide. The linear head, and zinb, leave the softplus out.
+
+    Test: test_genes_are_a_linear_map_of_scaled_cosines
+    """
+
+    def __init__(self, config, dim_in, n_genes, n_pathways):
+        super().__init__()
+        c = config
+        n_layers, dim, heads = SIZES[c.size]
+        quadrants = genes.quadrants_of(c, QUADRANTS)
+        has_bias = c.distance_bias and c.h2h == "local" and "h2h" in quadrants
+        rings = c.rings if has_bias else 0
+        self.mode, self.checkpointing = c.mode, c.checkpointing
+        self.has_softplus = c.head == "softplus" and c.loss != "zinb"
+        self.embed, self.dropout = nn.Linear(dim_in, dim), nn.Dropout(c.dropout)
+        self.position = None if c.position == "none" else Position(c.position, dim)
         self.tokens = nn.Parameter(torch.randn(n_pathways, dim))
-        bias = rings if distance_bias and h2h == "local" and "h2h" in quadrants else 0
         self.layers = nn.ModuleList(
-            Layer(dim, heads, quadrants, h2h, bias, dropout) for _ in range(layers)
+            Layer(dim, heads, quadrants, c.h2h, rings, c.dropout, c.fast) for _ in range(n_layers)
         )
         self.norm = nn.LayerNorm(dim)
-        self.log_tau = nn.Parameter(torch.tensor(1 / 0.07).log()) if tau == "learned" else None
+        self.log_tau = nn.Parameter(torch.tensor(1 / 0.07).log()) if c.tau == "learned" else None
         self.genes = nn.Linear(n_pathways, n_genes)
-        self.dropped, self.thickness = (
-            (nn.Linear(n_pathways, n_genes), nn.Linear(n_pathways, n_genes))
-            if zinb
-            else (None, None)
-        )
-        self.drop = nn.Dropout(dropout)
         nn.init.zeros_(self.genes.bias)
-
-    def forward(self, x, place, valid, blocks, whole=False, **_):
-        """x (B, S, F), place (B, S, 2), valid (B, S), all True where `whole`, blocks of
-        `stack_blocks` -> dict: genes, scores (B, S, P) and, with zinb, pi and theta."""
-        h = self.embed(self.drop(x))  # (B, S, D)
-        if self.position is not None:
-            h = h + self.position(place, valid)
-        t = self.tokens.expand(len(x), -1, -1)  # (B, P, D)
-        for layer in self.layers:
-            given = t, h, valid, blocks, whole
-            t, h = (
-                checkpoint(layer, *given, use_reentrant=False)
-                if self.checkpointing
-                else layer(*given)
-            )
-        t, h = self.norm(t), self.norm(h)
-        if self.mode == "global":
-            # (B, 1, D)
-            h = (h * valid[..., None]).sum(1, keepdim=True) / valid.sum(1)[:, None, None]
-        # (B, S, P) cosines
-        s = F.normalize(h, dim=-1) @ F.normalize(t, dim=-1).transpose(1, 2)
-        if self.log_tau is not None:
-            s = s * self.log_tau.exp()
-        out = {"genes": self.genes(s), "scores": s}
-        if self.dropped is not None:
-            out |= {"pi": self.dropped(s) - 3, "theta": F.softplus(self.thickness(s) + 0.5) + 1e-6}
-        return {k: v.squeeze(1) for k, v in out.items()} if self.mode == "global" else out
+        self.pi_head = self.theta_head = None
+        if c.loss == "zinb":
+            self.pi_head = nn.Linear(n_pathways, n_genes)
+            self.theta_head = nn.Linear(n_pathways, n_genes)
 
     @torch.no_grad()
     def start_from_sets(self, member):
-        """Gene weights W[:, p] = members of set p / their number; member (P, G)."""
+        """Begin the gene weights as the members of the sets, (P, G), over their number."""
         self.genes.weight.copy_((member / member.sum(1, keepdim=True).clamp(min=1)).T)
-        nn.init.zeros_(self.genes.bias)
 
-
-def quadrants(text):
-    """`p2p,h2p` -> ("p2p", "h2p"), `all` -> all four. Raises DataError for an unknown name."""
-    names = QUADRANTS if text == "all" else tuple(text.split(","))
-    if not set(names) <= set(QUADRANTS):
-        raise DataError(
-            f"--interactions {text} is not a comma-separated choice of "
-            f"{', '.join(QUADRANTS)}: correct it"
-        )
-    return names
+    def forward(self, x, place, patches, **_):
+        """x (B, S, F), place (B, S, 2), patches `Patches` -> dict: genes (B, S, G), scores (B, S,
+        P) and, with zinb, pi and theta (B, S, G); without the S in global mode."""
+        h = self.embed(self.dropout(x))  # (B, S, D)
+        if self.position is not None:
+            h = h + self.position(place, patches.is_real)
+        n_tokens = len(self.tokens)
+        x = torch.cat([self.tokens.expand(len(h), -1, -1), h], 1)  # (B, P + S, D)
+        for layer in self.layers:
+            if self.checkpointing:
+                x = checkpoint(layer, x, n_tokens, patches, use_reentrant=False)
+            else:
+                x = layer(x, n_tokens, patches)
+        x = self.norm(x)
+        tokens, h = x[:, :n_tokens], x[:, n_tokens:]  # (B, P, D), (B, S, D)
+        if self.mode == "global":
+            is_real = patches.is_real[..., None]
+            h = (h * is_real).sum(1, keepdim=True) / is_real.sum(1, keepdim=True)  # (B, 1, D)
+        scores = F.normalize(h, dim=-1) @ F.normalize(tokens, dim=-1).transpose(1, 2)  # (B, S, P)
+        if self.log_tau is not None:
+            scores = scores * self.log_tau.exp()
+        y = self.genes(scores)  # (B, S, G)
+        out = {"genes": F.softplus(y) if self.has_softplus else y, "scores": scores}
+        if self.pi_head is not None:
+            out["pi"] = self.pi_head(scores) - 3
+            out["theta"] = F.softplus(self.theta_head(scores) + 0.5) + 1e-6
+        if self.mode == "global":
+            out = {name: value.squeeze(1) for name, value in out.items()}
+        return out
 
 
 # --------------------------------------------------------------------------------------------------
-# Losses. mask (B, S, G) is True where a gene was measured and the spot has counts enough; nothing
-# else is read
+# Losses. Nothing is read outside the mask
 # --------------------------------------------------------------------------------------------------
 
 
 def masked_mse(pred, true, mask):
-    """Mean squared error over the places of the mask."""
+    r"""Mean squared error over the mask; all (B, S, G) -> scalar.
+
+    $$L_\mathrm{mse} = \frac{1}{\sum m} \sum_{big} m_{big} (\hat y_{big} - y_{big})^2 \tag{6}$$
+
+    Test: test_mse_and_pcc_equal_their_definitions_on_the_cropped_slides
+    """
     return ((pred - true).square() * mask).sum() / mask.sum().clamp(min=1)
 
 
 def masked_pcc(pred, true, mask):
-    """Pearson r (B, G) of every slide and gene over its valid spots, defined (B, G): where there
-    are two spots and the truth varies."""
+    r"""Pearson correlation over the spots of a slide, for every gene.
+
+    $$r_{bg} = \frac{\sum_i \tilde{\hat y}_{big} \tilde y_{big}}
+    {\sqrt{\sum_i \tilde{\hat y}_{big}^2} \sqrt{\sum_i \tilde y_{big}^2}} \tag{7}$$
+
+    The tilde is the distance to the mean over the mask. -> r (B, G), is_defined (B, G): where there
+    are two spots and the truth varies.
+
+    Test: test_mse_and_pcc_equal_their_definitions_on_the_cropped_slides
+    """
     n = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1, G)
-    p, t = ((a - (a * mask).sum(1, keepdim=True) / n) * mask for a in (pred, true))
-    defined = (n[:, 0] >= 2) & (t.square().sum(1) > 1e-6)
-    return (p * t).sum(1) / (
-        (p.square().sum(1) + 1e-8).sqrt() * (t.square().sum(1) + 1e-8).sqrt()
-    ), defined
+    p = (pred - (pred * mask).sum(1, keepdim=True) / n) * mask  # (B, S, G)
+    t = (true - (true * mask).sum(1, keepdim=True) / n) * mask  # (B, S, G)
+    is_defined = (n[:, 0] >= 2) & (t.square().sum(1) > 1e-6)  # (B, G)
+    norm = (p.square().sum(1) + 1e-8).sqrt() * (t.square().sum(1) + 1e-8).sqrt()
+    return (p * t).sum(1) / norm, is_defined
 
 
 def pcc_loss(pred, true, mask):
-    """1 - mean r over the slides and genes where it is defined (0 where it is nowhere)."""
-    r, defined = masked_pcc(pred, true, mask)
-    return ((1 - r) * defined).sum() / defined.sum().clamp(min=1)
+    r"""One minus the mean correlation where it is defined (0 where it is nowhere).
+
+    $$L_\mathrm{pcc} = 1 - \mathrm{mean}_{bg}\, r_{bg} \tag{8}$$
+
+    Test: test_mse_and_pcc_equal_their_definitions_on_the_cropped_slides
+    """
+    r, is_defined = masked_pcc(pred, true, mask)
+    return ((1 - r) * is_defined).sum() / is_defined.sum().clamp(min=1)
 
 
 def zinb_nll(y, mu, theta, pi, mask):
-    """Mean negative log-likelihood of zero-inflated negative binomial counts; mu mean, theta
-    inverse dispersion, pi logit of the inflation.
+    r"""Mean negative log-likelihood of counts $y$ under a zero-inflated negative binomial with mean
+    $\mu$, inverse dispersion $\theta$ and inflation $\sigma(\pi)$.
 
-    log NB = lgamma(y + th) - lgamma(th) - lgamma(y + 1) + th log(th / (th + mu)) + y log(mu / (th +
-    mu)); P(0) = pi + (1 - pi) NB(0), P(y > 0) = (1 - pi) NB(y).
+    $$\mathrm{NB}(y) = \frac{\Gamma(y + \theta)}{\Gamma(\theta)\, y!}
+    \Big(\frac{\theta}{\theta + \mu}\Big)^\theta \Big(\frac{\mu}{\theta + \mu}\Big)^y \tag{9}$$
+
+    $$P(y) = \sigma(\pi) [y = 0] + (1 - \sigma(\pi))\, \mathrm{NB}(y) \tag{10}$$
+
+    Test: test_zinb_equals_scipy
     """
     # lgamma of a million counts is off by one in float32
-    kind, (y, mu, theta, pi) = mu.dtype, (a.double() for a in (y, mu, theta, pi))
+    dtype = mu.dtype
+    y, mu, theta, pi = (a.double() for a in (y, mu, theta, pi))
     mu, theta = mu.clamp(1e-8, 1e6), theta.clamp(1e-8, 1e6)
-    log_rest = theta.log() - (theta + mu).log()  # log th / (th + mu)
-    nb = (
-        torch.lgamma(y + theta)
-        - torch.lgamma(theta)
-        - torch.lgamma(y + 1)
-        + theta * log_rest
-        + y * (mu.log() - (theta + mu).log())
+    log_zero = theta * (theta.log() - (theta + mu).log())  # log NB(0)
+    log_nb = torch.lgamma(y + theta) - torch.lgamma(theta) - torch.lgamma(y + 1)
+    log_nb = log_nb + log_zero + y * (mu.log() - (theta + mu).log())
+    log_inflated, log_rest = F.logsigmoid(pi), F.logsigmoid(-pi)
+    log_p = torch.where(
+        y == 0, torch.logaddexp(log_inflated, log_rest + log_zero), log_rest + log_nb
     )
-    log_in, log_out = F.logsigmoid(pi), F.logsigmoid(-pi)
-    log_p = torch.where(y == 0, torch.logaddexp(log_in, log_out + theta * log_rest), log_out + nb)
-    return (-(log_p * mask).sum() / mask.sum().clamp(min=1)).to(kind)
+    return (-(log_p * mask).sum() / mask.sum().clamp(min=1)).to(dtype)
 
 
 def pathway_targets(y, mask, member):
-    """z-scored genes averaged over the measured members of each set: y (B, S, G), mask (B, S, G),
-    member (P, G) -> (B, S, P), present (B, P)."""
+    r"""What pathway scores should follow: z-scores over the slide (with $n - 1$), averaged over the
+    measured members of a set.
+
+    $$t_{ip} = \sum_g A_{pg} z_{ig} \Big/ \sum_g A_{pg} \tag{11}$$
+
+    y (B, S, G), mask (B, S, G), member (P, G) -> (B, S, P), is_present (B, P).
+
+    Test: test_pathway_targets_are_mean_z_scores_of_members
+    """
     n = mask.sum(1, keepdim=True)  # (B, 1, G)
-    d = (y - (y * mask).sum(1, keepdim=True) / n.clamp(min=1)) * mask
-    # unbiased, per slide
-    z = d / (d.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt().clamp(min=1e-6)
-    # (B, P) members on the panel
-    found = (n[:, 0] > 0).to(y.dtype) @ member.T
-    return z @ member.T / found.clamp(min=1)[:, None], found > 0
+    centred = (y - (y * mask).sum(1, keepdim=True) / n.clamp(min=1)) * mask
+    variance = centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)  # (B, 1, G)
+    z = centred / variance.sqrt().clamp(min=1e-6)
+    n_members = (n[:, 0] > 0).to(y.dtype) @ member.T  # (B, P)
+    return z @ member.T / n_members.clamp(min=1)[:, None], n_members > 0
 
 
 def pathway_loss(scores, y, mask, member):
-    """1 - PCC between pathway scores (B, S, P) and their targets. Circular by construction: the
-    target is a linear function of the genes."""
-    target, present = pathway_targets(y, mask, member)
-    return pcc_loss(scores, target.detach(), mask.any(-1, keepdim=True) & present[:, None])
+    r"""Auxiliary loss: one minus the correlation of pathway scores (B, S, P) with their targets.
+    Circular by construction: the target is a linear function of the genes.
+
+    $$L_\mathrm{aux} = 1 - \mathrm{mean}_{bp}\, r(s_{b \cdot p}, t_{b \cdot p}) \tag{12}$$
+
+    Test: test_pathway_targets_are_mean_z_scores_of_members
+    """
+    target, is_present = pathway_targets(y, mask, member)
+    mask = mask.any(-1, keepdim=True) & is_present[:, None]  # (B, S, P)
+    return pcc_loss(scores, target.detach(), mask)
 
 
 # --------------------------------------------------------------------------------------------------
-# Training: scaler, loss of a batch, one member, the average of members
+# Training
 # --------------------------------------------------------------------------------------------------
 
 
-class Scaler:
-    """Mean and spread of features and targets, counts per 10,000 of each gene and the median
-    library size, over the scored training spots; genes where measured."""
+def loss_of(out, batch, scaler, config, member=None, is_bag=False):
+    r"""The loss of a batch; in units of the genes' spread (--target_scale) all genes count alike.
 
-    def __init__(self, tensors):
-        self.tensors = tensors
+    $$L = L_\mathrm{mse} + \alpha L_\mathrm{pcc} + \lambda L_\mathrm{aux} \tag{13}$$
 
-    @classmethod
-    def fit(cls, samples, by="train"):
-        mean, std = hest.mean_and_std([s.x[s.scored] for s in samples])
-        depth = torch.cat([s.library[s.scored] for s in samples]).median()
-        scale = {"x_mean": mean, "x_std": std, "median_library": depth}
-        return cls(scale | hest.target_statistics(samples, by))
+    is_bag: a slide's mean is predicted; the losses are then over the slides of the batch as they
+    else are over the spots of a slide.
 
-    def features(self, sample, scale):
-        """The sample with z-scored features: by the training spots, or by all its own spots."""
-        mean, std = self.tensors["x_mean"], self.tensors["x_std"]
-        return replace(sample, x=hest.scaled_features(sample.x, mean, std, scale))
-
-    def to(self, device):
-        return Scaler({k: v.to(device) for k, v in self.tensors.items()})
-
-    def standardise_targets(self, y, mask, by):
-        """Targets (B, S, G) in units of their spread over the training spots, or z-scored within
-        each slide over the mask."""
-        mean, std = self.tensors["y_mean"], self.tensors["y_std"]
-        return hest.standardise_targets(y, mask, mean, std, by)
-
-    def mean_counts(self, out, library):
-        """mu (B, S, G) of the negative binomial: library / 10,000 x training rate x softplus, which
-        is the training rate at the start."""
-        return library[..., None] / 1e4 * self.tensors["rate"] * F.softplus(out["genes"] + 0.5413)
-
-    def predicted(self, out, config):
-        """Network output -> target units.
-
-        Expected counts of zinb are those of a spot of 10,000 counts (target cp10k) or of the median
-        training library (log1p): a spot's own library is the sum of what is to be predicted."""
-        if config.loss != "zinb":
-            return out["genes"] * self.tensors["y_std"] + self.tensors["y_mean"]
-        is_composition = config.target == "cp10k"
-        depth = torch.tensor(1e4) if is_composition else self.tensors["median_library"]
-        library = depth.to(out["genes"]).expand(out["genes"].shape[:-1])  # (B, S)
-        return torch.log1p(self.mean_counts(out, library) * torch.sigmoid(-out["pi"]))
-
-
-def bag_mean(y, mask):
-    """(B, S, G) -> (B, G) mean over the valid spots, and where there is one."""
-    n = mask.sum(1)
-    return (y * mask).sum(1) / n.clamp(min=1), n > 0
-
-
-def loss_of(out, batch, scaler, config, member=None, bag=False):
-    """The training loss of a batch; targets and predictions are in units of the genes' spread, so
-    all genes count alike."""
+    Test: test_loss_is_the_sum_of_its_parts
+    """
+    if is_bag:
+        out, batch = samples.slides_as_rows(out, batch)
     mask = batch["scored"]
-    by = "train" if bag else config.target_scale
+    by = "train" if is_bag and config.target_scale == "slide" else config.target_scale
     true = scaler.standardise_targets(batch["y"], mask, by)
-    if bag:
-        mean, there = bag_mean(true, mask)
-        return masked_mse(out["genes"], mean, there)
+    loss = 0.0
     if config.loss == "zinb":
-        loss = zinb_nll(
-            batch["counts"],
-            scaler.mean_counts(out, batch["library"]),
-            out["theta"],
-            out["pi"],
-            mask,
-        )
-    else:
-        loss = masked_mse(out["genes"], true, mask) * (config.loss != "pcc")
-        if config.loss != "mse":
-            loss = loss + config.pcc_weight * pcc_loss(out["genes"], true, mask)
+        mu = scaler.mean_counts(out, batch["library"])
+        loss = zinb_nll(batch["counts"], mu, out["theta"], out["pi"], mask)
+    if config.loss in ("mse", "mse_pcc"):
+        loss = masked_mse(out["genes"], true, mask)
+    if config.loss in ("pcc", "mse_pcc"):
+        loss = loss + config.pcc_weight * pcc_loss(out["genes"], true, mask)
     if config.lambda_pathway and member is not None and "scores" in out:
         loss = loss + config.lambda_pathway * pathway_loss(out["scores"], true, mask, member)
     return loss
 
 
-@torch.no_grad()
-def predict(models, sample, scaler, config):
-    """Mean over models of genes (S, G) or (G,) in target units, and of pathway scores (S, P),
-    numpy; eval mode, one slide."""
-    device = next(models[0].parameters()).device
-    batch, scaler = sample.batch or collate([sample], device), scaler.to(device)
-    with run.autocast(config, device):
-        outs = [{k: v.float() for k, v in model.eval()(**batch).items()} for model in models]
-    genes = torch.stack([scaler.predicted(out, config)[0] for out in outs]).mean(0)
-    scores = (
-        torch.stack([out["scores"][0] for out in outs]).mean(0).cpu().numpy()
-        if "scores" in outs[0]
-        else None
-    )
-    return genes.cpu().numpy(), scores
-
-
-def validation_score(model, samples, scaler, config, bag):
-    """Mean per-slide PCC on held-out training slides; for bags minus the error of the slide
-    mean."""
-    found = []
-    for s in samples:
-        genes, rows, measured = (
-            predict([model], s, scaler, config)[0],
-            s.scored.numpy(),
-            s.measured.numpy(),
-        )
-        true = s.y.numpy()[rows][:, measured]
-        if bag:
-            found.append(
-                -float(
-                    np.sqrt(
-                        np.mean(
-                            (
-                                (genes[measured] - true.mean(0))
-                                / scaler.tensors["y_std"].numpy()[measured]
-                            )
-                            ** 2
-                        )
-                    )
-                )
-            )
-        else:
-            found.append(metrics.pcc_summary(true, genes[rows][:, measured])["pcc_mean"])
-    return float(np.nanmean(found)) if np.isfinite(found).any() else -np.inf
+WEIGHT_DECAY = 0.01  # of AdamW
+MAX_NORM = 1.0  # of the gradient
 
 
 def learning_rate(epoch, config):
     """Linear over the first tenth of the epochs, then a cosine to a hundredth."""
     warm = max(1, config.epochs // 10)
-    rest = (epoch - warm) / max(1, config.epochs - warm)
-    return float(
-        config.lr
-        * ((epoch + 1) / warm if epoch < warm else 0.01 + 0.99 * (1 + np.cos(np.pi * rest)) / 2)
-    )
+    return config.lr * run.warmup_cosine(epoch, config.epochs, warm, floor=0.01)
 
 
-def train_one(
-    make,
-    fit,
-    val,
-    scaler,
-    config,
-    device,
-    epochs,
-    number=0,
-    member=None,
-    bag=False,
-    saved=None,
-    save=None,
-):
-    """One model, `epochs` passes over the slides `fit`. Returns it and its history [(loss, score on
-    the slides `val` or nan)].
-
-    Every epoch seeds itself, so going on from `saved` gives what an uninterrupted run gives.
-    """
-    torch.manual_seed(1_000_003 * config.seed + number)
+def train(make, part, config, device, epochs, job, is_bag=False):
+    """One model of make(), `epochs` passes over the slides to fit of a `genes.Part`. Returns it and
+    its history [(loss, score on the validation slides or nan)]. job: `jobs.Job`, which seeds,
+    resumes and saves; is_bag: the model predicts a slide's mean."""
+    job.seed_start()
     model = run.compiled(make().to(device), config)
+    decay = WEIGHT_DECAY if config.optimiser == "adamw" else 0.0
+    # without decay AdamW is Adam
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
+        model.parameters(), lr=config.lr, weight_decay=decay, foreach=True
     )
-    history = []
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        history = [tuple(h) for h in saved["history"]]
-    there, member = scaler.to(device), None if member is None else member.to(device)
-    val = [replace(s, batch=collate([s], device)) for s in val]
-    fit = [replace(s, batch=collate([s], device)) for s in fit] if config.batch == 1 else fit
-    for epoch in run.progress(range(len(history), epochs), "epochs"):
-        torch.manual_seed(1_000_003 * config.seed + 1009 * (number + 1) + epoch)
+    scaler, val = part.scaler.to(device), samples.with_batch(part.val, device)
+    fit, member = part.fit, part.member
+    if member is not None:
+        member = member.to(device)
+    if config.batch == 1:
+        fit = samples.with_batch(fit, device)
+    for epoch in job.epochs(model, optimiser, epochs):
         model.train()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(epoch, config)
-        losses, steps = [], torch.randperm(len(fit)).split(config.batch)
-        for rows in steps:
-            batch = (
-                dict(fit[rows[0]].batch)
-                if config.batch == 1
-                else collate([fit[i] for i in rows], device)
-            )
-            # another half of the spots each time: few slides make few bags
-            if bag:
-                half = torch.rand(batch["valid"].shape, device=device) < 0.5
-                batch |= {
-                    "valid": batch["valid"] & half,
-                    "scored": batch["scored"] & half[..., None],
-                    "whole": False,
-                }
-            with run.autocast(config, device):
-                loss = loss_of(
-                    {k: v.float() for k, v in model(**batch).items()},
-                    batch,
-                    there,
-                    config,
-                    member,
-                    bag,
-                )
+        losses = []
+        for batch in samples.shuffled_batches(fit, config.batch, device, is_bag):
+            out = samples.outputs(model, batch, config)
+            loss = loss_of(out, batch, scaler, config, member, is_bag)
+            losses.append(run.finite(loss, "loss", epoch))
             optimiser.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             optimiser.step()
-            losses.append(loss.detach())
-        # the host waits for the device here only
-        total = sum(
-            v * len(rows) / len(fit) for v, rows in zip(torch.stack(losses).tolist(), steps)
-        )
-        if not np.isfinite(total):
-            raise DataError(
-                f"the loss is {total} at epoch {epoch}: lower --lr, or check the inputs for "
-                "extreme values"
-            )
-        history.append(
-            (total, validation_score(model, val, scaler, config, bag) if val else float("nan"))
-        )
-        if save is not None and config.save_every and (epoch + 1) % config.save_every == 0:
-            save(
-                {
-                    "model": model.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "history": history,
-                }
-            )
-    return model, history
-
-
-def train(make, samples, scaler, config, device, member=None, bag=False, latest=None, origin=None):
-    """Cross-validation inside the training slides chooses the number of epochs; then `members`
-    models are trained on all of them. Under torchrun the folds, and then the members, are shared
-    out to the processes.
-
-    Returns models, histories of the folds and the members, the best mean validation score (nan
-    without folds). latest: path of latest.pt or None; origin: see `jobs.Jobs`.
-    """
-    queue = jobs.Jobs(config, latest, origin, "stformer checkpoint", is_shared=True)
-    folds = hest.inner_folds(samples, config.folds, lambda s: s.place)
-    if config.folds and not folds:
-        raise DataError(
-            f"slide {samples[0].name} is too small to train on alone: give more training slides"
-        )
-
-    def train_on(fit, val, epochs):
-        given = (make, fit, val, scaler, config, device, epochs)
-        return partial(train_one, *given, member=member, bag=bag)
-
-    for fit, val in folds:
-        queue.do(train_on(fit, val, config.epochs))
-    epochs, best = config.epochs, float("nan")
-    if folds:
-        queue.exchange(0, epochs, device)
-        epochs, best = hest.best_epochs(queue.histories()[: len(folds)])
-    for _ in range(config.members):
-        queue.do(train_on(samples, [], epochs), keep_weights=True)
-    queue.exchange(len(folds), epochs, device, make)
-    models = [make().to(device) for _ in range(config.members)]
-    for model, job in zip(models, queue.done[len(folds) :]):
-        model.load_state_dict(job["weights"])
-    return models, queue.histories(), best
-
-
-# --------------------------------------------------------------------------------------------------
-# Baselines: the same features, targets, training spots and scores
-# --------------------------------------------------------------------------------------------------
-
-
-def classical_baselines(raw, fit, test):
-    """{name: [prediction (S, G) per test sample]} of the predictors without a network. raw:
-    unscaled samples by name; fit, test: names."""
-    features = {n: raw[n].x.double().numpy() for n in [*fit, *test]}
-    near = {
-        n: baselines.neighbour_mean(raw[n].x, raw[n].table, raw[n].ring >= 0).double().numpy()
-        for n in [*fit, *test]
-    }
-    samples = [raw[n] for n in fit]
-    x, x_near = (hest.scored_rows(samples, [a[n] for n in fit]) for a in (features, near))
-    y = hest.scored_rows(samples, [s.y.double() for s in samples])
-    measured = np.concatenate(
-        [np.tile(s.measured.numpy(), (int(s.scored.sum()), 1)) for s in samples]
-    )
-    y, mean = hest.fill_unmeasured(y, measured)
-    tests, tests_near = ([a[n] for n in test] for a in (features, near))
-    return {
-        "train_mean": [np.tile(mean, (len(t), 1)) for t in tests],
-        **baselines.feature_baselines(x, y, tests),
-        **baselines.neighbour_baselines(x, x_near, y, tests, tests_near),
-    }
-
-
-def baseline_flags(config):
-    """The flags for a predictor without pathways: a linear layer predicts values, not a
-    likelihood's parameters."""
-    out = copy.copy(config)
-    out.loss, out.lambda_pathway = "mse" if config.loss == "zinb" else config.loss, 0.0
-    out.bf16 = out.compile = False
-    return out
-
-
-def trained_baselines(samples, test, scaler, config, device):
-    """{name: [prediction per test sample]} of the networks of `bags`, trained as the model is; and
-    the linear layers."""
-
-    def train_network(name, make):
-        is_bag, flags = name in bags.BAGS, baseline_flags(config)
-        if is_bag:
-            flags.folds, flags.members, flags.batch = 0, 1, 1
-        else:
-            flags.lr = max(flags.lr, 1e-2)  # one layer from zero needs larger steps
-        models, *_ = train(make, samples, scaler, flags, device, bag=is_bag)
-        return models, [predict(models, s, scaler, flags)[0] for s in test]
-
-    predictions, models = bags.trained_baselines(samples, test, train_network)
-    return predictions, models["linear"]
-
-
-def with_linear(pairs, linear, config):
-    """[(genes (S, G), scores)] of the transformers -> genes averaged with those of the linear
-    layers. A bag's answer (global mode) stays as it is."""
-    w = 0.0 if config.mode == "global" else config.linear_weight
-    if not w:
-        return pairs
-    return [((1 - w) * genes + w * layer, s) for (genes, s), layer in zip(pairs, linear)]
-
-
-# --------------------------------------------------------------------------------------------------
-# The program
-# --------------------------------------------------------------------------------------------------
-
-
-def variant(config):
-    """Folder name of the run: split where it is not the folder's own, preset, and every other flag
-    that is not at its default."""
-    words = [config.split] * (config.split != "folds") + [config.size]
-    return run.variant(config, words, ("split", "fold", "patient", "size"))
-
-
-def build(config, dim_in, n_genes, n_pathways):
-    """PathwayTransformer from the flags. Raises DataError for quadrants that cannot work."""
-    layers, dim, heads = SIZES[config.size]
-    on = quadrants(config.interactions)
-    if "h2p" in on and "p2h" in on and "h2h" not in on and layers < 2:
-        raise DataError(
-            "without h2h a patch hears of others only through the pathways: two layers at "
-            "least, choose another --size"
-        )
-    return PathwayTransformer(
-        dim_in,
-        n_genes,
-        n_pathways,
-        layers,
-        dim,
-        heads,
-        on,
-        config.h2h,
-        config.rings,
-        config.distance_bias,
-        config.position,
-        config.tau,
-        config.loss == "zinb",
-        config.dropout,
-        config.checkpointing,
-        config.mode,
-    )
-
-
-def shuffled_pairs(sample, seed):
-    """The sample with another spot's image at every spot (control)."""
-    out = copy.copy(sample)
-    out.x = sample.x[
-        torch.from_numpy(np.random.default_rng([seed, len(sample.x)]).permutation(len(sample.x)))
-    ]
-    return out
-
-
-def score(samples, predictions, rates=None):
-    """Scores across the scored spots of the samples, and of the slide's mean."""
-    scores = hest.score(samples, predictions, rates)
-    return scores | hest.slide_mean_scores(samples, predictions)
-
-
-def load(config, train_names, test_names):
-    """Samples by name (features unscaled), genes; prints what was filtered."""
-    need = not hest.has_feature_files(config.encoder)
-    slides = hest.load_slides(config.data, [*train_names, *test_names], need)
-    fit = [slides[n] for n in train_names]
-    genes = hest.target_genes(config.genes, fit, config.data, config.min_counts)
-    samples = {n: to_sample(config, slides[n], genes) for n in slides}
-    for sample in samples.values():
-        hest.say_what_is_left_out(sample, config.min_counts)
-    return samples, genes
+        score = samples.validation_score(model, val, scaler, config, is_bag)
+        job.history.append((float(np.mean(losses)), score))
+    return model, job.history
 
 
 def main(argv=None):
-    """Train and score one model, or predict with one (--predict)."""
+    """Train and score one model beside the baselines, or predict with one (--predict)."""
     start = time.perf_counter()
     config = run.parse(Config, argv, __doc__.split("\n")[0])
     check(config)
     if config.predict:
-        return predict_folder(config, start)
-    split, train_names, test_names, part, leaks = hest.hest_partition(
-        config.data, config.split, config.fold, config.patient, config.slice
-    )
-    record = run.Run("stformer", config, part, variant(config), start)
-    raw, genes = load(config, train_names, test_names)
-    slides = [raw[n].slide for n in [*train_names, *test_names]]
-    more = [*hest.task_files(config), config.gene_sets]
-    checksum = record.note_inputs(input_files(slides, config.encoder, more))
-    sets, member = [], None
-    if config.gene_sets:
-        sets, member = read_gmt(
-            config.gene_sets,
-            genes,
-            np.random.default_rng(config.seed) if config.shuffle_sets else None,
-        )
-    if record.world > 1 and (config.save_every or config.resume):
-        raise DataError(
-            "several processes write no checkpoints: leave --save_every and --resume away, "
-            "or start one process"
-        )
-    run.say(
-        f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; "
-        f"{len(genes)} genes, "
-        f"{raw[test_names[0]].x.shape[1]} features, "
-        + (
-            f"{len(sets)} gene sets with a target gene"
-            if sets
-            else f"{config.pathways} tokens without gene sets"
-        )
-    )
-    if config.permute_pairs:
-        raw |= {n: shuffled_pairs(raw[n], config.seed) for n in train_names}
-    scaler = Scaler.fit([raw[n] for n in train_names], config.target_scale)
-    fit, test = (
-        [scaler.features(raw[n], config.scale) for n in names]
-        for names in (train_names, test_names)
-    )
-    trained, linear = trained_baselines(fit, test, scaler, config, record.device)
-    predictions = classical_baselines(raw, train_names, test_names) | trained
-    rates = hest.simulated_rates(config.data, test, genes, normalised=False)
-    others = {name: score(test, p, rates) for name, p in predictions.items()}
-    for name, s in others.items():
-        run.say(hest.table_row(name, s, COLUMNS))
-
-    def make():
-        model = build(config, fit[0].x.shape[1], len(genes), len(sets) or config.pathways)
-        if member is not None:
-            model.start_from_sets(member)
-        return model
-
-    bag = config.mode == "global"
-    models, histories, val = train(
-        make,
-        fit,
-        scaler,
-        config,
-        record.device,
-        member,
-        bag,
-        record.folder / "latest.pt",
-        [checksum, train_names, test_names, [str(g) for g in genes]],
-    )
-    alone = [predict(models, s, scaler, config) for s in test]
-    pairs = with_linear(alone, trained["linear"], config)
-    genes_found = [np.tile(p, (len(s.x), 1)) if bag else p for (p, _), s in zip(pairs, test)]
-    found = score(test, genes_found, rates)
-    if not bag:
-        found["pcc_mean_transformer"] = score(test, [p for p, _ in alone])["pcc_mean"]
-    # of the transformer, for choices between flags: never the test score
-    found["val_pcc"] = val
-    found |= {f"gain_over_{name}": found["pcc_mean"] - others[name]["pcc_mean"] for name in others}
-    if member is not None and not bag:
-        found["pathway_pcc"] = pathway_agreement(test, pairs, member)
-    run.say(
-        hest.table_row("stformer", found, COLUMNS)
-        + f"  gain over ridge {found['gain_over_ridge_raw']:+.3f} (raw), "
-        f"{found['gain_over_ridge_pca256']:+.3f} (PCA 256)"
-    )
-    arrays = arrays_of(test, genes_found, pairs, genes, sets)
-    draw(record, test, genes_found, pairs, genes, sets, histories, bag)
-    record.finish(
-        found,
-        others,
-        arrays,
-        sum(w.numel() for w in models[0].parameters()),
-        split,
-        {"model.pt": lambda f: torch.save(state_of(config, models, linear, scaler, genes, sets), f)}
-        | export.files_of("stformer", arrays, [s.slide for s in test], config),
-        target=config.target,
-        leaks_patient=leaks,
-        train_slides=train_names,
-        test_slides=test_names,
-        epochs=len(histories[-1]),
-        low_count_spots={n: int((~s.scored).sum()) for n, s in raw.items()},
-        genes="the folder's list, chosen by its makers on all slides"
-        if config.genes == "task"
-        else "training slides",
-    )
+        return new_patches.predict_folder(config, check, PathwayTransformer, start)
+    task = genes.Task(config)
+    record = run.Run("stformer", config, task.part, variant(config), start)
+    task.load()
+    task.origin = record.note_inputs(task.files())
+    run.say(task.describe())
+    record.lap("read")
+    baselines, ridge = patch_baselines.score_baselines(task, train, record.device)
+    record.lap("baselines")
+    models, histories, val_pcc, inner = genes.train_members(task, train, PathwayTransformer, record)
+    record.lap("training")
+    result = genes.Result(task, models)
+    scores = result.scores() | {"val_pcc": val_pcc}
+    scores |= genes.gains(scores, baselines)
+    run.say(genes.score_row("stformer", scores))
+    baselines |= patch_baselines.average_row(task, result, inner, ridge)
+    arrays = result.arrays()
+    genes.draw(record, *result.shown(), histories)
+    files = {"model.pt": lambda file: torch.save(result.checkpoint(), file)}
+    files |= export.files_of("stformer", arrays, task.test_slides(), config)
+    n_params = sum(weight.numel() for weight in models[0].parameters())
+    facts = task.facts() | {"epochs": len(histories[-1])}
+    record.finish(scores, baselines, arrays, n_params, task.split, files, **facts)
     return 0
-
-
-def check(config):
-    """Raises DataError naming the flag that has an impossible value."""
-    one, zero = run.AT_LEAST_ONE, run.AT_LEAST_ZERO
-    run.check_flags(
-        config,
-        {
-            "fold": zero,
-            "min_counts": zero,
-            "rings": zero,
-            "pathways": one,
-            "pcc_weight": zero,
-            "lambda_pathway": zero,
-            "lr": run.POSITIVE,
-            "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-            "weight_decay": zero,
-            "epochs": one,
-            "folds": (lambda v: v == 0 or v >= 2, "0, or 2 or more"),
-            "members": one,
-            "linear_weight": (lambda v: 0 <= v <= 1, "from 0 to 1"),
-            "batch": one,
-            "save_every": zero,
-        },
-    )
-    run.refuse_idle_flags(config, idle_flags(config))
-
-
-def idle_flags(config):
-    """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
-    them. --rings, and in global mode the loss, still rule the baselines."""
-    if config.predict:
-        return [run.idle_with_predict(config, ())]
-    split, has_h2h = f"with --split {config.split}", "h2h" in quadrants(config.interactions)
-    is_local = has_h2h and config.h2h == "local" and config.rings > 0
-    has_pcc = config.loss in ("pcc", "mse_pcc")
-    return [
-        (config.split != "folds", split, ("fold",)),
-        (config.split != "patient", split, ("patient",)),
-        (config.split != "section", split, ("slice",)),
-        (not has_h2h, f"with --interactions {config.interactions}", ("h2h",)),
-        (not is_local, "without local h2h of a ring or more", ("distance_bias",)),
-        (not config.gene_sets, "without --gene_sets", ("shuffle_sets", "lambda_pathway")),
-        (bool(config.gene_sets), "with --gene_sets", ("pathways",)),
-        (not has_pcc, f"with --loss {config.loss}", ("pcc_weight",)),
-        (config.mode == "global", "in --mode global", ("linear_weight", "lambda_pathway")),
-    ]
-
-
-def pathway_agreement(samples, pairs, member):
-    """Mean PCC of the pathway scores with z-scored, member-averaged measured genes, over sets and
-    test slides."""
-    found = []
-    for s, (_, scores) in zip(samples, pairs):
-        mask = (s.scored[:, None] & s.measured)[None]
-        target, present = pathway_targets(s.y[None], mask, member)
-        r, defined = masked_pcc(
-            torch.tensor(scores)[None], target, mask.any(-1, keepdim=True) & present[:, None]
-        )
-        found += r[defined].tolist()
-    return float(np.mean(found)) if found else float("nan")
-
-
-def arrays_of(samples, predictions, pairs, genes, sets):
-    """What arrays.npz holds: spots of all test slides one below the other."""
-    arrays = hest.spot_arrays(samples, predictions, genes)
-    arrays["gene_sets"] = np.array(sets, dtype=str)
-    if pairs[0][1] is not None and pairs[0][1].ndim == 2:
-        arrays["pathway_scores"] = np.concatenate([scores for _, scores in pairs])
-    return arrays
-
-
-def state_of(config, models, linear, scaler, genes, sets):
-    """Everything that --predict needs, as tensors, numbers and strings: loads with
-    weights_only=True."""
-    return {
-        "config": vars(config).copy(),
-        "genes": list(genes),
-        "gene_sets": list(sets),
-        "scaler": scaler.tensors,
-        "weights": [model.state_dict() for model in models],
-        "linear": [layer.state_dict() for layer in linear],
-    }
-
-
-def predict_folder(config, start):
-    """Predict the genes of slides that have no counts with a saved model; one folder of results for
-    all of them."""
-    saved = run.read_checkpoint(config.predict, "stformer checkpoint", ["config"])
-    known = run.saved_flags(config.predict, Config, saved["config"], check)
-    with run.checkpoint_fits(config.predict):
-        scaler, genes, sets, weights, linear = (
-            saved[k] for k in ("scaler", "genes", "gene_sets", "weights", "linear")
-        )
-        dim_in = len(scaler["x_mean"])
-    slides = hest.new_slides(config, known)
-    record = run.Run(
-        "stformer",
-        config,
-        config.slice or "all",
-        f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}",
-        start,
-    )
-    record.note_inputs(input_files(slides, known.encoder, [config.predict]))
-    samples = [to_sample(known, s) for s in slides]
-    for s in samples:
-        hest.check_width(s.x, dim_in, s.name, known.encoder, config.predict)
-    with run.checkpoint_fits(config.predict):
-        if {scaler[name].shape for name in ("y_mean", "y_std", "rate")} != {(len(genes),)}:
-            raise ValueError("its scaler is of other genes")
-        if known.loss == "zinb" and "median_library" not in scaler:
-            raise ValueError("it lacks the median library")
-        scaler = Scaler(scaler)
-        samples = [scaler.features(s, known.scale) for s in samples]
-    with run.checkpoint_fits(config.predict):
-        models = [
-            build(known, samples[0].x.shape[1], len(genes), len(sets) or known.pathways).to(
-                record.device
-            )
-            for _ in weights
-        ]
-        layers = [
-            bags.OneLinear(samples[0].x.shape[1], len(genes)).to(record.device) for _ in linear
-        ]
-        for model, w in zip(models + layers, weights + linear):
-            model.load_state_dict(w)
-    pairs = with_linear(
-        [predict(models, s, scaler, known) for s in samples],
-        [predict(layers, s, scaler, baseline_flags(known))[0] for s in samples],
-        known,
-    )
-    found = [
-        np.tile(p, (len(s.x), 1)) if known.mode == "global" else p
-        for (p, _), s in zip(pairs, samples)
-    ]
-    draw(record, samples, found, pairs, genes, sets, [], known.mode == "global")
-    arrays, known.h5ad = arrays_of(samples, found, pairs, genes, sets), config.h5ad
-    record.finish(
-        {},
-        {},
-        arrays,
-        sum(w.numel() for w in models[0].parameters()),
-        files=export.files_of("stformer", arrays, slides, known),
-        checkpoint=config.predict,
-    )
-    return 0
-
-
-def draw(record, samples, predictions, pairs, genes, sets, histories, bag):
-    """Figures of the first slide: true and predicted maps of the five best and the five worst
-    genes, pathway maps; training curves."""
-    scores = pairs[0][1]
-    record.figure("genes", figures.gene_maps(samples[0], predictions[0], genes))
-    if scores is not None and not bag:
-        names = [n.removeprefix("HALLMARK_").lower()[:24] for n in sets]
-        names = names or [f"token {j}" for j in range(scores.shape[1])]
-        maps = figures.most_varied_maps(scores, names, samples[0].slide.xy)
-        record.figure("pathways", maps)
-    if histories:
-        losses = {f"job {i}": [row[0] for row in h] for i, h in enumerate(histories)}
-        curves = {f"fold {i}": [row[1] for row in h] for i, h in enumerate(histories)}
-        curves = {name: v for name, v in curves.items() if np.isfinite(v[-1])}
-        record.figure("training", figures.training_curves(losses, curves, "validation score"))
-    figures.close()
 
 
 if __name__ == "__main__":

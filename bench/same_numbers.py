@@ -53,7 +53,7 @@ MULTIST = (
     "--data {made}/cortex --slice sim1 --epochs 6 --dec_epochs 4 --dec_update 2 --fusion_epochs 1 "
     "--n_init 2 --n_pcs 20 --permutations 20 --no-figures"
 )
-STFORMER = "--data {made}/hest --epochs 3 --folds 2 --members 2"
+STFORMER = "--data {made}/hest --preset tuned --epochs 3 --folds 2 --members 2"
 CMRCNET = (
     "--data {made}/hest --epochs 2 --folds 2 --dim 32 --snn 64 --n_hvg 20 --batch 16 --k 10 "
     "--markers none"
@@ -91,7 +91,7 @@ JOBS = {
     ],
     "stformer": [
         STFORMER,
-        f"{STFORMER} --mode global --members 1",
+        f"{STFORMER} --mode global --loss mse --members 1",
         f"{STFORMER} --h2h whole --position sincos --members 1",
         f"{STFORMER} --position mlp --interactions p2p,p2h,h2p --members 1",
         f"{STFORMER} --gene_sets {{made}}/sets.gmt --lambda_pathway 0.1 --members 1",
@@ -99,7 +99,7 @@ JOBS = {
         f"{STFORMER} --loss zinb --members 1 --no-distance_bias",
         f"{STFORMER} --loss mse --target log1p --scale slide --target_scale slide --members 1",
         f"{STFORMER} --split patient --patient P1 --permute_pairs --members 1 --folds 0",
-        f"{STFORMER} --batch 2 --genes 20 --tau fixed --checkpointing --linear_weight 0",
+        f"{STFORMER} --batch 2 --genes 20 --tau fixed --checkpointing",
         f"{STFORMER} --save_every 1 --seed 7 STOP",
         f"{STFORMER} --save_every 1 --seed 7 --resume",
         "--data {made}/hest --predict {runs}/stformer/0/**/model.pt",

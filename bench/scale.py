@@ -32,7 +32,7 @@ import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
 import stformer  # noqa: E402
-from evaluation import clustering, downstream, layers  # noqa: E402
+from evaluation import clustering, downstream, layers, samples  # noqa: E402
 from plainst import graphs, run, simulate, tiles  # noqa: E402
 
 SIZES = {
@@ -174,12 +174,12 @@ def one_stformer(folder, n):
     change them much): 768 features, 1,000 genes."""
     clock, side = Clock(), int(np.ceil(n**0.5))
     grid, rng = np.stack(np.divmod(np.arange(n), side), 1), np.random.default_rng(0)
-    graph = stformer.neighbourhood(
+    graph = samples.neighbourhood(
         data.Slide(None, np.array([]), np.arange(n).astype(str), grid * 100.0, grid), 2
     )
     clock.lap("graph")
     y = torch.tensor(rng.random((n, 1000), dtype=np.float32))
-    sample = stformer.Sample(
+    sample = samples.Sample(
         "a",
         "a",
         torch.tensor(rng.standard_normal((n, 768), dtype=np.float32)),
@@ -190,11 +190,9 @@ def one_stformer(folder, n):
         torch.ones(n, dtype=torch.bool),
         torch.ones(1000, dtype=torch.bool),
     )
-    layers, dim, heads = stformer.SIZES["small"]
-    model = stformer.PathwayTransformer(
-        768, 1000, 50, layers, dim, heads, distance_bias=True, checkpointing=True
-    )
-    batch, start = stformer.collate([sample]), time.process_time()
+    config = stformer.Config(size="small", checkpointing=True)
+    model = stformer.PathwayTransformer(config, 768, 1000, 50)
+    batch, start = samples.collate([sample]), time.process_time()
     out = model(**batch)["genes"]
     (
         stformer.masked_mse(out, batch["y"], batch["scored"])

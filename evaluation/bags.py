@@ -127,18 +127,16 @@ class TransMIL(nn.Module):
 NETWORKS = {"linear": OneLinear, "abmil": ABMIL, "transmil": TransMIL}
 
 
-def trained_baselines(samples, test, train):
+def trained_baselines(test, train):
     """{name: [prediction (S, G) of every test sample]} of one linear layer, ABMIL and TransMIL; and
     {name: trained models}.
 
-    samples, test: training and test samples with features x (S, F) and, to train, y (S, G);
-    train(name, make): trains what make() makes -> models, [prediction (S, G), or (G,) of a bag, of
-    every test sample].
+    test: [test sample] with features x (S, F); train(name, network): trains what network(dim_in,
+    n_genes) makes -> models, [prediction (S, G), or (G,) of a bag, of every test sample].
     """
-    dim_in, n_genes = samples[0].x.shape[1], samples[0].y.shape[1]
     predictions, trained = {}, {}
     for name, network in NETWORKS.items():
-        models, values = train(name, lambda network=network: network(dim_in, n_genes))
+        models, values = train(name, network)
         if name in BAGS:
             values = [np.tile(mean, (len(s.x), 1)) for mean, s in zip(values, test)]
         predictions[name], trained[name] = values, models

@@ -84,15 +84,22 @@ def scaled_baselines(x, y, tests, n_targets=None):
     }
 
 
-def neighbour_baselines(x, near, y, tests, tests_near):
-    """The benchmark's ridge on the mean features of the neighbourhood, and on the spot's own beside
-    them: what a network that reads neighbours has to beat. x, near (N, F)."""
-    both = np.concatenate([x, near], 1)
-    tests_both = [np.concatenate(pair, 1) for pair in zip(tests, tests_near)]
-    return {
-        "ridge_neighbour": predict_genes(official_ridge, near, y, tests_near),
-        "ridge_own_and_neighbour": predict_genes(official_ridge, both, y, tests_both),
-    }
+def ridge_path(x, y, tests, penalties):
+    """[[prediction (S, G) of every test slide] of every penalty] of ridge with an intercept on
+    z-scored features: x (N, F), y (N, G), tests [(S, F)]. One decomposition serves all penalties:
+    of the smaller of the N x N and F x F products."""
+    mean, std = x.mean(0), np.maximum(x.std(0), 1e-9)
+    z, level = (x - mean) / std, y.mean(0)
+    is_wide = x.shape[1] > len(x)
+    values, vectors = np.linalg.eigh(z @ z.T if is_wide else z.T @ z)
+    right = y - level if is_wide else z.T @ (y - level)
+    right = vectors.T @ right
+    path = []
+    for penalty in penalties:
+        solved = vectors @ (right / (np.maximum(values, 0) + penalty)[:, None])
+        weights = z.T @ solved if is_wide else solved  # (F, G)
+        path.append([(test - mean) / std @ weights + level for test in tests])
+    return path
 
 
 def neighbour_mean(x, table, is_neighbour):

@@ -158,21 +158,15 @@ def target_expression(slide, genes, target="cp10k"):
     G), library (N,), measured (G,) bool. A gene that the panel lacks is 0 and unmeasured; where a
     symbol stands twice the first is taken."""
     column = {g: j for j, g in reversed(list(enumerate(slide.genes)))}
-    at = np.array([column.get(g, -1) for g in genes])
-    library = (
-        np.asarray(slide.counts.sum(1), np.float64).ravel()
-        if slide.library_size is None
-        else slide.library_size
-    )
-    counts = slide.counts.tocsc()[:, np.maximum(at, 0)].tocsr()
-    y = (
-        normalise_log1p(counts, library).toarray()
-        if target == "cp10k"
-        else np.log1p(counts.toarray())
-    )
-    counts = counts.toarray()
-    y[:, at < 0], counts[:, at < 0] = 0, 0
-    return *(np.asarray(a, np.float32) for a in (y, counts, library)), at >= 0
+    columns = np.array([column.get(g, -1) for g in genes])
+    library = slide.library_size
+    if library is None:
+        library = np.asarray(slide.counts.sum(1), np.float64).ravel()
+    counts = slide.counts.tocsc()[:, np.maximum(columns, 0)].tocsr()
+    y = normalise_log1p(counts, library) if target == "cp10k" else counts.log1p()
+    y, counts = y.toarray(), counts.toarray()
+    y[:, columns < 0], counts[:, columns < 0] = 0, 0
+    return *(np.asarray(a, np.float32) for a in (y, counts, library)), columns >= 0
 
 
 def enough_counts(slide, min_counts):
@@ -187,6 +181,12 @@ def enough_counts(slide, min_counts):
             "leave it out or lower --min_counts"
         )
     return scored
+
+
+def permuted_pairs(n_spots, seed):
+    """(S,) rows of a slide in random order: the control of all methods takes the image of a
+    training spot from one row and its expression from the other, within its slide."""
+    return np.random.default_rng([seed, n_spots]).permutation(n_spots)
 
 
 def shared_genes(slides):

@@ -77,3 +77,35 @@ class Jobs:
     def histories(self):
         """History of every job."""
         return [job["history"] for job in self.done]
+
+
+class Job:
+    """One training of a queue: its random numbers, its epochs, and what is saved of it.
+
+    number, saved, save: as `Jobs.do` gives them. Every epoch seeds itself, so that going on from
+    what was saved gives what an uninterrupted training gives.
+    """
+
+    def __init__(self, config, number, saved=None, save=None):
+        self.config, self.number, self.saved, self.save = config, number, saved, save
+        # [(loss, validation score)], one an epoch
+        self.history = []
+
+    def seed_start(self):
+        """Seed the start of the weights."""
+        torch.manual_seed(1_000_003 * self.config.seed + self.number)
+
+    def epochs(self, model, optimiser, n_epochs):
+        """Number of every epoch that is left to do; model and optimiser go on from what was saved,
+        and are saved every --save_every epochs."""
+        if self.saved is not None:
+            model.load_state_dict(self.saved["model"])
+            optimiser.load_state_dict(self.saved["optimiser"])
+            self.history += [tuple(row) for row in self.saved["history"]]
+        for epoch in run.progress(range(len(self.history), n_epochs), "epochs"):
+            torch.manual_seed(1_000_003 * self.config.seed + 1009 * (self.number + 1) + epoch)
+            yield epoch
+            every = self.config.save_every
+            if self.save is not None and every and (epoch + 1) % every == 0:
+                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+                self.save(state | {"history": self.history})

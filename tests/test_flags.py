@@ -219,7 +219,8 @@ IDLE = {
         --lambda_pathway 0.1 | lambda_pathway
         --gene_sets s.gmt --pathways 10 | pathways
         --loss mse --pcc_weight 2 | pcc_weight
-        --mode global --linear_weight 0.5 | linear_weight
+        --loss zinb --head linear | head
+        --loss zinb --target_scale train | target_scale
         --predict model.pt --size mini | size
         --predict model.pt --genes task | genes
         --predict model.pt --save_every 2 | save_every
@@ -275,7 +276,7 @@ BUSY = {
     """,
     "stformer": """
         --rings 3 --h2h whole
-        --mode global --pcc_weight 2 --loss pcc
+        --mode global --pcc_weight 2 --loss mse_pcc --batch 2
         --gene_sets s.gmt --shuffle_sets --lambda_pathway 0.1
         --split section --slice C2
         --split patient --patient P1

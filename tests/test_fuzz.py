@@ -76,10 +76,11 @@ def write_good_files(root):
     import gat_fusion
     import stformer
     from evaluation import figures
+    from evaluation import genes as gene_runs
     from plainst import run, simulate
 
     # half the time of a prediction; git is most of the rest
-    for module in (cmrcnet, stformer):
+    for module in (cmrcnet, gene_runs):
         module.draw = lambda *args: None
     figures.draw_gat_fusion = lambda *args: None
     run.git_commit = lambda: ""
@@ -286,6 +287,7 @@ def readers_of(root):
     import gat_fusion
     import stformer
     from evaluation import downstream
+    from evaluation import genes as gene_runs
     from evaluation import hest as hest_protocol
     from plainst import download, retrieval, run
     from plainst.readers import convert
@@ -368,7 +370,7 @@ def readers_of(root):
         "GMT": lambda: dict(
             zip(
                 ("names", "member"),
-                (np.asarray(v) for v in stformer.read_gmt(root / "sets.gmt", genes)),
+                (np.asarray(v) for v in gene_runs.read_gmt(root / "sets.gmt", genes)),
             )
         ),
         "split": lambda: dict(

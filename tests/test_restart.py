@@ -268,7 +268,7 @@ def test_training_on_a_full_disk_keeps_the_checkpoint(
 ):
     """The disk fills after the first run; the next one ends in one sentence, and --resume goes on
     from the checkpoint that was there."""
-    monkeypatch.setattr(importlib.import_module("stformer"), "draw", lambda *args: None)
+    monkeypatch.setattr(importlib.import_module("evaluation.genes"), "draw", lambda *args: None)
     calm = train("stformer", inputs, tmp_path, monkeypatch)
     latest = next(tmp_path.rglob("latest.pt"))
     old = latest.read_bytes()
