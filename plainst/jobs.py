@@ -6,6 +6,37 @@ import torch
 from plainst import run
 
 
+class Epochs:
+    """The epochs of one job, each with a seed of its own: a resumed training ends with the numbers
+    of an uninterrupted one. Creating it seeds torch, as the model of job `number` wants it.
+
+    saved: the state with which the job was interrupted, or None; save: function that writes such a
+    state every --save_every epochs, or None.
+    """
+
+    def __init__(self, config, n_epochs, number, saved=None, save=None):
+        self.n_epochs, self.save_every = n_epochs, config.save_every
+        self.saved, self.save = saved, save
+        self.start = 1_000_003 * config.seed
+        self.number = number
+        torch.manual_seed(self.start + number)
+
+    def left(self, model, optimiser, history):
+        """The numbers of the epochs still to do; model, optimiser and history (a list to which the
+        loop appends a row an epoch) are first brought to where the checkpoint left them."""
+        parts = {"model": model, "optimiser": optimiser}
+        if self.saved is not None:
+            for name, part in parts.items():
+                part.load_state_dict(self.saved[name])
+            history[:] = [tuple(row) for row in self.saved["history"]]
+        for epoch in run.progress(range(len(history), self.n_epochs), "epochs"):
+            torch.manual_seed(self.start + 1009 * (self.number + 1) + epoch)
+            yield epoch
+            if self.save is not None and self.save_every and (epoch + 1) % self.save_every == 0:
+                states = {name: part.state_dict() for name, part in parts.items()}
+                self.save(states | {"history": history})
+
+
 class Jobs:
     """Jobs are numbered in the order in which `do` is called; what is done has a history (one row
     an epoch) and, where asked for, weights.

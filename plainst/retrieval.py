@@ -110,6 +110,20 @@ class InvertedFile:
         return value[at], torch.where(row[at] >= 0, self.order[row[at].clamp(min=0)], -1)
 
 
+def search(queries, keys, config):
+    """The `config.k` largest cosines by `config.index`: similarity, index (Q, k), and the recall of
+    the inverted file on at most 1,000 of the queries (nan for the exact search)."""
+    k = config.k
+    if config.index == "exact":
+        return *exact_topk(queries, keys, k), float("nan")
+    index = InvertedFile(keys, config.lists, config.seed)
+    similarity, rows = index.topk(queries, k, config.probe)
+    sample = torch.linspace(0, len(queries) - 1, min(len(queries), 1000)).long()
+    exact = exact_topk(queries[sample], keys, k)[1]
+    is_found = (rows[sample][:, :, None] == exact[:, None]).any(1)
+    return similarity, rows, float(is_found.float().mean())
+
+
 def read_out(similarity, index, values, weighting="mean"):
     """Expression of the k neighbours (Q, G): plain mean, or softmax(cosine / 0.05). similarity,
     index (Q, k), -1 = none; values (M, G) any kind."""

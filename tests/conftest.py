@@ -44,7 +44,7 @@ def without_idle_flags(module, words):
     while True:
         try:
             module.check(module.run.parse(module.Config, words))
-        except module.DataError as error:
+        except module.run.DataError as error:
             idle = re.match(r"--(\w+) has no effect", str(error))
             if not idle:
                 return words

@@ -221,14 +221,13 @@ IDLE = {
         --patient P1 | patient
         --slice C2 | slice
         --split sample --slice C2 --fold 1 | fold
-        --augment | augment
         --backbone tiny --scale both | scale
         --lists 5 | lists
         --index exact --probe 5 | probe
         --reconstruction none --mask_rate 0.3 | mask_rate
         --reconstruction none --no-share | share
+        --reconstruction none --snn 256 | snn
         --val random --folds 3 | folds
-        --atlas atlas.h5 | atlas
         --predict model.pt --epochs 3 | epochs
         --predict model.pt --probe 5 | probe
         --predict model.pt --resume | resume
@@ -273,11 +272,11 @@ BUSY = {
         --predict model.pt --slice a --encoder x.npz --h5ad
     """,
     "cmrcnet": """
-        --backbone tiny --no-augment --encoder x.npz
+        --backbone tiny --encoder x.npz
         --index ivf --lists 5 --probe 3
-        --reconstruction none --snn 256
+        --reconstruction none --dropout 0
         --split sample --slice C2
-        --predict model.pt --genes all --k 10 --weighting softmax --index ivf --probe 3 --atlas a.h5
+        --predict model.pt --genes all --k 10 --weighting softmax --index ivf --probe 3
     """,
     "spatia": """
         --no-generate --steps_a 3 --steps_b 3

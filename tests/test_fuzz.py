@@ -75,11 +75,13 @@ def write_good_files(root):
     import data
     import gat_fusion
     import stformer
+    from evaluation import retrieval_record
     from plainst import run, simulate
 
     for module in (cmrcnet, gat_fusion, stformer):
         # half the time of a prediction; git is most of the rest
         module.draw = lambda *args: None
+    retrieval_record.draw = lambda *args: None
     run.git_commit = lambda: ""
     simulate.write_visium(
         simulate.simulate_cortex(200, 60, n_classes=5, seed=1, image_px=300), root / "vis"
@@ -297,7 +299,7 @@ def readers_of(root):
     import data
     import gat_fusion
     import stformer
-    from evaluation import downstream
+    from evaluation import downstream, retrieval_task
     from evaluation import hest as hest_protocol
     from plainst import download, retrieval, run
     from plainst.readers import convert
@@ -318,7 +320,7 @@ def readers_of(root):
         return of_slide(data.load_hest(root / "hest", "S1", patches))
 
     def atlas_of():
-        encoder = cmrcnet.encoder_name(cmrcnet.Config(**atlas["config"]))
+        encoder = retrieval_task.encoder_name(cmrcnet.Config(**atlas["config"]))
         keys, values, genes = retrieval.read_atlas(
             root / "cmrcnet" / "atlas.h5", encoder, atlas["inputs"], atlas["fingerprint"]
         )
