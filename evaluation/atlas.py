@@ -24,11 +24,17 @@ def read_model(config, check):
     return saved, known
 
 
-def read_keys(config, known, saved):
+def read_keys(config, known, saved, encoder):
     """keys (M, d), values (M, G) CSR of the genes to read out, and their names, of the atlas beside
-    the checkpoint."""
+    the checkpoint.
+
+    encoder: that of the training run. Features files do not say who made them: their width is
+    compared elsewhere. Raises DataError where the encoder of the new slides is another one.
+    """
     path = Path(config.predict).with_name("atlas.h5")
     name, inputs, mark = retrieval_task.encoder_name(known), saved["inputs"], saved["fingerprint"]
+    if name == "file":
+        name = encoder
     keys, values, available = retrieval.read_atlas(path, name, inputs, mark)
     retrieval_task.require_spots(len(keys), known.k, "the atlas")
     genes = hest.genes_to_read(config.genes, saved["genes"], available)
@@ -42,8 +48,9 @@ def predict_folder(config, check, vits, build, predict, start):
     saved, known = read_model(config, check)
     name = f"predict-{retrieval_task.variant(known)}-{data.file_checksum(config.predict)[:8]}"
     record = run.Run("cmrcnet", config, config.slice or "all", name, start)
-    keys, values, genes = read_keys(config, known, saved)
+    encoder = retrieval_task.encoder_name(known)
     slides = hest.new_slides(config, known, pixels=known.backbone != "features")
+    keys, values, genes = read_keys(config, known, saved, encoder)
     path = Path(config.predict).with_name("atlas.h5")
     record.note_inputs(input_files(slides, known.encoder, [config.predict, path]))
     samples = retrieval_task.samples_of(known, slides, vits)

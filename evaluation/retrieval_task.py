@@ -450,8 +450,19 @@ class Task:
         return [self.fold(*s) for s in sides if sum(f.scored.sum() for f in s[0]) >= c.k]
 
     def fold(self, fit, held_out):
-        """`Fold` of training samples; the samples are copies."""
-        return Fold(self.config, fit, held_out, self.whole.inputs, self.n_targets, self.device)
+        """`Fold` of training samples, which are copies: genes, scales and, where --genes is a
+        number, targets are chosen anew, on the spots to fit alone."""
+        c, slides = self.config, [s.slide.subset(s.scored) for s in fit]
+        genes, n_targets = self.whole.inputs.genes, self.n_targets
+        if not c.oracle_genes:
+            genes = hest.variable_genes(slides, c.n_hvg, c.min_counts)
+        if c.genes.isdigit():
+            targets = hest.target_genes(c.genes, slides, c.data, c.min_counts)
+            n_targets = len(targets)
+            for sample in (*fit, *held_out):
+                sample.read_targets(targets, c)
+        inputs = Inputs.fit(fit, c, genes)
+        return Fold(c, fit, held_out, inputs, n_targets, self.device)
 
     def test_images(self):
         """Image input of every test slide."""

@@ -514,6 +514,33 @@ def test_gene_lists_and_inputs_come_from_training_slides_unless_oracle(task, mon
     assert oracle.lists["S3"]["heg"][0] == poisoned(task, "S3").genes[mean.argmax()]
 
 
+def test_inner_folds_fit_on_their_own_spots(task, monkeypatch):
+    """Values of a held-out slide reach neither scales nor genes nor targets of its fold."""
+    config = config_of(task, n_hvg=12, genes="15")
+    want = load(config, ["S1", "S2", "S3"], ["S4"]).folds()
+    real = data.load_hest
+
+    def poisoned(root, name, **kw):
+        slide = real(root, name, **kw)
+        if name == "S1":
+            slide.counts = sp.csr_matrix(slide.counts.toarray()[:, ::-1] * 7)
+        return slide
+
+    monkeypatch.setattr(hest, "load_hest", poisoned)
+    features = hest.slide_features
+    monkeypatch.setattr(
+        hest, "slide_features", lambda c, s: features(c, s) * (5 if s.sample == "S1" else 1)
+    )
+    got = load(config, ["S1", "S2", "S3"], ["S4"]).folds()
+    assert [s.name for s in got[0].held_out] == ["S1"]
+    assert got[0].inputs.genes == want[0].inputs.genes
+    assert torch.equal(got[0].spots.expression, want[0].spots.expression)
+    assert torch.equal(got[0].inputs.scaler["frozen_mean"], want[0].inputs.scaler["frozen_mean"])
+    assert np.array_equal(got[0].spots.y, want[0].spots.y)
+    # another fold fits on S1
+    assert got[1].inputs.genes != want[1].inputs.genes
+
+
 def test_control_probes_are_no_genes():
     slides = [
         data.Slide(
@@ -1041,6 +1068,8 @@ def test_atlas_and_checkpoint_must_belong_together(task, trained, tmp_path):
     assert "encoder of the training run" in predict(
         "--predict", str(model), "--slice", "S1", "--encoder", str(tmp_path / "{sample}.npz")
     )
+    # what is given is compared, not what the checkpoint has
+    assert "another encoder" in predict("--predict", str(model), "--encoder", "some/model")
     (tmp_path / "empty").mkdir()
     assert "holds neither" in predict("--predict", str(model), "--data", str(tmp_path / "empty"))
     model.write_bytes(model.read_bytes()[:3000])
