@@ -67,7 +67,8 @@ VITS = {
 # for the backbone
 TUNED = {"dim": 128, "snn": 512, "n_hvg": 200, "lr": 1e-3, "epochs": 30}
 TUNED |= {"scale": "both", "val": "groups"}
-PRESETS = {"tuned": TUNED}
+SMALL = {"backbone": "tiny", "dim": 128, "snn": 1024, "epochs": 30}
+PRESETS = {"paper": {}, "paper-small": SMALL, "tuned": TUNED}
 
 
 @dataclass
@@ -76,6 +77,9 @@ class Config(run.Config):
 
     presets: ClassVar = PRESETS
 
+    preset: str = "paper"
+    """a named set of flags; what is typed beside it goes before it. paper: the released settings on
+    frozen features; paper-small: a ViT of 50 tokens from patches"""
     data: str = "datasets/her2st"
     "HEST-benchmark task folder (or HEST-1k folder); with --predict also a folder of patches (*.h5)"
     split: Literal["folds", "patient", "section", "sample"] = "folds"
@@ -130,12 +134,21 @@ class Config(run.Config):
     one-hot"""
     reconstruction: Literal["mse", "cosine", "none"] = "mse"
     "distance between the reconstructed embedding and its target; none: contrastive loss alone"
+    reconstruct: Literal["image", "genes"] = "image"
+    "what is masked and reconstructed; the other modality is the key and value"
+    schedule: Literal["joint", "two-stage"] = "joint"
+    "both losses from the start (released), or contrastive alone for the first half of --epochs"
     mask_rate: float = 0.5
-    "fraction of the elements of the image tokens set to 0"
+    "fraction of the elements of the masked tokens set to 0"
     share: bool = True
     "the two residual cross-attention blocks share weights, as released"
     dropout: float = 0.1
     "dropout of heads and fusion blocks"
+    batches: Literal["mixed", "slide"] = "mixed"
+    "spots of a batch: of all slides (released), or of one, so that no slide can be told (ours)"
+    values: Literal["raw", "slide"] = "raw"
+    """expression that is averaged: as it is, or z-scored within its slide and brought back to the
+    mean and spread of all training spots (ours)"""
     shuffle_pairs: bool = False
     """control: image and expression of the training spots are paired at random, over all training
     slides"""
@@ -145,10 +158,8 @@ class Config(run.Config):
     "plain mean, or softmax of cosine / 0.05"
     index: Literal["exact", "ivf"] = "exact"
     "exact search, or an inverted file: k-means lists of which the nearest are read"
-    lists: int = 0
-    "k-means lists of the inverted file; 0: 2 sqrt(keys)"
-    probe: int = 8
-    "lists read for a query"
+    recall: float = 0.95
+    "share of the k nearest that the inverted file has to find: it chooses how many lists it reads"
     lr: float = 1e-4
     "peak AdamW learning rate; a cosine falls to a tenth of it"
     batch: int = 64
@@ -351,7 +362,8 @@ class MaskReconstruction(nn.Module):
     $$x = \mathrm{MHA}(\tilde X, Y, Y), \qquad x \leftarrow \mathrm{RCA}(x, Y) \text{ twice}, \qquad
     r = \mathrm{mean}_t\, x_t \tag{9}$$
 
-    The first attention replaces the image tokens: it has no residual.
+    The first attention replaces the image tokens: it has no residual. With --reconstruct genes X
+    and Y change places, and the target of r is h.
 
     Test: test_mask_reconstruction_equals_its_parts
     """
@@ -359,7 +371,7 @@ class MaskReconstruction(nn.Module):
     def __init__(self, config, dim_in, n_genes):
         super().__init__()
         c = config
-        self.mask_rate = c.mask_rate
+        self.mask_rate, self.masks_genes = c.mask_rate, c.reconstruct == "genes"
         self.genes = GeneTokens(n_genes, c.snn, c.dim)
         self.image = nn.Linear(dim_in, c.dim)
         self.cross = nn.MultiheadAttention(c.dim, CROSS_HEADS, batch_first=True)
@@ -369,8 +381,9 @@ class MaskReconstruction(nn.Module):
 
     def forward(self, tokens, s):
         """tokens F (B, T, D), expression s (B, G) -> r (B, d)."""
-        y = self.genes(s)  # (B, n, d)
-        x = self.image(tokens)  # (B, T, d)
+        x, y = self.image(tokens), self.genes(s)  # (B, T, d), (B, n, d)
+        if self.masks_genes:
+            x, y = y, x
         if self.training:
             x = mask(x, self.mask_rate)
         x = self.cross(x, y, y, need_weights=False)[0]  # (B, T, d)
@@ -468,7 +481,8 @@ def total_loss(config, z, h, r=None):
     pair = contrastive(z, h, config.tau, config.norm_sim)  # (B,)
     loss, error = pair.log1p().mean(), torch.zeros((), device=z.device)
     if r is not None:
-        error = reconstruction_error(r, z, config.reconstruction).mean()
+        target = z if config.reconstruct == "image" else h
+        error = reconstruction_error(r, target, config.reconstruction).mean()
         loss = loss + error.log1p()
     return loss, torch.stack([loss, pair.mean(), error]).detach()
 
@@ -530,13 +544,14 @@ def train(fold, config, epochs):
         model.train()
         for group in optimiser.param_groups:
             group["lr"] = config.lr * run.warmup_cosine(epoch, config.epochs, floor=LAST_LR)
+        is_alone = config.schedule == "two-stage" and epoch < config.epochs // 2
         losses = []
         for image, expression in fold.batches():
             with run.autocast(config, fold.device):
                 outputs = model(image, expression)
             # every process has all rows of the batch, and the gradient of its own
             outputs = [run.gather(out.float()) for out in outputs]
-            loss, parts = total_loss(config, *outputs)
+            loss, parts = total_loss(config, *outputs[: 2 if is_alone else 3])
             optimiser.zero_grad()
             loss.backward()
             run.sum_gradients(list(model.parameters()), loss)
@@ -551,7 +566,7 @@ def validation_pcc(model, fold, config):
     if not fold.held_out:
         return float("nan")
     exact = replace(config, index="exact")
-    prediction = predict(fold.queries(model), fold.keys(model), fold.spots.y, exact)
+    prediction = predict(fold.queries(model), fold.keys(model), fold.spots.values, exact)
     return fold.score(prediction.expression)
 
 
@@ -577,7 +592,7 @@ def main(argv=None):
     run.say(task.describe())
     predictions = task.baselines()
     record.lap("baselines")
-    whole, values = task.whole, task.whole.spots.y
+    whole, values = task.whole, task.whole.spots.values
     model, histories, val = task.train(train, config, record)
     record.lap("training")
     queries, keys = whole.queries(model, task.test), whole.keys(model)
@@ -590,18 +605,17 @@ def main(argv=None):
         queries, keys_alone = whole.queries(other, task.test), whole.keys(other)
         predictions["contrastive_only"] = predict(queries, keys_alone, values, alone).expression
         record.lap("contrastive alone")
-    others = {name: task.score(values) for name, values in predictions.items()}
+    others = {name: task.score(expression) for name, expression in predictions.items()}
     scores = task.score(prediction.expression)
     scores |= {"val_pcc": val, "recall_at_k": prediction.recall}
     scores |= task.diagnostics(histories[-1], image_keys, keys)
     scores |= retrieval_record.gains(scores, others)
     retrieval_record.report(task, others, scores)
-    retrieval_record.draw(record, task, prediction.expression, histories)
+    curve = retrieval_record.pcc_by_k(task, prediction)
+    retrieval_record.draw(record, task, prediction.expression, histories, curve)
     arrays, files = retrieval_record.outputs(task, prediction, model)
-    n_params, facts = (
-        retrieval_record.n_parameters(model),
-        retrieval_record.facts(task, histories, model),
-    )
+    n_params = retrieval_record.n_parameters(model)
+    facts = retrieval_record.facts(task, histories, model) | {"pcc_by_k": curve}
     record.finish(scores, others, arrays, n_params, sides.split, files, **facts)
     return 0
 

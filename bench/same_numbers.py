@@ -111,7 +111,7 @@ JOBS = {
         f"{CMRCNET} --backbone features",
         f"{CMRCNET} --backbone features --reconstruction cosine --norm_sim --tau 0.1 --scale train",
         f"{CMRCNET} --backbone features --reconstruction none --no-share --gene_scale train",
-        f"{CMRCNET} --backbone features --weighting softmax --index ivf --probe 2 --lists 6",
+        f"{CMRCNET} --backbone features --weighting softmax --index ivf --recall 0.8",
         f"{CMRCNET} --backbone features --val random --shuffle_pairs --target log1p",
         f"{CMRCNET} --backbone features --split sample --slice S2 --oracle_genes --val none",
         f"{CMRCNET} --backbone features --split patient --patient P1 --gene_scale slide --genes 12",

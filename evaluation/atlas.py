@@ -9,7 +9,7 @@ from plainst.features import input_files
 
 NEEDED = ["config", "genes", "inputs", "scaler", "weights", "fingerprint"]
 # flags that --predict takes from its own command line, beside the place of things
-OF_THIS_RUN = ("k", "weighting", "index", "lists", "probe", "fast", "h5ad")
+OF_THIS_RUN = ("k", "weighting", "index", "recall", "fast", "h5ad")
 
 
 def read_model(config, check):
@@ -25,7 +25,7 @@ def read_model(config, check):
 
 
 def read_keys(config, known, saved, encoder):
-    """keys (M, d), values (M, G) CSR of the genes to read out, and their names, of the atlas beside
+    """keys (M, d), values (M, G) of the genes to read out, and their names, of the atlas beside
     the checkpoint.
 
     encoder: that of the training run. Features files do not say who made them: their width is
@@ -35,11 +35,14 @@ def read_keys(config, known, saved, encoder):
     name, inputs, mark = retrieval_task.encoder_name(known), saved["inputs"], saved["fingerprint"]
     if name == "file":
         name = encoder
-    keys, values, available = retrieval.read_atlas(path, name, inputs, mark)
+    keys, values, available, slide = retrieval.read_atlas(path, name, inputs, mark)
     retrieval_task.require_spots(len(keys), known.k, "the atlas")
     genes = hest.genes_to_read(config.genes, saved["genes"], available)
     column = {g: j for j, g in enumerate(available)}
-    return keys, values.tocsc()[:, [column[g] for g in genes]].tocsr(), genes
+    values = values.tocsc()[:, [column[g] for g in genes]].tocsr()
+    if known.values == "slide":
+        values = retrieval_task.scaled_by_slide(values.toarray(), slide)
+    return keys, values, genes
 
 
 def predict_folder(config, check, vits, build, predict, start):

@@ -32,6 +32,25 @@ def report(task, others, scores):
     run.say(text)
 
 
+KS = (10, 20, 50, 100, 200, 300, 500)  # neighbours of `pcc_by_k`
+
+
+def pcc_by_k(task, prediction):
+    """{k: pcc_mean} of averaging so many neighbours of one model's `Prediction`, as far as there
+    are keys."""
+    spots = task.whole.spots
+    ks = [k for k in KS if k <= len(spots)]
+    queries = torch.cat(prediction.queries)
+    cosine, rows = retrieval.exact_topk(queries, prediction.keys, max(ks, default=1))
+    sizes = np.cumsum([len(z) for z in prediction.queries])[:-1]
+    curve = {}
+    for k in ks:
+        values = retrieval.read_out(cosine[:, :k], rows[:, :k], spots.values)
+        scores = hest.score(task.test, np.split(values, sizes), None, task.n_targets)
+        curve[k] = scores["pcc_mean"]
+    return curve
+
+
 def gains(scores, others):
     """{"gain_over_<baseline>": difference of pcc_mean}."""
     return {f"gain_over_{name}": scores["pcc_mean"] - others[name]["pcc_mean"] for name in others}
@@ -125,8 +144,8 @@ def parameter_table(model):
     return {name: n_parameters(part) for name, part in parts.items() if part is not None}
 
 
-def draw(record, task, predicted, histories):
-    """genes.png, gene_gene.png and training.png of a run."""
+def draw(record, task, predicted, histories, curve):
+    """genes.png, gene_gene.png, training.png and pcc_by_k.png of a run; curve {k: PCC}."""
     sample = task.test[0]
     draw_genes(record, sample, predicted[0], task.genes, task.n_targets)
     heg = set(task.lists[sample.name]["heg"])
@@ -138,6 +157,7 @@ def draw(record, task, predicted, histories):
     curves = {f"fold {i}": [row[-1] for row in h] for i, h in enumerate(histories[:-1])}
     title, guess = "PCC on held-out training spots", np.log(task.config.batch)
     record.figure("training", figures.training_curves(losses, curves, title, guess))
+    record.figure("pcc_by_k", figures.pcc_by_k(curve, task.config.k))
     figures.close()
 
 

@@ -27,11 +27,12 @@ def check(config, heads):
     """Raise DataError, naming the flag, for an impossible value, for widths that do not fit each
     other, or for a flag that does nothing. heads: must divide --dim."""
     one, zero = run.AT_LEAST_ONE, run.AT_LEAST_ZERO
-    rules = dict.fromkeys(("n_hvg", "dim", "snn", "k", "probe", "epochs", "folds"), one)
-    rules |= dict.fromkeys(("fold", "min_counts", "lists", "save_every"), zero)
+    rules = dict.fromkeys(("n_hvg", "dim", "snn", "k", "epochs", "folds"), one)
+    rules |= dict.fromkeys(("fold", "min_counts", "save_every"), zero)
     rules |= dict.fromkeys(("tau", "lr"), run.POSITIVE)
     rules |= {
         "mask_rate": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+        "recall": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
         "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
         "batch": (lambda v: v >= 2, "2 or more, a contrastive loss tells a spot from others"),
     }
@@ -51,20 +52,21 @@ def check(config, heads):
 def idle_flags(config):
     """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
     them. With a ViT, --encoder still rules the baselines."""
-    exact = (config.index == "exact", "with --index exact", ("lists", "probe"))
+    exact = (config.index == "exact", "with --index exact", ("recall",))
     if config.predict:
-        used = ("genes", "k", "weighting", "index", "lists", "probe", "fast")
+        used = ("genes", "k", "weighting", "index", "recall", "fast")
         return [run.idle_with_predict(config, used), exact]
     split, has_vit = f"with --split {config.split}", config.backbone != "features"
     has_one = config.split in ("section", "sample")
     is_alone = config.reconstruction == "none"
+    unread = ("mask_rate", "share", "snn", "reconstruct", "schedule")
     return [
         exact,
         (config.split != "folds", split, ("fold",)),
         (config.split != "patient", split, ("patient",)),
         (not has_one, split, ("slice",)),
         (has_vit, f"with --backbone {config.backbone}", ("scale",)),
-        (is_alone, "with --reconstruction none", ("mask_rate", "share", "snn")),
+        (is_alone, "with --reconstruction none", unread),
         (config.val != "groups", f"with --val {config.val}", ("folds",)),
     ]
 
@@ -230,11 +232,20 @@ def log_expression(sample, genes):
     return torch.from_numpy(hest.log_expression(sample.slide, genes).toarray())
 
 
+def scaled_by_slide(y, slide):
+    """y (N, G) z-scored within each slide (N,), times the spread of all rows, plus their mean."""
+    out = np.empty_like(y)
+    for number in np.unique(slide):
+        own = y[slide == number]
+        out[slide == number] = (own - own.mean(0)) / (own.std(0) + 1e-6)
+    return out * y.std(0) + y.mean(0)
+
+
 class Spots:
     """N scored spots of several samples: what is trained on, and the rows of the atlas.
 
     images [(n, ...)] of every sample, expression (N, I), y (N, G), slide (N,) number of the sample,
-    row (N,) in it.
+    row (N,) in it; values (N, G) y as --values says.
     """
 
     def __init__(self, samples, inputs, config):
@@ -252,6 +263,9 @@ class Spots:
         y = np.concatenate([s.y[r] for s, r in zip(samples, rows)])  # (N, G)
         measured = np.stack([s.measured for s in samples])[self.slide]  # (N, G)
         self.y, _ = hest.fill_unmeasured(y, measured)
+        self.values = self.y
+        if config.values == "slide":
+            self.values = scaled_by_slide(self.y, self.slide)
 
     def __len__(self):
         return len(self.row)
@@ -292,14 +306,20 @@ class Fold:
     def batches(self):
         """(image (b, ...), expression (b, I)) of every step of an epoch: this process's rows of
         batches in random order, of which the last, incomplete one is dropped."""
-        rank, world = run.processes()
-        order = torch.randperm(len(self.spots))
+        order, rank = torch.randperm(len(self.spots)), run.processes()[0]
         if rank:
             # all processes have the order, each its own dropout and masks
             torch.manual_seed(torch.initial_seed() + rank)
-        size = min(self.config.batch, len(order) // world * world)
-        for rows in order[: len(order) // size * size].split(size):
-            own = rows[stages.rank_slice(size)].numpy()
+        groups = [order]
+        if self.config.batches == "slide":
+            slide = torch.from_numpy(self.spots.slide)[order]
+            groups = [order[slide == number] for number in slide.unique()]
+        steps = [rows for group in groups for rows in whole_batches(group, self.config.batch)]
+        if len(groups) > 1:
+            # the first rows of the order choose the order of the steps
+            steps = [steps[i] for i in order[: len(steps)].argsort()]
+        for rows in steps:
+            own = rows[stages.rank_slice(len(rows))].numpy()
             expression = self.spots.expression[own].to(self.device)
             image = self.spots.image(own).to(self.device)
             if self.spots.features is None:
@@ -331,6 +351,18 @@ class Fold:
             pair = [a[sample.scored][:, columns] for a in (sample.y, values)]
             scores.append(metrics.pcc_summary(*pair)["pcc_mean"])
         return float(np.nanmean(scores)) if np.isfinite(scores).any() else -np.inf
+
+
+def whole_batches(rows, batch):
+    """[(batch,)] of rows (n,) without the last, incomplete one; all rows where they are fewer, as
+    far as the processes share them evenly. Raises DataError for too few rows for any."""
+    world = run.processes()[1]
+    size = min(batch, len(rows) // world * world)
+    if size < 2:
+        raise DataError(
+            f"a slide has {len(rows)} spots to train on: leave it out, or use --batches mixed"
+        )
+    return rows[: len(rows) // size * size].split(size)
 
 
 def mean_losses(losses):

@@ -426,10 +426,36 @@ def test_inverted_file_with_all_lists_is_exact_and_with_few_is_near():
         and metrics.recall_at_k(all_index.numpy(), index.numpy()) > 0.999
     )
     assert metrics.recall_at_k(ivf.topk(q, 10, 8)[1].numpy(), index.numpy()) > 0.9
+    # what is foretold is what a search finds
+    curve = ivf.recall_by_probe(q, 10)
+    for probe in (1, 3, 8):
+        measured = metrics.recall_at_k(ivf.topk(q, 10, probe)[1].numpy(), index.numpy())
+        assert abs(curve[probe - 1] - measured) < 1e-4
+    assert curve[-1] == 1
     # a list has fewer than k keys: the rest is marked
     few = retrieval.InvertedFile(keys[:30], 15).topk(q[:4], 10, 1)
     assert (few[1] == -1).any() and (few[0][few[1] == -1] == float("-inf")).all()
     assert np.isfinite(retrieval.read_out(*few, np.ones((30, 2), "f"))).all()
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_inverted_file_reads_as_many_lists_as_a_recall_takes(spread):
+    """Tight clusters and none at all: the stated recall is met on queries that did not choose."""
+    torch.manual_seed(0)
+    keys = torch.randn(40, 24).repeat(100, 1) + spread * torch.randn(4000, 24)
+    queries = keys[torch.randperm(4000)[:1500]] + 0.1 * torch.randn(1500, 24)
+    index = retrieval.InvertedFile(keys)
+    exact, probes = retrieval.exact_topk(queries, keys, 50)[1].numpy(), []
+    for recall in (0.5, 0.95, 1.0):
+        probe, promised = index.probe_for(queries, 50, recall)
+        measured = metrics.recall_at_k(index.topk(queries, 50, probe)[1].numpy(), exact)
+        assert promised >= recall - 1e-6 and measured > recall - 0.015
+        assert index.recall_by_probe(queries, 50)[max(probe - 2, 0)] < recall + 0.015 or probe == 1
+        probes.append(probe)
+    assert probes[0] < probes[1] <= probes[2] <= len(index.centre)
+    config = cm.Config(k=50, index="ivf", recall=0.95)
+    rows, recall = retrieval.search(queries, keys, config)[1:]
+    assert abs(recall - metrics.recall_at_k(rows.numpy(), exact)) < 0.015 and recall > 0.935
 
 
 def test_read_out_is_the_mean_of_the_neighbours():
@@ -733,13 +759,106 @@ def test_end_to_end_record_atlas_and_predict(task, tmp_path, capsys):
             str(tmp_path / "two.json"),
             "--index",
             "ivf",
-            "--probe",
-            "99",
+            "--recall",
+            "1",
             *more,
         ]
     )
     two = np.load(run_of(capsys)[1] / "arrays.npz")
     assert np.allclose(two["pred"], every["pred"][:, [5, 2]], atol=1e-5)
+
+
+def test_curve_of_k_is_that_of_runs_with_other_k(task):
+    """One model, several k: the same as retrieving with each of them."""
+    loaded = load(config_of(task), ["S1", "S2"], ["S3"])
+    model = cm.build(loaded.config, loaded.whole)
+    keys, queries = loaded.whole.keys(model), loaded.whole.queries(model, loaded.test)
+    values = loaded.whole.spots.values
+    curve = retrieval_record.pcc_by_k(loaded, cm.predict(queries, keys, values, loaded.config))
+    assert list(curve) == [10, 20, 50, 100]  # of 120 keys
+    for k in (20, 100):
+        again = cm.predict(queries, keys, values, config_of(task, k=k)).expression
+        assert abs(loaded.score(again)["pcc_mean"] - curve[k]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--reconstruct", "genes"),
+        ("--schedule", "two-stage", "--epochs", "4"),
+        ("--batches", "slide", "--values", "slide"),
+        ("--norm_sim", "--tau", "0.1", "--index", "ivf"),
+    ],
+)
+def test_options_run_and_are_predicted_with(task, tmp_path, capsys, more):
+    cm.main(flags(task, tmp_path, "--fold", "0", *more))
+    record, folder = run_of(capsys)
+    assert np.isfinite(record["metrics"]["pcc_mean"])
+    with np.load(folder / "arrays.npz") as arrays:
+        trained = {name: arrays[name] for name in ("barcodes", "pred", "slide")}
+    if "two-stage" in more:
+        assert [row[2] > 0 for row in record["history"]] == [False, False, True, True]
+    test = str(trained["slide"][0])
+    words = ["--data", task, "--slice", test, "--predict", folder / "model.pt", "--k", "10"]
+    words += ["--runs", tmp_path / "p", "--cache", task.parent / "cache"]
+    cm.main([str(word) for word in words])
+    with np.load(run_of(capsys)[1] / "arrays.npz") as arrays:
+        if "ivf" not in more:
+            is_test = trained["slide"] == test
+            assert np.allclose(arrays["pred"], trained["pred"][is_test], atol=1e-3)
+
+
+def test_reconstruction_of_genes_changes_places():
+    """Gene tokens are masked and asked for; the image is key and value; the target is h."""
+    model, config = model_of(reconstruct="genes", dropout=0.0)
+    part = model.eval().reconstruction
+    tokens, s = torch.randn(3, 5, 6), torch.rand(3, 9)
+    x, y = part.genes(s), part.image(tokens)
+    x = part.cross(x, y, y)[0]
+    for block in part.fusion:
+        x = block(x, y)
+    assert torch.allclose(part(tokens, s), x.mean(1), atol=1e-5)
+    z, h, r = torch.randn(3, 8, 16)
+    error = cm.total_loss(config, z, h, r)[1][2]
+    assert torch.allclose(error, (r - h).square().mean())
+
+
+def test_batches_of_one_slide_hold_one_slide(task):
+    config = config_of(task, batches="slide", batch=16)
+    fold = load(config, ["S1", "S2", "S3"], ["S4"]).whole
+    fold.spots.features = torch.arange(180.0)[:, None]
+    torch.manual_seed(0)
+    rows = [image[:, 0].long() for image, _ in fold.batches()]
+    slides = [set(fold.spots.slide[part].tolist()) for part in rows]
+    assert len(rows) == 9 and all(len(part) == 16 for part in rows)
+    assert all(len(found) == 1 for found in slides)
+    # slides in random order, no spot twice
+    assert [next(iter(found)) for found in slides] != sorted(next(iter(f)) for f in slides)
+    assert len(torch.cat(rows).unique()) == 144
+
+
+def test_values_scaled_by_slide():
+    rng = np.random.default_rng(0)
+    y, slide = rng.random((50, 3)) * [1, 5, 9] + 2, np.repeat([0, 1], [20, 30])
+    y[20:] += 7
+    out = retrieval_task.scaled_by_slide(y, slide)
+    for number in (0, 1):
+        own, before = out[slide == number], y[slide == number]
+        assert np.allclose(own.mean(0), y.mean(0), atol=1e-4)
+        assert np.allclose(own.std(0), y.std(0), rtol=1e-3)
+        assert np.allclose(metrics.pcc(own, before), 1)
+
+
+@pytest.mark.parametrize("preset", list(cm.PRESETS))
+def test_no_device_chooses_the_model(preset, monkeypatch):
+    """The same widths and backbone with a GPU and without one."""
+    tables = []
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        config = cm.run.parse(cm.Config, ["--preset", preset])
+        with torch.device("meta"):
+            tables.append(retrieval_record.parameter_table(cm.CMRC(config, 42, 100)))
+    assert tables[0] == tables[1]
 
 
 def test_bfloat16_products_stay_near_float32(task, tmp_path, capsys):

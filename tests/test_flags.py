@@ -222,14 +222,15 @@ IDLE = {
         --slice C2 | slice
         --split sample --slice C2 --fold 1 | fold
         --backbone tiny --scale both | scale
-        --lists 5 | lists
-        --index exact --probe 5 | probe
+        --recall 0.9 | recall
+        --reconstruction none --reconstruct genes | reconstruct
+        --reconstruction none --schedule joint | schedule
         --reconstruction none --mask_rate 0.3 | mask_rate
         --reconstruction none --no-share | share
         --reconstruction none --snn 256 | snn
         --val random --folds 3 | folds
         --predict model.pt --epochs 3 | epochs
-        --predict model.pt --probe 5 | probe
+        --predict model.pt --recall 0.9 | recall
         --predict model.pt --resume | resume
     """,
     "spatia": """
@@ -273,10 +274,10 @@ BUSY = {
     """,
     "cmrcnet": """
         --backbone tiny --encoder x.npz
-        --index ivf --lists 5 --probe 3
+        --index ivf --recall 0.8
         --reconstruction none --dropout 0
         --split sample --slice C2
-        --predict model.pt --genes all --k 10 --weighting softmax --index ivf --probe 3
+        --predict model.pt --genes all --k 10 --weighting softmax --index ivf --recall 0.8
     """,
     "spatia": """
         --no-generate --steps_a 3 --steps_b 3

@@ -321,7 +321,7 @@ def readers_of(root):
 
     def atlas_of():
         encoder = retrieval_task.encoder_name(cmrcnet.Config(**atlas["config"]))
-        keys, values, genes = retrieval.read_atlas(
+        keys, values, genes, _ = retrieval.read_atlas(
             root / "cmrcnet" / "atlas.h5", encoder, atlas["inputs"], atlas["fingerprint"]
         )
         return {"keys": keys.numpy(), "values": values.toarray(), "genes": genes}
