@@ -65,6 +65,9 @@ def predict_folder(config, check, vits, build, predict, start):
     with run.checkpoint_fits(config.predict):
         images = [inputs.image(s, known) for s in samples]
         model = build(known, images[0].shape[1], len(inputs.genes))
+        lacking = sorted(model.state_dict().keys() - saved["weights"].keys())
+        if lacking:
+            raise ValueError(f"it has no {lacking[0]}")
         model.load_state_dict(saved["weights"])
     model.to(record.device)
     queries = [retrieval_task.embed(model.embed_image, x, known, record.device) for x in images]

@@ -1140,6 +1140,60 @@ def trained(task, tmp_path_factory):
     return next(where.rglob("run.json")).parent
 
 
+def wrong_input(kind, task, trained, folder):
+    """Words of a command with one thing wrong, made in `folder`, and what the error says."""
+    rng = np.random.default_rng(0)
+    train = flags(task, folder, "--fold", "0", "--encoder", str(folder / "{sample}.npz"))
+    predict = [
+        "--data",
+        task,
+        "--runs",
+        folder / "r",
+        "--cache",
+        task.parent / "cache",
+        "--k",
+        "10",
+    ]
+    predict += ["--predict", folder / "model.pt"]
+    if kind in ("one section lacks a barcode", "features of two widths"):
+        for name in ("S1", "S2", "S3", "S4"):
+            barcodes = data.load_hest(task, name, counts=False).barcodes
+            width = 4 + (kind == "features of two widths" and name == "S3")
+            rows = 59 if kind == "one section lacks a barcode" and name == "S3" else 60
+            values = rng.normal(size=(rows, width))
+            np.savez(folder / f"{name}.npz", embedding=values, barcodes=barcodes[:rows])
+        return train, "lacks 1 of the 60 barcodes" if "lacks" in kind else "slide S3 has 5 features"
+    for name in ("model.pt", "atlas.h5"):
+        shutil.copy(trained / name, folder)
+    if kind == "a layer without weights":
+        saved = torch.load(folder / "model.pt", weights_only=True)
+        del saved["weights"]["gene_head.w2.weight"]
+        torch.save(saved, folder / "model.pt")
+        return predict, "gene_head.w2.weight"
+    if kind == "genes that the atlas lacks":
+        (folder / "g.json").write_text('["NOT_A_GENE"]')
+        return [*predict, "--genes", folder / "g.json"], "NOT_A_GENE"
+    return flags(task, folder, "--k", "999"), "fewer than --k 999"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "one section lacks a barcode",
+        "features of two widths",
+        "a layer without weights",
+        "genes that the atlas lacks",
+        "k above the training spots",
+    ],
+)
+def test_wrong_input_is_one_sentence_with_status_2(kind, task, trained, tmp_path, capfd):
+    words, message = wrong_input(kind, task, trained, tmp_path)
+    assert status_of(cm.__file__, *words) == 2
+    error = capfd.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+    assert not list(tmp_path.rglob("run.json"))
+
+
 def test_atlas_and_checkpoint_must_belong_together(task, trained, tmp_path):
     more = [
         "--data",
