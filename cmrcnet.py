@@ -65,8 +65,9 @@ VITS = {
 
 # named sets of flags; what is typed goes before them. The defaults of Config are the paper's, but
 # for the backbone
-TUNED = {"dim": 128, "snn": 512, "n_hvg": 200, "lr": 1e-3, "epochs": 30}
-TUNED |= {"scale": "both", "val": "groups"}
+TUNED = {"dim": 128, "snn": 512, "n_hvg": 200, "lr": 1e-3, "epochs": 14, "val": "groups"}
+TUNED |= {"norm_sim": True, "tau": 0.1, "dropout": 0.3, "scale": "both"}
+TUNED |= {"gene_scale": "slide", "batches": "slide", "values": "slide"}
 SMALL = {"backbone": "tiny", "dim": 128, "snn": 1024, "epochs": 30}
 PRESETS = {"paper": {}, "paper-small": SMALL, "tuned": TUNED}
 

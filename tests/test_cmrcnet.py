@@ -66,7 +66,7 @@ SMALL = (
     "features",
     "--markers",
     "none",
-    *("--preset", "tuned"),
+    *("--lr", "1e-3", "--scale", "both"),
 )
 
 
@@ -946,7 +946,7 @@ def test_split_by_sample_says_that_it_leaks_the_patient(task, tmp_path, capsys):
         assert (
             record["leaks_patient"] is leaks
             and record["train_slides"] == train
-            and folder.parent.name.startswith(f"tuned-{split}")
+            and folder.parent.name.startswith(f"paper-{split}")
         )
     cm.main(
         flags(task, tmp_path, "--split", "patient", "--patient", "P3", "--reconstruction", "none")
@@ -966,9 +966,9 @@ def test_tiny_vit_end_to_end(task, tmp_path, capsys):
                 "section",
                 "--slice",
                 "S4",
+                "--backbone",
+                "tiny",
             ),
-            "--backbone",
-            "tiny",
         ]
     )
     record, folder = run_of(capsys)
