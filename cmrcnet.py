@@ -495,7 +495,7 @@ def total_loss(config, z, h, r=None):
 
 def retrieve(z, keys, values, config):
     r"""Expression of the k training spots nearest by cosine: z (Q, d), keys h (M, d), values (M, G)
-    -> (Q, G), rows of the keys (Q, k), recall of the search.
+    -> (Q, G), rows of the keys (Q, k), recall of an inverted file (nan for the exact search).
 
     $$\hat y_i = \sum_{j \in N_i} w_{ij} y_j, \qquad
     N_i = \text{the } k \text{ spots of the largest } \cos(z_i, h_j) \tag{14}$$
@@ -513,7 +513,7 @@ def retrieve(z, keys, values, config):
     if config.weighting == "softmax":
         weights = (cosine / 0.05).softmax(1)
     nearest = torch.as_tensor(values)[rows.cpu()]  # (Q, k, G)
-    return torch.einsum("qk,qkg->qg", weights.cpu(), nearest).numpy(), rows, 1.0
+    return torch.einsum("qk,qkg->qg", weights.cpu(), nearest).numpy(), rows, float("nan")
 
 
 def predict(queries, keys, values, config):

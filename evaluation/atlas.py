@@ -9,7 +9,7 @@ from plainst.features import input_files
 
 NEEDED = ["config", "genes", "inputs", "scaler", "weights", "fingerprint"]
 # flags that --predict takes from its own command line, beside the place of things
-OF_THIS_RUN = ("k", "weighting", "index", "recall", "fast", "h5ad")
+OF_THIS_RUN = ("k", "weighting", "index", "recall", "h5ad")
 
 
 def read_model(config, check):
@@ -21,6 +21,7 @@ def read_model(config, check):
         saved = {name: saved[name] for name in NEEDED}
     for name in OF_THIS_RUN:
         setattr(known, name, getattr(config, name))
+    known.fast = True
     return saved, known
 
 

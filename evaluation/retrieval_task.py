@@ -54,7 +54,7 @@ def idle_flags(config):
     them. With a ViT, --encoder still rules the baselines."""
     exact = (config.index == "exact", "with --index exact", ("recall",))
     if config.predict:
-        used = ("genes", "k", "weighting", "index", "recall", "fast")
+        used = ("genes", "k", "weighting", "index", "recall")
         return [run.idle_with_predict(config, used), exact]
     split, has_vit = f"with --split {config.split}", config.backbone != "features"
     has_one = config.split in ("section", "sample")
@@ -62,6 +62,7 @@ def idle_flags(config):
     unread = ("mask_rate", "share", "snn", "reconstruct", "schedule")
     return [
         exact,
+        (not config.fast, "with --no-fast, which searches exactly", ("index", "recall")),
         (config.split != "folds", split, ("fold",)),
         (config.split != "patient", split, ("patient",)),
         (not has_one, split, ("slice",)),

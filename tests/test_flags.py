@@ -223,6 +223,7 @@ IDLE = {
         --split sample --slice C2 --fold 1 | fold
         --backbone tiny --scale both | scale
         --recall 0.9 | recall
+        --no-fast --index ivf | index
         --reconstruction none --reconstruct genes | reconstruct
         --reconstruction none --schedule joint | schedule
         --reconstruction none --mask_rate 0.3 | mask_rate
