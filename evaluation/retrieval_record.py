@@ -114,6 +114,7 @@ def facts(task, histories, model):
         "epochs": len(histories[-1]),
         "history": histories[-1],
         "parameters": parameter_table(model),
+        "smaller_than_released": smaller_parts(c, model),
         "low_count_spots": {s.name: int((~s.scored).sum()) for s in samples},
         "genes": chosen if is_task else "training slides",
         "gene_lists": "oracle" if is_oracle else "training slides",
@@ -123,6 +124,27 @@ def facts(task, histories, model):
         "train_slides": task.sides.train,
         "test_slides": task.sides.test,
     }
+
+
+# of the released model
+RELEASED = {"dim": 256, "snn": 2048, "n_hvg": 1000, "epochs": 60}
+
+
+def smaller_parts(config, model):
+    """{part: how it is smaller than in the released model, in words}."""
+    parts = {}
+    if model.vit is None:
+        parts["backbone"] = "frozen features of one token in the place of a ViT of 50"
+    elif config.backbone == "tiny":
+        vit, (n_tokens, width) = model.vit, model.vit.pos.shape[1:]
+        parts["backbone"] = (
+            f"a ViT of {len(vit.blocks)} layers, {width} wide, {n_tokens} tokens; released: 8 "
+            "layers, 768 wide, 50 tokens"
+        )
+    for name, value in RELEASED.items():
+        if getattr(config, name) < value:
+            parts[name] = f"{getattr(config, name)}; released: {value}"
+    return parts
 
 
 def n_parameters(module):

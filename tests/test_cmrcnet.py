@@ -973,6 +973,9 @@ def test_tiny_vit_end_to_end(task, tmp_path, capsys):
     )
     record, folder = run_of(capsys)
     assert record["parameters"]["vit"] > 1e6 and "ridge_scaled" not in record["baselines"]
+    smaller = record["smaller_than_released"]
+    assert set(smaller) == {"backbone", "dim", "snn", "n_hvg", "epochs"}
+    assert smaller["backbone"].startswith("a ViT of 4 layers, 192 wide, 50 tokens")
     cm.main(
         [
             "--data",
