@@ -20,14 +20,14 @@ LAYERS = {  # model of gat_fusion: its flags
     "gcn_full-cross": "--mode gcn_full --fusion cross",
     "expr_only": "--mode expr_only",
 }
-FLOORS = {"coords_knn": "--mode coords_knn"}  # no gene; where MODELS and SPLITS name it
+FLOORS = {"none": "--mode none"}  # the baselines alone; where MODELS and SPLITS name it
 HELD_OUT = (
     "full-cross",
 )  # also on blocks and on another slice; others where MODELS and SPLITS name them
 SPLITS = ("random", "blocks", "slice")
 FOLDS = (0, 1, 2, 3, 4)  # of the blocks
 DOMAINS = {"default": "", "image-off": "--image off", "image-permuted": "--image permuted"}
-PRESETS = {"gat_fusion": ("tuned",), "multist": ("tuned",)}
+PRESETS = {"gat_fusion": ("paper", "tuned"), "multist": ("tuned",)}
 
 
 def siblings(name, names):
