@@ -188,6 +188,11 @@ def check(config):
     retrieval_task.check(config, HEADS)
 
 
+def variant(config):
+    """Folder name of the run."""
+    return retrieval_task.variant(config)
+
+
 # --------------------------------------------------------------------------------------------------
 # Layers
 # --------------------------------------------------------------------------------------------------
@@ -532,16 +537,16 @@ WEIGHT_DECAY = 1e-3  # of AdamW
 LAST_LR = 0.1  # of the peak
 
 
-def train(fold, config, epochs):
-    """Train one model on the spots of a `Fold` for the `jobs.Epochs`. Returns the model and its
+def train(fold, config, job, n_epochs):
+    """Train one model on the spots of a `Fold` as the `jobs.Job` says. Returns the model and its
     history [(loss, mean l, reconstruction error, PCC of the held-out slides)]."""
+    job.seed_start()
     model = build(config, fold).to(fold.device)
     run.compiled(model, config)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY, foreach=True
     )
-    history = []
-    for epoch in epochs.left(model, optimiser, history):
+    for epoch in job.epochs(model, optimiser, n_epochs):
         model.train()
         for group in optimiser.param_groups:
             group["lr"] = config.lr * run.warmup_cosine(epoch, config.epochs, floor=LAST_LR)
@@ -558,8 +563,9 @@ def train(fold, config, epochs):
             run.sum_gradients(list(model.parameters()), loss)
             optimiser.step()
             losses.append(parts)
-        history.append((*retrieval_task.mean_losses(losses), validation_pcc(model, fold, config)))
-    return model, history
+        losses = retrieval_task.mean_losses(losses)
+        job.history.append((*losses, validation_pcc(model, fold, config)))
+    return model, job.history
 
 
 def validation_pcc(model, fold, config):
@@ -587,7 +593,7 @@ def main(argv=None):
     if config.predict:
         return atlas.predict_folder(config, check, VITS, CMRC, predict, start)
     sides = retrieval_task.sides_of(config)
-    record = run.Run("cmrcnet", config, sides.part, retrieval_task.variant(config), start)
+    record = run.Run("cmrcnet", config, sides.part, variant(config), start)
     task = retrieval_task.Task(config, sides, VITS, record.device)
     record.note_inputs(task.files())
     run.say(task.describe())

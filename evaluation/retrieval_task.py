@@ -505,8 +505,8 @@ class Task:
         """Validation inside the training slides chooses the number of epochs, then one model is
         trained on all of them.
 
-        train(fold, config, epochs) -> model, history; record: its folder holds the latest.pt of
-        --save_every, None for none. Returns the model, the histories (folds, then the model) and
+        train(fold, config, job, n_epochs) -> model, history; record: its folder holds the latest.pt
+        of --save_every, None for none. Returns the model, the histories (folds, then the model) and
         the best validation score (nan without).
         """
         latest = origin = None
@@ -516,7 +516,7 @@ class Task:
         queue = jobs.Jobs(config, latest, origin, "whole cmrcnet checkpoint")
 
         def train_on(fold, n_epochs, **job):
-            return train(fold, config, jobs.Epochs(config, n_epochs, **job))
+            return train(fold, config, jobs.Job(config, **job), n_epochs)
 
         folds, n_epochs, best = self.folds(), config.epochs, float("nan")
         for fold in folds:

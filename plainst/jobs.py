@@ -6,37 +6,6 @@ import torch
 from plainst import run
 
 
-class Epochs:
-    """The epochs of one job, each with a seed of its own: a resumed training ends with the numbers
-    of an uninterrupted one. Creating it seeds torch, as the model of job `number` wants it.
-
-    saved: the state with which the job was interrupted, or None; save: function that writes such a
-    state every --save_every epochs, or None.
-    """
-
-    def __init__(self, config, n_epochs, number, saved=None, save=None):
-        self.n_epochs, self.save_every = n_epochs, config.save_every
-        self.saved, self.save = saved, save
-        self.start = 1_000_003 * config.seed
-        self.number = number
-        torch.manual_seed(self.start + number)
-
-    def left(self, model, optimiser, history):
-        """The numbers of the epochs still to do; model, optimiser and history (a list to which the
-        loop appends a row an epoch) are first brought to where the checkpoint left them."""
-        parts = {"model": model, "optimiser": optimiser}
-        if self.saved is not None:
-            for name, part in parts.items():
-                part.load_state_dict(self.saved[name])
-            history[:] = [tuple(row) for row in self.saved["history"]]
-        for epoch in run.progress(range(len(history), self.n_epochs), "epochs"):
-            torch.manual_seed(self.start + 1009 * (self.number + 1) + epoch)
-            yield epoch
-            if self.save is not None and self.save_every and (epoch + 1) % self.save_every == 0:
-                states = {name: part.state_dict() for name, part in parts.items()}
-                self.save(states | {"history": history})
-
-
 class Jobs:
     """Jobs are numbered in the order in which `do` is called; what is done has a history (one row
     an epoch) and, where asked for, weights.
@@ -108,3 +77,35 @@ class Jobs:
     def histories(self):
         """History of every job."""
         return [job["history"] for job in self.done]
+
+
+class Job:
+    """One training of a queue: its random numbers, its epochs, and what is saved of it.
+
+    number, saved, save: as `Jobs.do` gives them. Every epoch seeds itself, so that going on from
+    what was saved gives what an uninterrupted training gives.
+    """
+
+    def __init__(self, config, number, saved=None, save=None):
+        self.config, self.number, self.saved, self.save = config, number, saved, save
+        # [(loss, validation score)], one an epoch
+        self.history = []
+
+    def seed_start(self):
+        """Seed the start of the weights."""
+        torch.manual_seed(1_000_003 * self.config.seed + self.number)
+
+    def epochs(self, model, optimiser, n_epochs):
+        """Number of every epoch that is left to do; model and optimiser go on from what was saved,
+        and are saved every --save_every epochs."""
+        if self.saved is not None:
+            model.load_state_dict(self.saved["model"])
+            optimiser.load_state_dict(self.saved["optimiser"])
+            self.history += [tuple(row) for row in self.saved["history"]]
+        for epoch in run.progress(range(len(self.history), n_epochs), "epochs"):
+            torch.manual_seed(1_000_003 * self.config.seed + 1009 * (self.number + 1) + epoch)
+            yield epoch
+            every = self.config.save_every
+            if self.save is not None and every and (epoch + 1) % every == 0:
+                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+                self.save(state | {"history": self.history})
