@@ -38,7 +38,7 @@ demo: $(stamp)  ## no download, no GPU: simulate small data, run every method, r
 	  SLICES="sim1 sim2" SEEDS=0 FOLDS=0 \
 	  MODELS="gat_fusion/full-cross gat_fusion/gcn_only multist/default"
 	$(PY) stformer.py --data $(RUNS)/demo/patches --epochs 15 --members 1 --runs $(RUNS)/demo
-	$(PY) cmrcnet.py --data $(RUNS)/demo/patches --preset tuned --epochs 15 --runs $(RUNS)/demo
+	$(PY) cmrcnet.py --data $(RUNS)/demo/patches --preset tuned --runs $(RUNS)/demo
 	$(PY) spatia.py --data $(RUNS)/demo/cells.h5 --steps_a 40 --steps_b 40 --steps_c 80 \
 	  --draws 2 --ode_steps 4 --runs $(RUNS)/demo
 	$(PY) -m evaluation.report --runs $(RUNS)/demo
