@@ -37,7 +37,7 @@ demo: $(stamp)  ## no download, no GPU: simulate small data, run every method, r
 	$(MAKE) --no-print-directory reproduce-dlpfc DATA=$(RUNS)/demo/cortex RUNS=$(RUNS)/demo SEEDS=0 \
 	  SLICES="sim1 sim2" PRESETS=tuned MODELS=multist/default
 	$(PY) stformer.py --data $(RUNS)/demo/patches --epochs 15 --members 1 --runs $(RUNS)/demo
-	$(PY) cmrcnet.py --data $(RUNS)/demo/patches --epochs 15 --runs $(RUNS)/demo
+	$(PY) cmrcnet.py --data $(RUNS)/demo/patches --preset tuned --runs $(RUNS)/demo
 	$(PY) spatia.py --data $(RUNS)/demo/cells.h5 --steps_a 40 --steps_b 40 --steps_c 80 \
 	  --draws 2 --ode_steps 4 --runs $(RUNS)/demo
 	$(PY) -m evaluation.report --runs $(RUNS)/demo

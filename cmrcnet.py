@@ -1,66 +1,75 @@
-"""Gene expression from H&E by retrieval: contrastive learning of patch and expression, with
+r"""Gene expression from H&E by retrieval: contrastive learning of patch and expression, with
 cross-modal mask reconstruction.
 
-    patch --ViT--> tokens (B, 50, 768) --mean, head--> z (B, 256)
-    expression (B, G) ------------------------head--> h (B, 256)     contrastive loss of z and h
-    tokens --Linear, mask half--> query of cross-attention; key and value are 8 gene tokens
-           --two residual cross-attention blocks--> r (B, 256)       r = z
-    prediction: mean expression of the k training spots whose h has the largest cosine with z of
-                the new patch
+Paper: Liu et al. 2025 (arXiv 2506.08854; Medical Image Analysis 108). Heads, contrastive loss and
+retrieval are BLEEP's: Xie et al. 2023. The page beside this file is docs/cmrcnet.md.
 
-Every run scores the model beside the predictors it has to beat (train mean, ridge, kNN, image-only
-retrieval, contrastive loss alone) on the same slides; see docs/cmrcnet.md.
+    patch --ViT--> F (B, T, D) --mean, head--> z (B, d)  <-- contrastive loss --> h (B, d)
+                   |                            ^                                    ^
+                   linear, mask half            | reconstruction loss        head ---+
+                   v                            |                                    |
+                   X (B, T, d) --query--> two residual cross-attentions --mean--> r  |
+                                            ^ key, value                             |
+                                            Y (B, n, d) <--SNN block-- expression s (B, G)
 
-    # frozen features on CPU, the ViT on a GPU
-    python cmrcnet.py --data datasets/her2st --fold 0
-    # the other sections of its patient train: leaks the patient
-    python cmrcnet.py --data datasets/her2st --split section --slice C2
-    torchrun --nproc_per_node=2 cmrcnet.py --data datasets/her2st --backbone released
-    # reads the atlas.h5 beside it, trains nothing
+    prediction: mean expression of the k training spots whose h is nearest to z by cosine
+
+| symbol | meaning | shape |
+|---|---|---|
+| $F$ | image tokens: class token and patches of the ViT; one token of frozen features | (B, T, D) |
+| $s$ | log expression of the highly variable genes | (B, G) |
+| $z$, $h$ | embeddings of image and expression | (B, d) |
+| $X$, $Y$ | image tokens and gene tokens of the reconstruction | (B, T, d), (B, n, d) |
+| $r$ | reconstructed embedding | (B, d) |
+| $S$, $P$ | similarities of the pairs of a batch, and their targets | (B, B) |
+| $W$ | a linear map; every layer has its own | |
+
+Every run scores the model beside the predictors it has to beat on the same slides: train mean,
+ridges, kNN, image-only retrieval, the contrastive loss alone.
+
+    python cmrcnet.py --data datasets/her2st --fold 0 --encoder "features/{sample}.npz"
+    python cmrcnet.py --data datasets/her2st --split section --slice C2 --preset tuned
     python cmrcnet.py --data new_slides --predict runs/.../model.pt
 """
 
-import copy
-import re
 import time
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import data
-import metrics
-from data import DataError
-from evaluation import baselines, figures, hest
-from plainst import export, jobs, retrieval, run
-from plainst.features import input_files, read_tensors
+from evaluation import atlas, retrieval_record, retrieval_task
+from plainst import retrieval, run
+from plainst.features import read_tensors
+from plainst.vit_weights import vit_state
 
-SIZES = {
-    "vit": {"dim": 256, "snn": 2048, "n_hvg": 1000, "lr": 1e-4, "epochs": 60},
-    "features": {"dim": 128, "snn": 512, "n_hvg": 200, "lr": 1e-3, "epochs": 30},
-}
-# pixels, patch, width, layers, heads
+
+class Size(NamedTuple):
+    """Pixels of a patch and of a token, width, layers and heads of a ViT."""
+
+    pixels: int
+    token: int
+    dim: int
+    layers: int
+    heads: int
+
+
 VITS = {
-    "released": (224, 32, 768, 8, 8),
-    "base": (224, 32, 768, 12, 12),
-    "tiny": (112, 16, 192, 4, 6),
+    "released": Size(224, 32, 768, 8, 8),
+    "base": Size(224, 32, 768, 12, 12),
+    "tiny": Size(112, 16, 192, 4, 6),
 }
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# columns of the printed table
-COLUMNS = (
-    *("pcc_mean", "pcc_pooled", "pcc_heg", "pcc_hvg", "pcc_marker", "variance_ratio_median"),
-    *("rmse", "gene_gene_pearson", "rate_pcc"),
-)
 
-
-# named sets of flags; what is typed goes before them
-PRESETS = {"tuned": {}}
+# named sets of flags; what is typed goes before them. The defaults of Config are the paper's, but
+# for the backbone
+TUNED = {"dim": 128, "snn": 512, "n_hvg": 200, "lr": 1e-3, "epochs": 14, "val": "groups"}
+TUNED |= {"norm_sim": True, "tau": 0.1, "dropout": 0.3, "scale": "both"}
+TUNED |= {"gene_scale": "slide", "batches": "slide", "values": "slide"}
+SMALL = {"backbone": "tiny", "dim": 128, "snn": 1024, "epochs": 30}
+PRESETS = {"paper": {}, "paper-small": SMALL, "tuned": TUNED}
 
 
 @dataclass
@@ -69,6 +78,9 @@ class Config(run.Config):
 
     presets: ClassVar = PRESETS
 
+    preset: str = "paper"
+    """a named set of flags; what is typed beside it goes before it. paper: the released settings on
+    frozen features; paper-small: a ViT of 50 tokens from patches"""
     data: str = "datasets/her2st"
     "HEST-benchmark task folder (or HEST-1k folder); with --predict also a folder of patches (*.h5)"
     split: Literal["folds", "patient", "section", "sample"] = "folds"
@@ -88,17 +100,16 @@ class Config(run.Config):
     depth is part of the answer)"""
     min_counts: int = 100
     "spots with fewer counts are tissue but are neither trained on nor scored"
-    n_hvg: int = 0
-    """genes that the gene branch sees: union of so many highly variable genes of each training
-    slide; 0: 1,000 as released, 200 with frozen features"""
+    n_hvg: int = 1000
+    "genes of the gene branch: union of so many highly variable genes of each training slide"
     oracle_genes: bool = False
     """the published rule: highly variable genes of all slides, test included, and HEG / HVG lists
     from each test slide's truth"""
     markers: str = "breast"
     "marker list: breast, colorectal, or names joined by commas; those not measured are left out"
     backbone: Literal["features", "released", "base", "tiny"] = "features"
-    """frozen features, or a ViT: 8 layers x 8 heads as released, ViT-B/32 (12 x 12), 4 x 6 on 112
-    pixels"""
+    """frozen features of one token, or a ViT: 8 layers x 8 heads as released, ViT-B/32 (12 x 12),
+    4 x 6 on 112 pixels"""
     weights: str = ""
     """ViT-B/32 checkpoint (timm or transformers keys; .safetensors, .pt, .bin) to start --backbone
     base from"""
@@ -107,32 +118,38 @@ class Config(run.Config):
     {sample} stands for the slide's name"""
     cache: str = ""
     "folder for image features; empty: <data>/.features where that can be written"
-    scale: Literal["train", "slide", "both"] = "both"
+    scale: Literal["train", "slide", "both"] = "train"
     """features are z-scored by the training spots, by the slide's own spots (no label is used), or
     both, side by side"""
     gene_scale: Literal["none", "train", "slide"] = "none"
     """expression vector of the gene branch: log1p as it is (released), z-scored over the training
     spots, or within each slide"""
-    dim: int = 0
-    "width of the embeddings; 0: 256 as released, 128 with frozen features"
-    snn: int = 0
-    """width of the self-normalising gene block, snn / dim gene tokens; 0: 2,048 as released, 512
-    with frozen features"""
-    tau: float = 0.0
-    "temperature; 0: 1 in the released loss, 0.1 with --norm_sim"
+    dim: int = 256
+    "width d of the embeddings"
+    snn: int = 2048
+    "width of the self-normalising gene block: snn / dim gene tokens"
+    tau: float = 1.0
+    "temperature; with --norm_sim .1 is usual"
     norm_sim: bool = False
     """similarities are cosines: the smoothed targets are then smooth; in the released form they are
     one-hot"""
     reconstruction: Literal["mse", "cosine", "none"] = "mse"
-    "distance between the reconstructed and the image embedding; none: contrastive loss alone"
+    "distance between the reconstructed embedding and its target; none: contrastive loss alone"
+    reconstruct: Literal["image", "genes"] = "image"
+    "what is masked and reconstructed; the other modality is the key and value"
+    schedule: Literal["joint", "two-stage"] = "joint"
+    "both losses from the start (released), or contrastive alone for the first half of --epochs"
     mask_rate: float = 0.5
-    "fraction of the elements of the image tokens set to 0"
+    "fraction of the elements of the masked tokens set to 0"
     share: bool = True
     "the two residual cross-attention blocks share weights, as released"
     dropout: float = 0.1
     "dropout of heads and fusion blocks"
-    augment: bool = True
-    "flips and quarter turns of training patches (ViT only)"
+    batches: Literal["mixed", "slide"] = "mixed"
+    "spots of a batch: of all slides (released), or of one, so that no slide can be told (ours)"
+    values: Literal["raw", "slide"] = "raw"
+    """expression that is averaged: as it is, or z-scored within its slide and brought back to the
+    mean and spread of all training spots (ours)"""
     shuffle_pairs: bool = False
     """control: image and expression of the training spots are paired at random, over all training
     slides"""
@@ -141,311 +158,282 @@ class Config(run.Config):
     weighting: Literal["mean", "softmax"] = "mean"
     "plain mean, or softmax of cosine / 0.05"
     index: Literal["exact", "ivf"] = "exact"
-    "exact search, or an inverted file: k-means lists of which --probe are read"
-    lists: int = 0
-    "k-means lists of the inverted file; 0: 2 sqrt(keys)"
-    probe: int = 8
-    "lists read for a query"
-    lr: float = 0.0
-    """peak AdamW learning rate, a cosine falls to a tenth of it; 0: 0.0001 as released, 0.001 with
-    frozen features"""
-    weight_decay: float = 1e-3
-    "AdamW weight decay"
+    "exact search, or an inverted file: k-means lists of which the nearest are read"
+    recall: float = 0.95
+    "share of the k nearest that the inverted file has to find: it chooses how many lists it reads"
+    lr: float = 1e-4
+    "peak AdamW learning rate; a cosine falls to a tenth of it"
     batch: int = 64
     "spots of a step over all processes: the contrastive loss is over all of them"
-    epochs: int = 0
-    """most passes over the training spots, how many there are is chosen by --val; 0: 60 as
-    released, 30 with frozen features"""
-    val: Literal["groups", "random", "none"] = "groups"
+    epochs: int = 60
+    "most passes over the training spots; --val chooses how many"
+    val: Literal["groups", "random", "none"] = "random"
     """chooses the number of epochs inside the training slides: cross-validation over patients
     (slides where there is one patient, tiles where there is one slide), a random fifth of the spots
     (released), or no choice"""
     folds: int = 5
     "folds of --val groups, at most"
+    fast: bool = True
+    "fused attention, search in tiles; the plain forms give the same numbers"
     save_every: int = 0
     "epochs between checkpoints (latest.pt in the run's folder); 0: none"
     resume: bool = False
     "go on from latest.pt"
     predict: str = ""
-    "checkpoint (model.pt of a run): predict --data with it and its atlas, train nothing"
-    atlas: str = ""
-    "atlas for --predict; empty: atlas.h5 beside the checkpoint"
+    "checkpoint (model.pt of a run): predict --data with it and the atlas.h5 beside it"
+
+
+def check(config):
+    """Raise DataError, naming the flag, for a value or a combination that no run can use."""
+    retrieval_task.check(config, HEADS)
+
+
+def variant(config):
+    """Folder name of the run."""
+    return retrieval_task.variant(config)
 
 
 # --------------------------------------------------------------------------------------------------
-# Randomness by row of the global batch: one process or several, the same masks
+# Layers
 # --------------------------------------------------------------------------------------------------
 
-
-class GlobalRows:
-    """Random numbers for the rows [start, start + n) of a global batch of `total`: every process
-    draws for all rows and keeps its own."""
-
-    def __init__(self):
-        self.start, self.n, self.total, self.generator = 0, 0, 0, None
-
-    def set(self, rank, world, total, generator):
-        self.n, self.total, self.generator = total // world, total, generator
-        self.start = rank * self.n
-
-    def rand(self, *tail):
-        """(n, *tail) uniform."""
-        return torch.rand(
-            self.total, *tail, generator=self.generator, device=self.generator.device
-        )[self.start : self.start + self.n]
+HEADS = 8  # of the residual cross-attention
+CROSS_HEADS = 4  # of the cross-attention before it
+GENE_DROPOUT = 0.25  # of the gene tokens, and of q and k in the residual cross-attention
 
 
-class Drop(nn.Module):
-    """Dropout with rate p, row by row of the global batch; `alpha`: keeps mean 0 and variance 1
-    (Klambauer et al. 2017, Sec. 3)."""
+def attention(q, k, v, fast=True):
+    r"""Attention of heads side by side (Vaswani et al. 2017, Eq. 1): q (B, heads, T, c), k and v
+    (B, heads, n, c) -> (B, T, heads c).
 
-    def __init__(self, p, rows, alpha=False):
+    $$\mathrm{att}(q, k, v) = \mathrm{softmax}(q k^\top / \sqrt{c})\, v \tag{1}$$
+
+    Test: test_plain_attention_equals_the_fused_one
+    """
+    if fast:
+        out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, heads, T, n)
+        out = scores.softmax(-1) @ v
+    return out.transpose(1, 2).flatten(2)  # (B, T, heads c)
+
+
+class TransformerBlock(nn.Module):
+    r"""Pre-norm transformer block (Dosovitskiy et al. 2021, Eq. 2-3).
+
+    $$x \leftarrow x + W \mathrm{att}(\mathrm{LN}(x)), \qquad
+    x \leftarrow x + W_2 \mathrm{GELU}(W_1 \mathrm{LN}(x)) \tag{2}$$
+
+    Test: test_vit_of_a_checkpoint_equals_transformers
+    """
+
+    def __init__(self, dim, heads, dropout=0.0, fast=True):
         super().__init__()
-        self.p, self.rows, self.alpha = p, rows, alpha
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        keep = self.rows.rand(*x.shape[1:]) >= self.p
-        if not self.alpha:
-            return x * keep / (1 - self.p)
-        low = -1.7580993408473766  # -lambda alpha of SELU
-        scale = ((1 - self.p) * (1 + self.p * low**2)) ** -0.5
-        return scale * (torch.where(keep, x, low) - low * self.p)
-
-
-# --------------------------------------------------------------------------------------------------
-# Network
-# --------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block, Vaswani et al. 2017: x + SA(LN x), then x + MLP(LN x), width 4D,
-    GELU; (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, dim, heads, rows, dropout=0.0):
-        super().__init__()
-        self.heads = heads
+        self.heads, self.fast, self.dropout = heads, fast, nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.drop = Drop(dropout, rows)
 
     def forward(self, x):
-        # (B, H, T, d) each
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.drop(
-            self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        )
-        return x + self.drop(self.fc2(self.drop(F.gelu(self.fc1(self.norm2(x))))))
+        """x (B, T, D) -> (B, T, D)."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, c) each
+        x = x + self.dropout(self.proj(attention(q, k, v, self.fast)))
+        hidden = self.dropout(F.gelu(self.fc1(self.norm2(x))))  # (B, T, 4 D)
+        return x + self.dropout(self.fc2(hidden))
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, standard deviation
 
 
 class ViT(nn.Module):
-    """Dosovitskiy et al. 2021: uint8 (B, px, px, 3) -> tokens (B, 1 + (px / patch)^2, D) after the
-    last LayerNorm, class token first."""
+    r"""Vision transformer (Dosovitskiy et al. 2021, Eq. 1-4): a class token, then the patches.
 
-    def __init__(self, px, patch, dim, layers, heads, rows):
+    $$F = \mathrm{LN}(\mathrm{blocks}([c;\, W p_1;\, \dots;\, W p_{49}] + e)) \tag{3}$$
+
+    Test: test_vit_of_a_checkpoint_equals_transformers
+    """
+
+    def __init__(self, size, fast=True):
         super().__init__()
-        self.patch = nn.Conv2d(3, dim, patch, patch)
-        self.cls = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos = nn.Parameter(torch.zeros(1, 1 + (px // patch) ** 2, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, rows) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in IMAGENET)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.01)
-                nn.init.zeros_(m.bias)
+        n_tokens = 1 + (size.pixels // size.token) ** 2
+        self.patch = nn.Conv2d(3, size.dim, size.token, size.token)
+        self.cls = nn.Parameter(torch.zeros(1, 1, size.dim))
+        self.pos = nn.Parameter(torch.zeros(1, n_tokens, size.dim))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(size.dim, size.heads, fast=fast) for _ in range(size.layers)
+        )
+        self.norm = nn.LayerNorm(size.dim, eps=1e-6)
+        for name, value in zip(("mean", "std"), IMAGENET):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
         nn.init.kaiming_normal_(self.patch.weight, mode="fan_out")
         nn.init.trunc_normal_(self.cls, std=0.02)
         nn.init.trunc_normal_(self.pos, std=0.02)
 
     def forward(self, image):
-        # (B, 3, px, px)
-        x = (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        x = self.patch(x).flatten(2).transpose(1, 2)  # (B, 49, D)
-        # (B, 50, D)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos
+        """image (B, px, px, 3) uint8 -> F (B, T, D), the class token first."""
+        x = (image.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std  # (B, 3, px, px)
+        x = self.patch(x).flatten(2).transpose(1, 2)  # (B, T - 1, D)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.pos  # (B, T, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
 
-class Head(nn.Module):
-    """Projection head of BLEEP (Xie et al. 2023): p = W1 x, LN(Drop(W2 GELU(p)) + p); (B, in) ->
-    (B, d). Not L2-normalised."""
+class ProjectionHead(nn.Module):
+    r"""Projection of the mean token, or of the expression, not normalised to length 1 (Xie et al.
+    2023).
 
-    def __init__(self, dim_in, dim, rows, dropout):
+    $$p = W_1 x, \qquad z = \mathrm{LN}(p + \mathrm{dropout}(W_2 \mathrm{GELU}(p))) \tag{4}$$
+
+    Test: test_head_equals_its_equation
+    """
+
+    def __init__(self, dim_in, dim, dropout):
         super().__init__()
-        self.w1, self.w2, self.norm, self.drop = (
-            nn.Linear(dim_in, dim),
-            nn.Linear(dim, dim),
-            nn.LayerNorm(dim),
-            Drop(dropout, rows),
-        )
+        self.w1, self.w2 = nn.Linear(dim_in, dim), nn.Linear(dim, dim)
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
 
     def forward(self, x):
-        p = self.w1(x)
-        return self.norm(self.drop(self.w2(F.gelu(p))) + p)
+        """x (B, dim_in) -> (B, d)."""
+        p = self.w1(x)  # (B, d)
+        return self.norm(p + self.dropout(self.w2(F.gelu(p))))
+
+
+class GeneTokens(nn.Module):
+    r"""Self-normalising block (Klambauer et al. 2017), one layer with ELU as released, cut into n
+    tokens.
+
+    $$Y = \mathrm{AlphaDropout}(\mathrm{ELU}(W s)) \tag{5}$$
+
+    Test: test_gene_tokens_equal_their_equation
+    """
+
+    def __init__(self, n_genes, width, dim):
+        super().__init__()
+        self.dim, self.linear = dim, nn.Linear(n_genes, width)
+        # mean 0 and variance 1 stay what they are
+        self.dropout = nn.AlphaDropout(GENE_DROPOUT)
+
+    def forward(self, s):
+        """s (B, G) -> Y (B, n, d)."""
+        return self.dropout(F.elu(self.linear(s))).unflatten(-1, (-1, self.dim))
+
+
+def mask(x, rate):
+    r"""Every element (token x channel) is 0 with probability `rate`; nothing is rescaled.
+
+    $$\tilde X = X \odot m, \qquad m \sim \mathrm{Bernoulli}(1 - \mathrm{rate}) \tag{6}$$
+
+    Test: test_mask_rate_is_the_dropped_fraction_and_touches_r_only
+    """
+    return x * (torch.rand(x.shape, device=x.device) >= rate)
 
 
 class ResidualCrossAttention(nn.Module):
-    """Block on image tokens x (B, T, d), then x + (v1 + softmax(q k' / sqrt(d_h)) v2): what is not
-    masked goes past the attention on the genes.
+    r"""A transformer block, then attention to the other modality beside a way past it: what is not
+    masked goes through $W_1 q$. Values are made from q and k; there is no output projection.
 
-    q = Drop(ReLU(Wq x)), k = Drop(ReLU(Wk y)), v1 = W1 q, v2 = W2 k: values are of the already
-    transformed q and k; no output projection.
+    $$q = \mathrm{dropout}(\mathrm{ReLU}(W_q x)), \qquad
+    k = \mathrm{dropout}(\mathrm{ReLU}(W_k y)) \tag{7}$$
+
+    $$x \leftarrow x + W_1 q + \mathrm{att}(q, k, W_2 k) \tag{8}$$
+
+    Test: test_residual_cross_attention_equals_the_naive_form
     """
 
-    def __init__(self, dim, rows, dropout, heads=8):
+    def __init__(self, dim, dropout, heads=HEADS, fast=True):
         super().__init__()
-        self.heads, self.block, self.drop = (
-            heads,
-            Block(dim, heads, rows, dropout),
-            Drop(0.25, rows),
-        )
-        self.wq, self.wk, self.w1, self.w2 = (nn.Linear(dim, dim) for _ in range(4))
+        self.heads, self.fast, self.dropout = heads, fast, nn.Dropout(GENE_DROPOUT)
+        self.block = TransformerBlock(dim, heads, dropout, fast)
+        self.wq, self.wk = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.w1, self.w2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
     def forward(self, x, y):
-        """x (B, T, d), gene tokens y (B, n, d) -> (B, T, d)."""
+        """x (B, T, d), y (B, n, d) -> (B, T, d)."""
         x = self.block(x)
-        q, k = self.drop(F.relu(self.wq(x))), self.drop(F.relu(self.wk(y)))
-        # (B, H, ., d_h)
+        q = self.dropout(F.relu(self.wq(x)))  # (B, T, d)
+        k = self.dropout(F.relu(self.wk(y)))  # (B, n, d)
         heads = [a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, self.w2(k))]
-        return x + self.w1(q) + F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return x + self.w1(q) + attention(*heads, self.fast)
 
 
-class Reconstruction(nn.Module):
-    """Image tokens (B, T, D_in), masked, and expression (B, G) -> reconstructed image embedding r
-    (B, d)."""
+class MaskReconstruction(nn.Module):
+    r"""The embedding of the image from its masked tokens and the gene tokens; in training only.
 
-    def __init__(self, dim_in, n_genes, dim, snn, rows, mask_rate, share, dropout):
+    $$x = \mathrm{MHA}(\tilde X, Y, Y), \qquad x \leftarrow \mathrm{RCA}(x, Y) \text{ twice}, \qquad
+    r = \mathrm{mean}_t\, x_t \tag{9}$$
+
+    The first attention replaces the image tokens: it has no residual. With --reconstruct genes X
+    and Y change places, and the target of r is h.
+
+    Test: test_mask_reconstruction_equals_its_parts
+    """
+
+    def __init__(self, config, dim_in, n_genes):
         super().__init__()
-        self.rows, self.mask_rate, self.n_tokens = rows, mask_rate, snn // dim
-        self.genes, self.gene_drop = nn.Linear(n_genes, snn), Drop(0.25, rows, alpha=True)
-        self.image = nn.Linear(dim_in, dim)
-        self.cross = nn.MultiheadAttention(dim, 4, batch_first=True)
-        block = ResidualCrossAttention(dim, rows, dropout)
-        self.fuse = nn.ModuleList(
-            [block, block if share else ResidualCrossAttention(dim, rows, dropout)]
-        )
+        c = config
+        self.mask_rate, self.masks_genes = c.mask_rate, c.reconstruct == "genes"
+        self.genes = GeneTokens(n_genes, c.snn, c.dim)
+        self.image = nn.Linear(dim_in, c.dim)
+        self.cross = nn.MultiheadAttention(c.dim, CROSS_HEADS, batch_first=True)
+        block = ResidualCrossAttention(c.dim, c.dropout, fast=c.fast)
+        second = block if c.share else ResidualCrossAttention(c.dim, c.dropout, fast=c.fast)
+        self.fusion = nn.ModuleList([block, second])
 
     def forward(self, tokens, s):
-        # (B, 8, d) gene tokens
-        y = self.gene_drop(F.elu(self.genes(s))).unflatten(-1, (self.n_tokens, -1))
-        x = self.masked(self.image(tokens))  # (B, T, d)
-        # replaces the image tokens: no residual here
-        x = self.cross(x, y, y, need_weights=False)[0]
-        for block in self.fuse:
+        """tokens F (B, T, D), expression s (B, G) -> r (B, d)."""
+        x, y = self.image(tokens), self.genes(s)  # (B, T, d), (B, n, d)
+        if self.masks_genes:
+            x, y = y, x
+        if self.training:
+            x = mask(x, self.mask_rate)
+        x = self.cross(x, y, y, need_weights=False)[0]  # (B, T, d)
+        for block in self.fusion:
             x = block(x, y)
         return x.mean(1)
 
-    def masked(self, x):
-        """Every element (token x channel) is 0 with probability mask_rate; nothing is rescaled."""
-        return x * (self.rows.rand(*x.shape[1:]) >= self.mask_rate) if self.training else x
-
 
 class CMRC(nn.Module):
-    """Both branches. dim_in: width of frozen features, or the name of a ViT; n_genes: length of the
-    expression vector."""
+    """Both branches and the reconstruction.
 
-    def __init__(self, dim_in, n_genes, config):
+    dim_in: width of frozen features, not read with a ViT; n_genes: length of the expression vector.
+    """
+
+    def __init__(self, config, dim_in, n_genes):
         super().__init__()
-        self.rows = GlobalRows()
-        self.vit = ViT(*VITS[dim_in], self.rows) if isinstance(dim_in, str) else None
-        width = VITS[dim_in][2] if isinstance(dim_in, str) else dim_in
-        self.image_head = Head(width, config.dim, self.rows, config.dropout)
-        self.gene_head = Head(n_genes, config.dim, self.rows, config.dropout)
-        self.rebuild = (
-            None
-            if config.reconstruction == "none"
-            else Reconstruction(
-                width,
-                n_genes,
-                config.dim,
-                config.snn,
-                self.rows,
-                config.mask_rate,
-                config.share,
-                config.dropout,
-            )
-        )
+        c, self.vit, self.reconstruction = config, None, None
+        if c.backbone != "features":
+            self.vit = ViT(VITS[c.backbone], c.fast)
+            dim_in = VITS[c.backbone].dim
+        self.image_head = ProjectionHead(dim_in, c.dim, c.dropout)
+        self.gene_head = ProjectionHead(n_genes, c.dim, c.dropout)
+        if c.reconstruction != "none":
+            self.reconstruction = MaskReconstruction(c, dim_in, n_genes)
 
-    def image(self, image):
-        """Features (B, F) or uint8 patches (B, px, px, 3) -> tokens (B, T, D), z (B, d) of their
-        mean, class token included."""
-        tokens = image[:, None] if self.vit is None else self.vit(image)
-        return tokens, self.image_head(tokens.mean(1))
+    def image_tokens(self, image):
+        """Features (B, D) or uint8 patches (B, px, px, 3) -> F (B, T, D)."""
+        return image[:, None] if self.vit is None else self.vit(image)
+
+    def embed_image(self, image):
+        """-> z (B, d)."""
+        return self.image_head(self.image_tokens(image).mean(1))
+
+    def embed_genes(self, s):
+        """s (B, G) -> h (B, d)."""
+        return self.gene_head(s)
 
     def forward(self, image, s):
-        """-> z, h, r (B, d) each; r is None without reconstruction."""
-        tokens, z = self.image(image)
-        return z, self.gene_head(s), None if self.rebuild is None else self.rebuild(tokens, s)
-
-
-def parameter_table(model):
-    """{block: number of parameters}; shared weights count once."""
-    parts = {"vit": model.vit, "image_head": model.image_head, "gene_head": model.gene_head}
-    if model.rebuild is not None:
-        r = model.rebuild
-        parts |= {
-            "gene_tokens": r.genes,
-            "image_tokens": r.image,
-            "cross_attention": r.cross,
-            "residual_blocks": r.fuse,
-        }
-    return {
-        name: sum(p.numel() for p in m.parameters()) for name, m in parts.items() if m is not None
-    }
-
-
-RENAME = [
-    (r"^(vit|model|module|backbone|visual)\.", ""),
-    (r"^encoder\.", ""),
-    (r"^embeddings\.", ""),
-    (r"^(layers?|blocks)\.", "blocks."),
-    (r"^(patch_embeddings\.projection|patch_embed\.proj)\.", "patch."),
-    (r"^cls_token$", "cls"),
-    (r"^(position_embeddings|pos_embed)$", "pos"),
-    (r"^layernorm\.", "norm."),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"attention\.output\.dense|attention\.o_proj|attn\.proj", "proj"),
-    (r"attention\.attention\.|attention\.(?=[qkv]_proj)", ""),
-    (r"attn\.qkv", "qkv"),
-    (r"\b(q_proj|query)\b", "q"),
-    (r"\b(k_proj|key)\b", "k"),
-    (r"\b(v_proj|value)\b", "v"),
-    (r"intermediate\.dense|mlp\.fc1", "fc1"),
-    (r"(?<!\w)output\.dense|mlp\.fc2", "fc2"),
-]
-
-
-def vit_state(found, model):
-    """Checkpoint tensors by timm or transformers names -> state_dict of `ViT`. Raises DataError
-    with the first tensor that does not fit."""
-    state = {}
-    for name, value in found.items():
-        for old, new in RENAME:
-            name = re.sub(old, new, name)
-        state[name] = value.float()
-    for name in [n for n in state if n.endswith(("q.weight", "q.bias"))]:
-        parts = [state.get(re.sub(r"q\.(\w+)$", rf"{c}.\1", name)) for c in "qkv"]
-        if all(p is not None for p in parts):
-            state[re.sub(r"q\.(\w+)$", r"qkv.\1", name)] = torch.cat(parts)
-    own = model.state_dict()
-    layers = len({n.split(".")[1] for n in state if n.startswith("blocks.")})
-    wrong = [n for n in own if n not in state or state[n].shape != own[n].shape]
-    if wrong or layers != len(model.blocks):
-        raise DataError(
-            f"the checkpoint has {layers} layers and {wrong[0] if wrong else 'every tensor'} "
-            f"{'is lacking or of another shape' if wrong else 'fits'}, the ViT has "
-            f"{len(model.blocks)} layers: "
-            "give a ViT-B/32 checkpoint for 224 pixels and --backbone base"
-        )
-    return {n: state[n] for n in own}
+        """-> [z, h, r], (B, d) each; r only where the model reconstructs."""
+        tokens = self.image_tokens(image)  # (B, T, D)
+        outputs = [self.image_head(tokens.mean(1)), self.gene_head(s)]
+        if self.reconstruction is not None:
+            outputs.append(self.reconstruction(tokens, s))
+        return outputs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -454,40 +442,55 @@ def vit_state(found, model):
 
 
 def contrastive(z, h, tau=1.0, norm_sim=False):
-    """l (B,) of the pairs z, h (B, d): smoothed-target cross entropy in both directions (BLEEP, Xie
-    et al. 2023, Eq. 2-5).
+    r"""Contrastive loss with smoothed targets (Xie et al. 2023, Eq. 2-5): z, h (B, d) -> l (B,).
 
-    S = h z' / tau, T = softmax_rows((z z' + h h') / 2 * tau); l_i = (CE(S_i, T_i) + CE(S'_i, T'_i))
-    / 2, gradient also through T.
-    norm_sim: cosines, and T is divided by tau as S is. On LayerNorm outputs |z|^2 is about d, so
-    that the released T is one-hot.
+    $$S = h z^\top / \tau, \qquad
+    P = \mathrm{softmax}_{\mathrm{rows}}(\tau (z z^\top + h h^\top) / 2) \tag{10}$$
+
+    $$\ell_i = \frac{1}{2} (\mathrm{CE}(S_i, P_i) + \mathrm{CE}(S^\top_i, P^\top_i)) \tag{11}$$
+
+    The gradient goes through P, too. Outputs of a LayerNorm have $|z|^2 \approx d$, so that P is
+    one-hot. norm_sim: cosines, and P is divided by $\tau$ as S is.
+
+    Test: test_contrastive_loss_equals_its_definition
     """
+    sharpness = tau
     if norm_sim:
-        z, h = F.normalize(z, dim=-1), F.normalize(h, dim=-1)
-    # (B, B) rows genes, columns images
-    s = h @ z.T / tau
-    t = ((z @ z.T + h @ h.T) / 2 * (1 / tau if norm_sim else tau)).softmax(1)
-    return (-(t * s.log_softmax(1)).sum(1) - (t.T * s.T.log_softmax(1)).sum(1)) / 2
+        z, h, sharpness = F.normalize(z, dim=-1), F.normalize(h, dim=-1), 1 / tau
+    similarity = h @ z.T / tau  # (B, B), rows are genes
+    target = ((z @ z.T + h @ h.T) / 2 * sharpness).softmax(1)  # (B, B)
+    genes = -(target * similarity.log_softmax(1)).sum(1)  # (B,)
+    images = -(target.T * similarity.T.log_softmax(1)).sum(1)  # (B,)
+    return (genes + images) / 2
 
 
-def reconstruction_error(r, z, kind):
-    """Per pair (B,): mean squared error over the channels, or 1 - cosine. z is not detached: both
-    sides learn."""
-    return (r - z).square().mean(1) if kind == "mse" else 1 - F.cosine_similarity(r, z, dim=1)
+def reconstruction_error(r, target, kind):
+    r"""Distance of a pair, (B, d) each -> (B,). The target is not detached: both sides learn.
+
+    $$\epsilon_i = \frac{1}{d} |r_i - z_i|^2 \quad \text{or} \quad
+    \epsilon_i = 1 - \cos(r_i, z_i) \tag{12}$$
+
+    Test: test_reconstruction_error_equals_its_definition
+    """
+    if kind == "mse":
+        return (r - target).square().mean(1)
+    return 1 - F.cosine_similarity(r, target, dim=1)
 
 
-def loss_of(out, config):
-    """mean log(1 + l) + log(1 + mean error) over the global batch; the mean l for the log of
-    training, and the error."""
-    # each process has the loss of all rows: the sum of the processes' gradients is that of one
-    packed = run.gather(torch.cat([a.float() for a in out if a is not None], 1))
-    z, h, *r = packed.split(config.dim, 1)  # (B, d) each
-    pair = contrastive(z, h, config.tau or (0.1 if config.norm_sim else 1.0), config.norm_sim)
+def total_loss(config, z, h, r=None):
+    r"""The loss of a batch, and a tensor of loss, mean $\ell$ and mean $\epsilon$ for the log.
+
+    $$L = \mathrm{mean}_i \log(1 + \ell_i) + \log(1 + \mathrm{mean}_i\, \epsilon_i) \tag{13}$$
+
+    Test: test_total_loss_is_the_sum_of_the_logs
+    """
+    pair = contrastive(z, h, config.tau, config.norm_sim)  # (B,)
     loss, error = pair.log1p().mean(), torch.zeros((), device=z.device)
-    if r:
-        error = reconstruction_error(r[0], z, config.reconstruction).mean()
+    if r is not None:
+        target = z if config.reconstruct == "image" else h
+        error = reconstruction_error(r, target, config.reconstruction).mean()
         loss = loss + error.log1p()
-    return loss, pair.mean().detach(), error.detach()
+    return loss, torch.stack([loss, pair.mean(), error]).detach()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,819 +498,133 @@ def loss_of(out, config):
 # --------------------------------------------------------------------------------------------------
 
 
-def search(config, queries, keys):
-    """Top-k by --index -> similarity, index (Q, k), recall of the inverted file on at most 1,000 of
-    the queries (nan for the exact search)."""
-    k = config.k
-    if config.index == "exact":
-        return *retrieval.exact_topk(queries, keys, k), float("nan")
-    index = retrieval.InvertedFile(keys, config.lists, config.seed)
-    found = index.topk(queries, k, config.probe)
-    rows = torch.linspace(0, len(queries) - 1, min(len(queries), 1000)).long()
-    exact = retrieval.exact_topk(queries[rows], keys, k)[1].cpu().numpy()
-    recall = metrics.recall_at_k(found[1][rows].cpu().numpy(), exact)
-    return *found, recall
+def retrieve(z, keys, values, config):
+    r"""Expression of the k training spots nearest by cosine: z (Q, d), keys h (M, d), values (M, G)
+    -> (Q, G), rows of the keys (Q, k), recall of an inverted file (nan for the exact search).
+
+    $$\hat y_i = \sum_{j \in N_i} w_{ij} y_j, \qquad
+    N_i = \text{the } k \text{ spots of the largest } \cos(z_i, h_j) \tag{14}$$
+
+    $w_{ij} = 1 / k$, or $\mathrm{softmax}_j(\cos(z_i, h_j) / 0.05)$.
+
+    Test: test_plain_retrieval_equals_the_fast_one
+    """
+    if config.fast:
+        cosine, rows, recall = retrieval.search(z, keys, config)
+        return retrieval.read_out(cosine, rows, values, config.weighting), rows, recall
+    cosine = F.normalize(z, dim=-1) @ F.normalize(keys, dim=-1).T  # (Q, M)
+    cosine, rows = cosine.topk(config.k)  # (Q, k)
+    weights = torch.full_like(cosine, 1 / config.k)
+    if config.weighting == "softmax":
+        weights = (cosine / 0.05).softmax(1)
+    nearest = torch.as_tensor(values)[rows.cpu()]  # (Q, k, G)
+    return torch.einsum("qk,qkg->qg", weights.cpu(), nearest).numpy(), rows, float("nan")
 
 
-# --------------------------------------------------------------------------------------------------
-# Slides -> tensors
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sample:
-    """One slide. S spots, G genes read out (targets first), I genes of the gene branch."""
-
-    name: str
-    patient: str
-    slide: data.Slide
-    # (S, F) frozen features as they are
-    frozen: torch.Tensor
-    # (S, F') what the image branch sees: scaled features, or uint8 (S, px, px, 3)
-    x: torch.Tensor = None
-    s: torch.Tensor = None  # (S, I) expression vector
-    # (S, G) expression to read out
-    y: np.ndarray = None
-    measured: np.ndarray = None  # (G,) bool
-    # (S,) bool, spots with enough counts
-    scored: np.ndarray = None
-
-
-def pixels(slide, px):
-    """(S, px, px, 3) uint8 patches, resized where they have another size; 150 kB a spot at 224
-    pixels stay in memory."""
-    if slide.patches is None:
-        raise DataError(
-            f"slide {slide.sample} has no patches: give a HEST folder with patches/, or "
-            "--backbone features"
-        )
-    out = torch.empty(slide.n_spots, px, px, 3, dtype=torch.uint8)
-    for rows in torch.arange(slide.n_spots).split(256):
-        p = torch.from_numpy(slide.patches[rows.numpy()])  # (n, h, w, 3)
-        if p.shape[1:3] != (px, px):
-            p = (
-                F.interpolate(
-                    p.permute(0, 3, 1, 2).float(), size=(px, px), mode="bilinear", antialias=True
-                )
-                .round()
-                .clamp(0, 255)
-                .permute(0, 2, 3, 1)
-            )
-        out[rows] = p.to(torch.uint8)
-    return out
-
-
-class Scaler:
-    """Mean and spread of features and of the expression vector over the scored training spots."""
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-
-    @classmethod
-    def fit(cls, samples):
-        tensors = {}
-        for name in ("frozen", "s"):
-            mean, std = hest.mean_and_std([getattr(s, name)[s.scored] for s in samples])
-            tensors |= {f"{name}_mean": mean, f"{name}_std": std}
-        return cls(tensors)
-
-    def apply(self, sample, config):
-        """The sample with x (frozen features only) and s scaled as --scale and --gene_scale say."""
-        out, t = copy.copy(sample), self.tensors
-        if config.backbone == "features":
-            out.x = hest.scaled_features(
-                sample.frozen, t["frozen_mean"], t["frozen_std"], config.scale
-            )
-        if sample.s is not None and config.gene_scale != "none":
-            own = sample.s[sample.scored]
-            mean, std = (
-                (t["s_mean"], t["s_std"])
-                if config.gene_scale == "train"
-                else (own.mean(0), own.std(0, correction=0))
-            )
-            # a gene seen once is not worth 30 sigma
-            out.s = ((sample.s - mean) / std.clamp(min=0.1)).clamp(-10, 10)
-        return out
-
-
-class Pairs:
-    """Scored spots of several samples: image, expression vector, values; the unit of training and
-    the rows of the atlas."""
-
-    def __init__(self, samples):
-        rows = [np.flatnonzero(s.scored) for s in samples]
-        self.names = [s.name for s in samples]
-        # (N,)
-        self.slide = np.repeat(np.arange(len(samples)), [len(r) for r in rows])
-        self.row, self.x = np.concatenate(rows), [s.x for s in samples]
-        self.s = torch.cat([s.s[r] for s, r in zip(samples, rows)])  # (N, I)
-        # pictures are not copied
-        self.features = (
-            torch.cat([s.x[r] for s, r in zip(samples, rows)]) if samples[0].x.ndim == 2 else None
-        )
-        y = np.concatenate([s.y[r] for s, r in zip(samples, rows)])  # (N, G)
-        measured = np.stack([s.measured for s in samples])[self.slide]
-        self.y, _ = hest.fill_unmeasured(y, measured)
-
-    def __len__(self):
-        return len(self.row)
-
-    def image(self, rows):
-        """Rows of the image input, (n, F) or (n, px, px, 3)."""
-        if self.features is not None:
-            return self.features[rows]
-        return torch.stack([self.x[i][j] for i, j in zip(self.slide[rows], self.row[rows])])
+def predict(queries, keys, values, config):
+    """`Prediction` for several slides: queries [(S, d)], keys (M, d), values (M, G)."""
+    sizes = [len(z) for z in queries]
+    expression, rows, recall = retrieve(torch.cat(queries), keys, values, config)
+    expression = np.split(expression, np.cumsum(sizes)[:-1])
+    return retrieval_task.Prediction(expression, rows.split(sizes), queries, keys, recall)
 
 
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
 
-
-def turned(image, rows):
-    """Random flips and quarter turns of square patches (n, px, px, 3), as released."""
-    u = rows.rand(3)  # (n, 3)
-    for axis in (1, 2):
-        image = torch.where((u[:, axis - 1] < 0.5)[:, None, None, None], image.flip(axis), image)
-    turns = (u[:, 2] * 4).long()
-    for n in (1, 2, 3):
-        image = torch.where((turns == n)[:, None, None, None], image.rot90(n, (1, 2)), image)
-    return image
+WEIGHT_DECAY = 1e-3  # of AdamW
+LAST_LR = 0.1  # of the peak
 
 
-@torch.no_grad()
-def embed(model, config, x=None, s=None, batch=1024):
-    """z (S, d) of images x, or h (S, d) of expression s; float32, on the model's device; eval
-    mode."""
-    model.eval()
-    device = next(model.parameters()).device
-    out = []
-    for part in (s if x is None else x).split(batch):
-        with run.autocast(config, device):
-            out.append(
-                (
-                    model.gene_head(part.to(device))
-                    if x is None
-                    else model.image(part.to(device))[1]
-                ).float()
-            )
-    return torch.cat(out)
-
-
-def retrieve(model, config, keys, values, samples):
-    """keys (M, d), values (M, G) -> predicted expression (S, G) of every sample, the similarity,
-    index and queries of each, recall of the index."""
-    queries = [embed(model, config, x=s.x) for s in samples]
-    similarity, index, recall = search(config, torch.cat(queries), keys)
-    sizes = [len(q) for q in queries]
-    found = list(zip(similarity.split(sizes), index.split(sizes), queries))
-    predicted = [retrieval.read_out(a, b, values, config.weighting) for a, b, _ in found]
-    return predicted, found, recall
-
-
-def validation_score(model, config, pairs, samples, n_targets):
-    """Mean over held-out slides of the mean PCC of the target genes."""
-    found = []
-    for s, pred in zip(
-        samples, retrieve(model, config, embed(model, config, s=pairs.s), pairs.y, samples)[0]
-    ):
-        cols = np.flatnonzero(s.measured[:n_targets])
-        found.append(
-            metrics.pcc_summary(s.y[s.scored][:, cols], pred[s.scored][:, cols])["pcc_mean"]
-        )
-    return float(np.nanmean(found)) if np.isfinite(found).any() else -np.inf
-
-
-def epoch_of(net, model, optimiser, pairs, config, record, generator):
-    """One pass. Returns loss, mean l of the pairs and reconstruction error, averaged over the
-    steps; the same with one process or several."""
-    batch = min(config.batch, len(pairs) // record.world * record.world)
-    order = torch.randperm(
-        len(pairs), generator=torch.Generator().manual_seed(generator.initial_seed())
-    )
-    total = torch.zeros(3, device=record.device)
-    # the last, incomplete batch is dropped
-    steps = order[: len(order) // batch * batch].split(batch)
-    for rows in steps:
-        model.rows.set(record.rank, record.world, batch, generator)
-        mine = rows[model.rows.start : model.rows.start + model.rows.n].numpy()
-        image = pairs.image(mine).to(record.device)
-        if model.vit is not None and config.augment:
-            image = turned(image, model.rows)
-        with run.autocast(config, record.device):
-            out = net(image, pairs.s[mine].to(record.device))
-        loss, pair, error = loss_of(out, config)
-        optimiser.zero_grad()
-        # DDP averages the gradients; the sum is wanted, see `loss_of`
-        (loss * record.world).backward()
-        optimiser.step()
-        total += torch.stack([loss.detach(), pair, error])
-    # the only place where the host waits for the device
-    found = (total / len(steps)).tolist()
-    if not np.isfinite(found[0]):
-        raise DataError(
-            f"the loss is {found[0]}: lower --lr, or check the inputs for extreme values"
-        )
-    return found
-
-
-def train_one(make, pairs, val, config, record, epochs, number, n_targets, saved=None, save=None):
-    """One model. Every epoch seeds itself, so that going on from `saved` gives what an
-    uninterrupted run gives.
-
-    Returns the model and its history [(loss, mean l, reconstruction error, validation score or
-    nan)].
-    """
-    torch.manual_seed(1_000_003 * config.seed + number)
-    model = run.compiled(make().to(record.device), config)
+def train(fold, config, job, n_epochs):
+    """Train one model on the spots of a `Fold` as the `jobs.Job` says. Returns the model and its
+    history [(loss, mean l, reconstruction error, PCC of the held-out slides)]."""
+    job.seed_start()
+    model = build(config, fold).to(fold.device)
+    run.compiled(model, config)
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
+        model.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY, foreach=True
     )
-    history = []
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        history = [tuple(h) for h in saved["history"]]
-    net = nn.parallel.DistributedDataParallel(model) if record.world > 1 else model
-    for epoch in run.progress(range(len(history), epochs), "epochs"):
-        generator = torch.Generator(record.device).manual_seed(
-            1_000_003 * config.seed + 1009 * (number + 1) + epoch
-        )
+    for epoch in job.epochs(model, optimiser, n_epochs):
         model.train()
         for group in optimiser.param_groups:
-            # a cosine from lr to lr / 10, a step an epoch
-            group["lr"] = config.lr * run.warmup_cosine(epoch, config.epochs, floor=0.1)
-        found = epoch_of(net, model, optimiser, pairs, config, record, generator)
-        history.append(
-            (
-                *found,
-                validation_score(model, config, pairs, val, n_targets) if val else float("nan"),
-            )
-        )
-        if save is not None and config.save_every and (epoch + 1) % config.save_every == 0:
-            save(
-                {
-                    "model": model.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "history": history,
-                }
-            )
-    return model, history
+            group["lr"] = config.lr * run.warmup_cosine(epoch, config.epochs, floor=LAST_LR)
+        is_alone = config.schedule == "two-stage" and epoch < config.epochs // 2
+        losses = []
+        for image, expression in fold.batches():
+            with run.autocast(config, fold.device):
+                outputs = model(image, expression)
+            # every process has all rows of the batch, and the gradient of its own
+            outputs = [run.gather(out.float()) for out in outputs]
+            loss, parts = total_loss(config, *outputs[: 2 if is_alone else 3])
+            optimiser.zero_grad()
+            loss.backward()
+            run.sum_gradients(list(model.parameters()), loss)
+            optimiser.step()
+            losses.append(parts)
+        losses = retrieval_task.mean_losses(losses)
+        job.history.append((*losses, validation_pcc(model, fold, config)))
+    return model, job.history
 
 
-def inner_folds(samples, config):
-    """[(fit, validation samples)] inside the training slides: other patients, else other slides,
-    else tiles of an only slide; or a random fifth."""
-    if config.val == "none":
-        return []
-    if config.val == "random":
-        rng = np.random.default_rng(config.seed)
-        masks = {s.name: rng.random(len(s.scored)) < 0.2 for s in samples}
-        return [hest.divided(samples, masks)]
-
-    def place(sample):
-        xy = sample.slide.xy
-        return (xy - xy.min(0)) / data.lattice_pitch(xy)
-
-    folds = hest.inner_folds(samples, config.folds, place)
-    # enough spots to average k of them
-    return [(fit, val) for fit, val in folds if sum(s.scored.sum() for s in fit) >= config.k]
+def validation_pcc(model, fold, config):
+    """Mean over held-out slides of the mean PCC of the target genes; nan where none is held out."""
+    if not fold.held_out:
+        return float("nan")
+    exact = replace(config, index="exact")
+    prediction = predict(fold.queries(model), fold.keys(model), fold.spots.values, exact)
+    return fold.score(prediction.expression)
 
 
-def train(make, samples, config, record, n_targets, latest=None, origin=None):
-    """Validation inside the training slides chooses the number of epochs, then one model is trained
-    on all of them.
-
-    Returns the model, the histories (folds, then the model), the best validation score (nan
-    without). latest: path of latest.pt or None; origin: see `jobs.Jobs`.
-    """
-    queue = jobs.Jobs(config, latest, origin, "whole cmrcnet checkpoint")
-    folds = inner_folds(samples, config)
-
-    def train_on(fit, val, epochs):
-        given = (make, Pairs(fit), val, config, record, epochs)
-        return partial(train_one, *given, n_targets=n_targets)
-
-    for fit, val in folds:
-        queue.do(train_on(fit, val, config.epochs))
-    epochs, best = config.epochs, float("nan")
-    if folds:
-        epochs, best = hest.best_epochs(queue.histories())
-    model = queue.do(train_on(samples, [], epochs))
-    histories = queue.histories()
-    warn_when_guessing(histories[-1], min(config.batch, sum(int(s.scored.sum()) for s in samples)))
-    return model, histories, best
-
-
-def warn_when_guessing(history, batch):
-    """Print a warning where the contrastive loss of the last epoch is still that of random
-    guessing, log(batch)."""
-    last, guess = history[-1][1], np.log(batch)
-    if last > 0.95 * guess:
-        run.say(
-            f"warning: the contrastive loss is {last:.2f}, random guessing has log({batch}) = "
-            f"{guess:.2f}: image and expression have not been "
-            "matched; train longer, raise --lr, or check the pairing"
-        )
-
-
-def encoder_name(config):
-    """What turns a patch into the model's input: the ViT, or the frozen encoder."""
-    if config.backbone != "features":
-        return f"vit:{config.backbone}"
-    return "file" if hest.has_feature_files(config.encoder) else config.encoder
-
-
-# --------------------------------------------------------------------------------------------------
-# Baselines and scores
-# --------------------------------------------------------------------------------------------------
-
-
-def classical_baselines(fit, test, pairs, n_targets):
-    """{name: [prediction (S, G) per test sample]} on the frozen features; `_scaled`: on what the
-    image branch sees, where that is features."""
-    y = pairs.y.astype(np.float64)
-
-    def features(column):
-        x = torch.cat([getattr(s, column)[s.scored] for s in fit]).double().numpy()
-        return x, y, [getattr(s, column).double().numpy() for s in test], n_targets
-
-    predictions = {"train_mean": [np.tile(pairs.y.mean(0), (len(s.frozen), 1)) for s in test]}
-    predictions |= baselines.feature_baselines(*features("frozen"))
-    if fit[0].x.ndim == 2:
-        predictions |= baselines.scaled_baselines(*features("x"))
-    return predictions
-
-
-# --------------------------------------------------------------------------------------------------
-# The program
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Task:
-    """What a run trains on and is scored on; genes are read out, targets first; lists {test slide:
-    {heg, hvg, marker: names}}."""
-
-    fit: list
-    test: list
-    genes: list
-    n_targets: int
-    inputs: list
-    lists: dict
-    scaler: Scaler
-    pairs: Pairs
-    rates: list = None
-
-    def score(self, predictions):
-        """Scores of the target genes, and of the HEG, HVG and marker lists."""
-        scores = hest.score(self.test, predictions, self.rates, self.n_targets)
-        return scores | hest.gene_list_scores(self.test, predictions, self.genes, self.lists)
-
-
-def check(config):
-    """Raises DataError naming the flag that has an impossible value."""
-    one, zero = run.AT_LEAST_ONE, run.AT_LEAST_ZERO
-    run.check_flags(
-        config,
-        {
-            "fold": zero,
-            "min_counts": zero,
-            "n_hvg": zero,
-            "dim": zero,
-            "snn": zero,
-            "tau": zero,
-            "mask_rate": (lambda v: 0 <= v <= 1, "from 0 to 1"),
-            "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-            "k": one,
-            "lists": zero,
-            "probe": one,
-            "lr": zero,
-            "weight_decay": zero,
-            "batch": (lambda v: v >= 2, "2 or more, a contrastive loss tells a spot from others"),
-            "epochs": zero,
-            "folds": one,
-            "save_every": zero,
-        },
-    )
-    if config.weights and config.backbone != "base":
-        raise DataError(
-            f"--weights {config.weights} is a ViT-B/32 checkpoint: give --backbone base with it"
-        )
-    run.refuse_idle_flags(config, idle_flags(config))
-
-
-def idle_flags(config):
-    """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
-    them. With a ViT, --encoder still rules the baselines."""
-    exact = (config.index == "exact", "with --index exact", ("lists", "probe"))
-    if config.predict:
-        used = ("genes", "k", "weighting", "index", "lists", "probe", "atlas")
-        return [run.idle_with_predict(config, used), exact]
-    split, has_vit = f"with --split {config.split}", config.backbone != "features"
-    has_groups, has_one = config.val == "groups", config.split in ("section", "sample")
-    alone = config.reconstruction == "none"
-    return [
-        exact,
-        (config.split != "folds", split, ("fold",)),
-        (config.split != "patient", split, ("patient",)),
-        (not has_one, split, ("slice",)),
-        (not has_vit, "with --backbone features", ("augment",)),
-        (has_vit, f"with --backbone {config.backbone}", ("scale",)),
-        (alone, "with --reconstruction none", ("mask_rate", "share")),
-        (not has_groups, f"with --val {config.val}", ("folds",)),
-        (True, "without --predict", ("atlas",)),
-    ]
-
-
-def resolved(config):
-    """The flags with 0 replaced by what they stand for. Raises DataError for widths that
-    do not fit each other."""
-    out = copy.copy(config)
-    for name, value in SIZES["features" if out.backbone == "features" else "vit"].items():
-        setattr(out, name, getattr(out, name) or value)
-    if out.dim % 8 or out.snn % out.dim:
-        raise DataError(
-            f"--dim is {out.dim} and --snn {out.snn}: 8 heads must divide dim, and dim snn"
-        )
-    return out
-
-
-def require_spots(n, k, what):
-    """Raise DataError where there are fewer spots than neighbours to average."""
-    if n < k:
-        raise DataError(
-            f"{what} has {n} spots with enough counts, fewer than --k {k}: choose a smaller "
-            "--k or more training slides"
-        )
-
-
-def variant(config):
-    """Folder name of the run: split where it is not the folder's own, backbone, and every other
-    flag that is not at its default."""
-    config = resolved(config)
-    words = [config.split] * (config.split != "folds") + [config.backbone]
-    preset = run.of_preset(Config, config.preset)
-    default = resolved(replace(preset, backbone=config.backbone))
-    silent = ("split", "fold", "patient", "backbone", "atlas")
-    return run.variant(config, words, silent, default)
-
-
-def load(config, train_names, test_names):
-    """Task of the slides by name; prints what was filtered. The values of test slides reach nothing
-    that is fitted, but for --oracle_genes."""
-    need = config.backbone != "features" or not hest.has_feature_files(config.encoder)
-    slides = hest.load_slides(config.data, [*train_names, *test_names], need)
-    fit, min_counts = [slides[n] for n in train_names], config.min_counts
-    targets = hest.target_genes(config.genes, fit, config.data, min_counts)
-    shared = hest.shared_genes(fit)
-    seen = list(slides.values()) if config.oracle_genes else fit
-    inputs = hest.variable_genes(seen, config.n_hvg, min_counts)
-    choice = (min_counts, config.target, config.markers)
-    if config.oracle_genes:
-        lists = {}
-        for n in test_names:
-            measured = [g for g in shared if g in set(slides[n].genes)]
-            lists[n] = hest.gene_lists([slides[n]], measured, *choice)
-    else:
-        lists = dict.fromkeys(test_names, hest.gene_lists(fit, shared, *choice))
-    listed = [g for of_slide in lists.values() for names in of_slide.values() for g in names]
-    genes = list(dict.fromkeys([*targets, *listed]))
-    samples = {}
-    for n, slide in slides.items():
-        frozen = hest.slide_features(config, slide)
-        scored = hest.enough_counts(slide, min_counts)
-        s = samples[n] = Sample(n, slide.patient, slide, frozen, scored=scored)
-        s.y, _, _, s.measured = hest.target_expression(slide, genes, config.target)
-        if n in train_names:
-            s.s = torch.from_numpy(hest.log_expression(slide, inputs).toarray())
-        if config.backbone != "features":
-            s.x = pixels(slide, VITS[config.backbone][0])
-        hest.say_what_is_left_out(s, min_counts, len(targets))
-    n_spots = sum(samples[n].scored.sum() for n in train_names)
-    require_spots(n_spots, config.k, f"the training side ({', '.join(train_names)})")
-    if config.shuffle_pairs:
-        shuffle([samples[n] for n in train_names], config.seed)
-    scaler = Scaler.fit([samples[n] for n in train_names])
-    fit, test = (
-        [scaler.apply(samples[n], config) for n in names] for names in (train_names, test_names)
-    )
-    return Task(
-        fit,
-        test,
-        genes,
-        len(targets),
-        inputs,
-        lists,
-        scaler,
-        Pairs(fit),
-        hest.simulated_rates(config.data, test, genes, normalised=True),
-    )
-
-
-def shuffle(samples, seed):
-    """Give every spot the image of another spot of any of the samples (control). Within slides
-    would not do: the slides' means would stay paired."""
-    sizes = [len(s.frozen) for s in samples]
-    rows = torch.from_numpy(np.random.default_rng([seed, 11]).permutation(sum(sizes)))
-    for name in ("frozen", "x") if samples[0].x is not None else ("frozen",):
-        for s, part in zip(
-            samples, torch.cat([getattr(s, name) for s in samples])[rows].split(sizes)
-        ):
-            setattr(s, name, part)
-
-
-def maker(config, dim_in, n_genes):
-    """A function that makes a new model, with the checkpoint of --weights where there is one."""
-    found = read_tensors(config.weights) if config.weights else None
-
-    def make():
-        model = CMRC(dim_in, n_genes, config)
-        if found is not None:
-            model.vit.load_state_dict(vit_state(found, model.vit))
-        return model
-
-    return make
+def build(config, fold):
+    """A new model, with the weights of --weights where they are given."""
+    model = CMRC(config, fold.dim_in, len(fold.inputs.genes))
+    if config.weights:
+        model.vit.load_state_dict(vit_state(read_tensors(config.weights), model.vit))
+    return model
 
 
 def main(argv=None):
-    """Train and score one model, or predict with one (--predict)."""
+    """Train and score one model beside the baselines, or read an atlas (--predict)."""
     start = time.perf_counter()
     config = run.parse(Config, argv, __doc__.split("\n")[0])
     check(config)
     if config.predict:
-        return predict_folder(config, start)
-    config = resolved(config)
-    split, train_names, test_names, part, leaks = hest.hest_partition(
-        config.data, config.split, config.fold, config.patient, config.slice
-    )
-    record = run.Run("cmrcnet", config, part, variant(config), start)
-    if config.batch % record.world:
-        raise DataError(
-            f"--batch is {config.batch}, which {record.world} processes cannot share evenly: "
-            f"choose a multiple of {record.world}"
-        )
-    task = load(config, train_names, test_names)
-    slides = [s.slide for s in [*task.fit, *task.test]]
-    more = [*hest.task_files(config), config.weights]
-    checksum = record.note_inputs(input_files(slides, config.encoder, more))
-    run.say(
-        f"{part}: {split.detail}; train {' '.join(train_names)}, test {' '.join(test_names)}; "
-        f"{len(task.pairs)} training spots, {task.n_targets} "
-        f"target genes, {len(task.inputs)} genes in the gene branch, "
-        f"{len(task.lists[test_names[0]]['marker'])} markers measured, "
-        f"{encoder_name(config)}"
-    )
-    predictions = classical_baselines(task.fit, task.test, task.pairs, task.n_targets)
-    make = maker(
-        config,
-        task.fit[0].x.shape[1] if config.backbone == "features" else config.backbone,
-        len(task.inputs),
-    )
-    model, histories, val = train(
-        make,
-        task.fit,
-        config,
-        record,
-        task.n_targets,
-        record.folder / "latest.pt",
-        [checksum, train_names, test_names, [str(g) for g in [*task.genes, *task.inputs]]],
-    )
-    keys, values = embed(model, config, s=task.pairs.s), task.pairs.y
-    z = torch.cat([embed(model, config, x=s.x[s.scored]) for s in task.fit])
-    predicted, neighbours, recall = retrieve(model, config, keys, values, task.test)
-    predictions["image_only"] = retrieve(model, config, z, values, task.test)[0]
+        return atlas.predict_folder(config, check, VITS, CMRC, predict, start)
+    sides = retrieval_task.sides_of(config)
+    record = run.Run("cmrcnet", config, sides.part, variant(config), start)
+    task = retrieval_task.Task(config, sides, VITS, record.device)
+    record.note_inputs(task.files())
+    run.say(task.describe())
+    predictions = task.baselines()
+    record.lap("baselines")
+    whole, values = task.whole, task.whole.spots.values
+    model, histories, val = task.train(train, config, record)
+    record.lap("training")
+    queries, keys = whole.queries(model, task.test), whole.keys(model)
+    image_keys = whole.image_keys(model)
+    prediction = predict(queries, keys, values, config)
+    predictions["image_only"] = predict(queries, image_keys, values, config).expression
     if config.reconstruction != "none" and config.backbone == "features":
-        alone = copy.copy(config)
-        alone.reconstruction, alone.resume = "none", False
-        other = train(
-            maker(alone, task.fit[0].x.shape[1], len(task.inputs)),
-            task.fit,
-            alone,
-            record,
-            task.n_targets,
-        )[0]
-        predictions["contrastive_only"] = retrieve(
-            other, alone, embed(other, alone, s=task.pairs.s), values, task.test
-        )[0]
-    others = {name: task.score(p) for name, p in predictions.items()}
-    found = (
-        task.score(predicted)
-        | {"val_pcc": val, "recall_at_k": recall}
-        | diagnostics(config, task, histories[-1], z, keys)
-    )
-    found |= {f"gain_over_{name}": found["pcc_mean"] - s["pcc_mean"] for name, s in others.items()}
-    report(config, others, found, len(task.fit))
-    write(
-        record,
-        config,
-        task,
-        model,
-        keys,
-        predicted,
-        neighbours,
-        histories,
-        found,
-        others,
-        split,
-        target=config.target,
-        leaks_patient=leaks,
-        train_slides=train_names,
-        test_slides=test_names,
-    )
+        alone = replace(config, reconstruction="none", resume=False)
+        other = task.train(train, alone)[0]
+        queries, keys_alone = whole.queries(other, task.test), whole.keys(other)
+        predictions["contrastive_only"] = predict(queries, keys_alone, values, alone).expression
+        record.lap("contrastive alone")
+    others = {name: task.score(expression) for name, expression in predictions.items()}
+    scores = task.score(prediction.expression)
+    scores |= {"val_pcc": val, "recall_at_k": prediction.recall}
+    scores |= task.diagnostics(histories[-1], image_keys, keys)
+    scores |= retrieval_record.gains(scores, others)
+    retrieval_record.report(task, others, scores)
+    curve = retrieval_record.pcc_by_k(task, prediction)
+    retrieval_record.draw(record, task, prediction.expression, histories, curve)
+    arrays, files = retrieval_record.outputs(task, prediction, model)
+    n_params = retrieval_record.n_parameters(model)
+    facts = retrieval_record.facts(task, histories, model) | {"pcc_by_k": curve}
+    record.finish(scores, others, arrays, n_params, sides.split, files, **facts)
     return 0
-
-
-def diagnostics(config, task, history, z, keys):
-    """Scores that say whether to believe the others: losses beside guessing, slides told apart from
-    the embeddings, noise ceiling if simulated."""
-    found = {
-        "contrastive": history[-1][1],
-        "contrastive_guess": float(np.log(min(config.batch, len(task.pairs)))),
-        "reconstruction_error": history[-1][2],
-    }
-    found |= {
-        f"slide_accuracy_{name}": hest.slide_accuracy(a.cpu().numpy(), task.pairs.slide)
-        for name, a in (("image", z), ("gene", keys))
-    }
-    return found | (
-        {} if task.rates is None else {"ceiling_pcc": task.score(task.rates)["pcc_mean"]}
-    )
-
-
-def report(config, others, found, n_slides):
-    """Print the table."""
-    for name, s in [*others.items(), ("cmrcnet", found)]:
-        run.say(hest.table_row(name, s, COLUMNS))
-    run.say(
-        f"gain over image-only retrieval {found['gain_over_image_only']:+.3f}, ridge "
-        f"{found['gain_over_ridge_raw']:+.3f} (raw); "
-        f"slides told apart from z {found['slide_accuracy_image']:.2f}, from h "
-        f"{found['slide_accuracy_gene']:.2f} (chance {1 / n_slides:.2f}); "
-        f"contrastive loss {found['contrastive']:.2f}, guessing {found['contrastive_guess']:.2f}"
-        + (
-            f"; recall@{config.k} of the inverted file {found['recall_at_k']:.3f}"
-            if config.index == "ivf"
-            else ""
-        )
-    )
-
-
-def write(
-    record,
-    config,
-    task,
-    model,
-    keys,
-    predicted,
-    neighbours,
-    histories,
-    found,
-    others,
-    split,
-    **more,
-):
-    """Write the record, the figures, the model and the atlas."""
-    fit, test, genes, pairs, weights = (
-        task.fit,
-        task.test,
-        task.genes,
-        task.pairs,
-        {k: v.cpu() for k, v in model.state_dict().items()},
-    )
-    mark = retrieval.fingerprint(weights, task.inputs)
-    saved = {
-        "config": vars(config).copy(),
-        "genes": genes,
-        "inputs": task.inputs,
-        "scaler": task.scaler.tensors,
-        "weights": weights,
-        "fingerprint": mark,
-    }
-    shared = hest.shared_genes([s.slide for s in fit])
-    # target genes that not every training slide measures
-    rest = [j for j, g in enumerate(genes) if g not in set(shared)]
-    values = sp.hstack(
-        [
-            sp.csr_matrix(pairs.y[:, rest]),
-            sp.vstack([hest.log_expression(s.slide, shared, config.target)[s.scored] for s in fit]),
-        ]
-    ).tocsr()
-    names = {"genes": [*(genes[j] for j in rest), *shared], "inputs": task.inputs}
-    names |= {"slides": pairs.names, "slide": pairs.slide}
-    attributes = {"encoder": encoder_name(config), "fingerprint": mark, "target": config.target}
-    draw(record, config, task, predicted, histories)
-    arrays = arrays_of(test, genes, predicted, neighbours)
-    arrays |= {
-        "key_slide": np.array(pairs.names)[pairs.slide],
-        "key_row": pairs.row,
-    }
-    record.finish(
-        found,
-        others,
-        arrays,
-        sum(p.numel() for p in model.parameters()),
-        split,
-        {
-            "model.pt": lambda f: torch.save(saved, f),
-            "atlas.h5": lambda f: retrieval.write_atlas(
-                f, keys.cpu().numpy(), values, names, attributes
-            ),
-        }
-        | export.files_of("cmrcnet", arrays, [s.slide for s in test], config),
-        epochs=len(histories[-1]),
-        history=histories[-1],
-        parameters=parameter_table(model),
-        low_count_spots={s.name: int((~s.scored).sum()) for s in [*fit, *test]},
-        genes="the folder's list, chosen by its makers on all slides"
-        if config.genes == "task"
-        else "training slides",
-        gene_lists="oracle" if config.oracle_genes else "training slides",
-        n_markers=len(task.lists[test[0].name]["marker"]),
-        **more,
-    )
-
-
-def arrays_of(samples, genes, predicted, neighbours):
-    """What arrays.npz holds: spots of all test slides one below the other; neighbours are rows of
-    the atlas."""
-    return hest.spot_arrays(samples, predicted, genes) | {
-        "embedding": torch.cat([n[2] for n in neighbours]).cpu().numpy(),
-        "neighbours": torch.cat([n[1][:, :10] for n in neighbours]).cpu().numpy(),
-    }
-
-
-def predict_folder(config, start):
-    """Read expression for slides without counts out of the atlas; one folder of results for all of
-    them."""
-    saved = run.read_checkpoint(config.predict, "whole cmrcnet checkpoint", ["config"])
-    known = run.saved_flags(config.predict, Config, saved["config"], check)
-    with run.checkpoint_fits(config.predict):
-        scaler, genes, inputs, weights, mark = (
-            saved[k] for k in ("scaler", "genes", "inputs", "weights", "fingerprint")
-        )
-        dim_in = len(scaler["frozen_mean"])
-    for name in ("k", "weighting", "index", "lists", "probe"):
-        setattr(known, name, getattr(config, name))
-    atlas = config.atlas or Path(config.predict).with_name("atlas.h5")
-    keys, values, available = retrieval.read_atlas(atlas, encoder_name(known), inputs, mark)
-    require_spots(len(keys), known.k, "the atlas")
-    genes = hest.genes_to_read(config.genes, genes, available)
-    column = {g: j for j, g in enumerate(available)}
-    values = values.tocsc()[:, [column[g] for g in genes]].tocsr()
-    slides = hest.new_slides(config, known, pixels=known.backbone != "features")
-    record = run.Run(
-        "cmrcnet",
-        config,
-        config.slice or "all",
-        f"predict-{variant(known)}-{data.file_checksum(config.predict)[:8]}",
-        start,
-    )
-    record.note_inputs(input_files(slides, known.encoder, [config.predict, atlas]))
-    samples = [Sample(s.sample, s.patient, s, hest.slide_features(known, s)) for s in slides]
-    for s in samples:
-        hest.check_width(s.frozen, dim_in, s.name, known.encoder, config.predict)
-        s.x = None if known.backbone == "features" else pixels(s.slide, VITS[known.backbone][0])
-    with run.checkpoint_fits(config.predict):
-        samples = [Scaler(scaler).apply(s, known) for s in samples]
-        model = CMRC(
-            samples[0].x.shape[1] if known.backbone == "features" else known.backbone,
-            len(inputs),
-            known,
-        )
-        model.load_state_dict(weights)
-    model.to(record.device)
-    predicted, neighbours, recall = retrieve(model, known, keys.to(record.device), values, samples)
-    draw(record, known, Task([], samples, genes, len(genes), inputs, {}, None, None), predicted, [])
-    arrays, known.h5ad = arrays_of(samples, genes, predicted, neighbours), config.h5ad
-    record.finish(
-        {"recall_at_k": recall},
-        {},
-        arrays,
-        sum(p.numel() for p in model.parameters()),
-        files=export.files_of("cmrcnet", arrays, slides, known),
-        checkpoint=config.predict,
-    )
-    return 0
-
-
-def draw(record, config, task, predicted, histories):
-    """genes.png: maps of the first slide (five best and five worst genes, truth above prediction);
-    gene_gene.png: correlations of the HEG list; training.png: losses beside log(batch), and
-    validation."""
-    s, genes = task.test[0], task.genes
-    record.figure("genes", figures.gene_maps(s, predicted[0], genes, task.n_targets))
-    if s.y is not None:
-        heg = set(task.lists[s.name]["heg"])
-        columns = [j for j, g in enumerate(genes) if g in heg and s.measured[j]]
-        pair = [values[s.scored][:, columns] for values in (s.y, predicted[0])]
-        record.figure("gene_gene", figures.gene_gene_maps(*pair))
-        names = ("loss", "contrastive, mean l", "reconstruction error")
-        losses = dict(zip(names, zip(*histories[-1])))
-        curves = {f"fold {i}": [row[-1] for row in h] for i, h in enumerate(histories[:-1])}
-        title, guess = "PCC on held-out training spots", np.log(config.batch)
-        record.figure("training", figures.training_curves(losses, curves, title, guess))
-    figures.close()
 
 
 if __name__ == "__main__":

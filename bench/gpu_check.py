@@ -40,7 +40,12 @@ METHODS = {
         "--no-figures",
     ),
     "stformer": ("pcc_mean", "hest", "--epochs 15 --members 1", "--epochs 2 --folds 0 --members 1"),
-    "cmrcnet": ("pcc_mean", "hest", "--epochs 15", "--epochs 2 --val none --k 5"),
+    "cmrcnet": (
+        "pcc_mean",
+        "hest",
+        "--preset tuned --epochs 15",
+        "--preset tuned --epochs 2 --val none --k 5",
+    ),
     "spatia": (
         "impute_pcc_mean",
         "cells.h5",

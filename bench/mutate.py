@@ -43,6 +43,7 @@ TESTS = {
     "plainst/jobs.py": ["stformer", "cmrcnet"],
     "plainst/quadrants.py": ["stformer"],
     "plainst/retrieval.py": ["cmrcnet"],
+    "plainst/vit_weights.py": ["cmrcnet"],
     "plainst/cell_data.py": ["spatia"],
     "plainst/stages.py": ["spatia"],
     "evaluation/cells.py": ["spatia"],
@@ -60,6 +61,8 @@ TESTS = {
     "evaluation/clustering.py": ["multist"],
     "evaluation/downstream.py": ["multist"],
     "evaluation/hest.py": ["stformer", "cmrcnet"],
+    "evaluation/retrieval_*.py": ["cmrcnet"],
+    "evaluation/atlas.py": ["cmrcnet"],
     "evaluation/report.py": ["report"],
     # what no line above names is called by methods
     "*": ["gat_fusion", "layers", "multist", "stformer", "cmrcnet", "spatia"],

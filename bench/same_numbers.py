@@ -55,8 +55,8 @@ MULTIST = (
 )
 STFORMER = "--data {made}/hest --preset tuned --epochs 3 --folds 2 --members 2"
 CMRCNET = (
-    "--data {made}/hest --epochs 2 --folds 2 --dim 32 --snn 64 --n_hvg 20 --batch 16 --k 10 "
-    "--markers none"
+    "--data {made}/hest --preset tuned --epochs 2 --folds 2 --dim 32 --snn 64 --n_hvg 20 "
+    "--batch 16 --k 10 --markers none"
 )
 SPATIA = "--steps_a 6 --steps_b 6 --steps_c 6 --draws 2 --ode_steps 2"
 JOBS = {
@@ -110,9 +110,9 @@ JOBS = {
     ],
     "cmrcnet": [
         f"{CMRCNET} --backbone features",
-        f"{CMRCNET} --backbone features --reconstruction cosine --norm_sim --scale train",
+        f"{CMRCNET} --backbone features --reconstruction cosine --norm_sim --tau 0.1 --scale train",
         f"{CMRCNET} --backbone features --reconstruction none --no-share --gene_scale train",
-        f"{CMRCNET} --backbone features --weighting softmax --index ivf --probe 2 --lists 6",
+        f"{CMRCNET} --backbone features --weighting softmax --index ivf --recall 0.8",
         f"{CMRCNET} --backbone features --val random --shuffle_pairs --target log1p",
         f"{CMRCNET} --backbone features --split sample --slice S2 --oracle_genes --val none",
         f"{CMRCNET} --backbone features --split patient --patient P1 --gene_scale slide --genes 12",

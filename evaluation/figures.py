@@ -174,6 +174,15 @@ def training_curves(losses, scores, title, guess=None):
     return figure
 
 
+def pcc_by_k(curve, k):
+    """PCC against the number of neighbours, {k: PCC}; a line at the run's own k."""
+    figure, axis = plt.subplots(figsize=(4, 3))
+    axis.plot(list(curve), list(curve.values()), "o-")
+    axis.axvline(k, color="gray", linestyle=":")
+    axis.set(xscale="log", xlabel="neighbours k", ylabel="mean PCC, test slides")
+    return figure
+
+
 def close():
     """Forget all figures of pyplot; those that a run keeps are saved when it finishes."""
     plt.close("all")

@@ -28,8 +28,8 @@ CMRCNET = [
     "--reconstruction cosine",
     *(f"--reconstruction cosine --mask_rate {rate}" for rate in ("0.0", "0.3", "0.7")),
     "--reconstruction none",
-    *("--k 10", "--k 100", "--k 500"),
-    *("--shuffle_pairs", "--norm_sim", "--no-share", "--weighting softmax"),
+    *("--reconstruct genes", "--schedule two-stage"),
+    *("--shuffle_pairs", "--no-share", "--weighting softmax"),
 ]
 STFORMER = [  # controls: no context but through the pathways, no distance, images of other spots
     "",
@@ -44,7 +44,6 @@ SPATIA_PARTS = ("--no-mae", "--no-fusion", "--no-niche", "--no-tissue")  # every
 
 def label(flags):
     """Short name of a variant: `--image off` -> `image-off`; of none `default`."""
-    flags = flags.removeprefix("--backbone features").strip()
     return flags.removeprefix("--").replace(" --", "+").replace(" ", "-") or "default"
 
 
@@ -69,7 +68,7 @@ def multist_jobs(data, slices, seed):
 def hest_jobs(data, slices, seed, encoder):
     """Held-out sections of one patient, one after the other; of cmrcnet the folder's folds, too."""
     both = f"--encoder {encoder} " if encoder else ""
-    retrieval = [("cmrcnet", f"--backbone features {flags}".strip()) for flags in CMRCNET]
+    retrieval = [("cmrcnet", flags) for flags in CMRCNET]
     variants = [*retrieval, *(("stformer", flags) for flags in STFORMER)]
     if Path(GENE_SETS).exists():
         variants += [("stformer", f"--gene_sets {GENE_SETS} {f}".strip()) for f in STFORMER_SETS]

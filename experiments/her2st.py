@@ -8,14 +8,14 @@ from plainst.readers.checked import DataError
 DATA = "datasets/her2st"
 SECTIONS = ("C2", "C3", "C4", "C5")  # of one patient: leaks the patient, and the record says so
 ENCODER = ""  # file of features with {sample} in its name; empty: the hand-made descriptor
-PRESETS = {"stformer": ("paper", "tuned"), "cmrcnet": ("tuned",)}
+PRESETS = {"stformer": ("paper", "tuned"), "cmrcnet": ("paper", "tuned")}
 SECTION_MODELS = {  # model: its flags on a held-out section
     "stformer": {"default": "", "patch-only": "--interactions p2p"},
-    "cmrcnet": {"default": "--backbone features"},
+    "cmrcnet": {"default": ""},
 }
 FOLD_MODELS = {
     "stformer": {"default": ""},
-    "cmrcnet": {"default": "--backbone features"},
+    "cmrcnet": {"default": ""},
 }
 
 

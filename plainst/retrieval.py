@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from plainst.readers.checked import DataError, open_h5, read_array
 
 TILE = 1 << 26  # most cosines held at once
+N_SAMPLE = 512  # queries on which the recall of an inverted file is measured
 
 
 def exact_topk(queries, keys, k, tile=TILE):
@@ -52,6 +53,25 @@ class InvertedFile:
         self.order = owner.argsort(stable=True)
         self.keys = keys[self.order]  # a list is a run of rows
         self.first = F.pad(torch.bincount(owner, minlength=lists).cumsum(0), (1, 0)).tolist()
+
+    def recall_by_probe(self, queries, k):
+        """(lists,) share of the k nearest keys of the queries (Q, d) that lie in the 1, 2, ...
+        nearest lists: what a search that reads so many finds."""
+        queries = F.normalize(queries, dim=-1)
+        nearest = exact_topk(queries, self.keys, k)[1]  # (Q, k) places in the lists' order
+        first = torch.tensor(self.first[1:], device=queries.device)
+        owner = torch.searchsorted(first, nearest, right=True)  # (Q, k) list of each
+        order = (queries @ self.centre.T).argsort(descending=True)  # (Q, lists)
+        rank = order.argsort().gather(1, owner)  # (Q, k)
+        counts = torch.bincount(rank.flatten(), minlength=len(self.centre))
+        return (counts.cumsum(0) / rank.numel()).cpu()
+
+    def probe_for(self, queries, k, recall=0.95, seed=0):
+        """Fewest lists to read for this recall at k, and the recall, on a sample of the queries."""
+        curve = self.recall_by_probe(some_rows(queries, N_SAMPLE, seed), k)
+        # rounding may leave the last at .999999
+        probe = min(int((curve < recall - 1e-6).sum()) + 1, len(curve))
+        return probe, float(curve[probe - 1])
 
     def topk(self, queries, k, probe, step=32768):
         """Like `exact_topk`; a place beyond the keys of the probed lists has index -1 and
@@ -108,6 +128,24 @@ class InvertedFile:
         # (Q, k)
         at = order[(count.cumsum(0) - count)[:, None] + torch.arange(k, device=queries.device)]
         return value[at], torch.where(row[at] >= 0, self.order[row[at].clamp(min=0)], -1)
+
+
+def search(queries, keys, config):
+    """The `config.k` largest cosines by `config.index`: similarity, index (Q, k), and the recall of
+    the inverted file on a sample of the queries (nan for the exact search)."""
+    k = config.k
+    if config.index == "exact":
+        return *exact_topk(queries, keys, k), float("nan")
+    index = InvertedFile(keys, seed=config.seed)
+    probe, _ = index.probe_for(queries, k, config.recall)
+    # on other queries than those that chose it
+    recall = index.recall_by_probe(some_rows(queries, N_SAMPLE, config.seed + 1), k)[probe - 1]
+    return *index.topk(queries, k, probe), float(recall)
+
+
+def some_rows(x, n, seed):
+    """At most n rows of x, drawn without replacement."""
+    return x[torch.from_numpy(np.random.default_rng(seed).permutation(len(x))[:n]).to(x.device)]
 
 
 def read_out(similarity, index, values, weighting="mean"):
@@ -169,7 +207,7 @@ def write_atlas(file, keys, values, names, attributes):
 
 
 def read_atlas(path, encoder, inputs, mark):
-    """keys tensor (M, d), values (M, G) CSR, genes.
+    """keys tensor (M, d), values (M, G) CSR, genes, slide (M,) of every key.
 
     Raises DataError for a damaged atlas, or one of other input genes, another encoder or another
     model (`mark` is its fingerprint) than the checkpoint has.
@@ -184,6 +222,9 @@ def read_atlas(path, encoder, inputs, mark):
         values = sp.csr_matrix(tuple(parts), shape=(len(keys), len(genes)))
         # a column out of range would be read from beyond the memory
         values.check_format()
+        slide = read_array(f["slide"], "i")
+        if slide.shape != (len(keys),):
+            raise ValueError(f"slide has shape {slide.shape}")
         is_finite = torch.isfinite(keys).all() and np.isfinite(values.data).all()
         if keys.ndim != 2 or not is_finite or values.indptr[-1] != len(values.data):
             raise ValueError("keys or values are not finite or of another shape")
@@ -198,4 +239,4 @@ def read_atlas(path, encoder, inputs, mark):
                 f"{path} was made with {what} than the checkpoint: give the atlas.h5 that "
                 "lies beside its model.pt"
             )
-    return keys, values, genes
+    return keys, values, genes, slide

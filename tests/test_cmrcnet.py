@@ -18,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cmrcnet as cm
 import data
 import metrics
-from conftest import in_processes, status_of
+from conftest import in_processes, status_of, without_idle_flags
 from data import DataError
-from evaluation import baselines, hest
+from evaluation import baselines, hest, retrieval_record, retrieval_task
 from plainst import retrieval, simulate
+from plainst.features import read_tensors
+from plainst.vit_weights import vit_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +43,8 @@ def task(tmp_path_factory):
 def no_figures(request, monkeypatch):
     """Figures are half the time of a small run: only the end-to-end test draws them."""
     if request.node.name != "test_end_to_end_record_atlas_and_predict":
-        monkeypatch.setattr(cm, "draw", lambda *args: None)
+        for name in ("draw", "draw_genes"):
+            monkeypatch.setattr(retrieval_record, name, lambda *args: None)
 
 
 SMALL = (
@@ -63,20 +66,14 @@ SMALL = (
     "features",
     "--markers",
     "none",
+    *("--lr", "1e-3", "--scale", "both"),
 )
 
 
 def flags(root, tmp_path, *more):
-    return [
-        "--data",
-        str(root),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--cache",
-        str(Path(root).parent / "cache"),
-        *SMALL,
-        *more,
-    ]
+    """Words of a small run; those of SMALL that do nothing beside `more` are left out."""
+    folders = ["--data", root, "--runs", tmp_path / "runs", "--cache", Path(root).parent / "cache"]
+    return without_idle_flags(cm, [*folders, *SMALL, *more])
 
 
 def run_of(capsys):
@@ -85,12 +82,10 @@ def run_of(capsys):
     return json.loads(path.read_text()), path.parent
 
 
-def model_of(dim_in=6, n_genes=9, seed=0, rows=8, **more):
+def model_of(dim_in=6, n_genes=9, seed=0, **more):
     torch.manual_seed(seed)
     config = cm.Config(**{"dim": 16, "snn": 64, "backbone": "features", **more})
-    model = cm.CMRC(dim_in, n_genes, config)
-    model.rows.set(0, 1, rows, torch.Generator().manual_seed(seed))
-    return model, config
+    return cm.CMRC(config, dim_in, n_genes), config
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -99,10 +94,10 @@ def model_of(dim_in=6, n_genes=9, seed=0, rows=8, **more):
 def test_parameters_of_the_released_configuration():
     """69.7 M with G = 3467: 68.9 M that are used, and the released code's unused 1000-way head of
     0.77 M."""
-    config = cm.Config(dim=256, snn=2048)
+    config = cm.Config(backbone="released")
     with torch.device("meta"):
-        model = cm.CMRC("released", 3467, config)
-    table = cm.parameter_table(model)
+        model = cm.CMRC(config, 0, 3467)
+    table = retrieval_record.parameter_table(model)
     assert table == {
         "vit": 59_103_744,
         "image_head": 263_168,
@@ -118,8 +113,8 @@ def test_parameters_of_the_released_configuration():
         and round((total + 768 * 1000 + 1000) / 1e6, 1) == 69.7
     )
     with torch.device("meta"):
-        apart = cm.CMRC("released", 3467, cm.Config(dim=256, snn=2048, share=False))
-    assert cm.parameter_table(apart)["residual_blocks"] == 2 * 1_052_928
+        apart = cm.CMRC(cm.Config(backbone="released", share=False), 0, 3467)
+    assert retrieval_record.parameter_table(apart)["residual_blocks"] == 2 * 1_052_928
 
 
 @pytest.mark.parametrize("kind", ["transformers", "hub names", "timm names", "safetensors"])
@@ -142,7 +137,7 @@ def test_vit_of_a_checkpoint_equals_transformers(kind, tmp_path):
         torch.nn.init.normal_(p, std=0.2)
     if kind == "safetensors":
         theirs.save_pretrained(tmp_path)
-        found = cm.read_tensors(tmp_path / "model.safetensors")
+        found = read_tensors(tmp_path / "model.safetensors")
     else:
         found = {k: v.clone() for k, v in theirs.state_dict().items()}
     # as files on the hub name them
@@ -162,9 +157,9 @@ def test_vit_of_a_checkpoint_equals_transformers(kind, tmp_path):
             "vit.encoder.layer.0.attention.attention.query.weight" in found
             and "vit.encoder.layer.0.attention.output.dense.bias" in found
         )
-    vit = cm.ViT(64, 32, 48, 3, 4, cm.GlobalRows()).eval()
+    vit = cm.ViT(cm.Size(64, 32, 48, 3, 4)).eval()
     if kind == "timm names":
-        state = cm.vit_state(found, vit)
+        state = vit_state(found, vit)
         found = {}
         for k, v in state.items():
             k = (
@@ -179,7 +174,7 @@ def test_vit_of_a_checkpoint_equals_transformers(kind, tmp_path):
             )
             found[k.replace("fc1", "mlp.fc1").replace("fc2", "mlp.fc2")] = v
         found |= {"head.weight": torch.zeros(1000, 48)}
-    vit.load_state_dict(cm.vit_state(found, vit))
+    vit.load_state_dict(vit_state(found, vit))
     image = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in cm.IMAGENET)
     with torch.no_grad():
@@ -190,18 +185,18 @@ def test_vit_of_a_checkpoint_equals_transformers(kind, tmp_path):
 
 
 def test_a_checkpoint_of_another_depth_is_refused(tmp_path):
-    vit = cm.ViT(64, 32, 48, 3, 4, cm.GlobalRows())
+    vit = cm.ViT(cm.Size(64, 32, 48, 3, 4))
     with pytest.raises(DataError, match="3 layers.*2 layers"):
-        cm.vit_state(vit.state_dict(), cm.ViT(64, 32, 48, 2, 4, cm.GlobalRows()))
+        vit_state(vit.state_dict(), cm.ViT(cm.Size(64, 32, 48, 2, 4)))
     (tmp_path / "broken.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     with pytest.raises(DataError, match="broken.safetensors"):
-        cm.read_tensors(tmp_path / "broken.safetensors")
+        read_tensors(tmp_path / "broken.safetensors")
 
 
 def test_residual_cross_attention_equals_the_naive_form():
     torch.manual_seed(0)
     block, x, y = (
-        cm.ResidualCrossAttention(16, cm.GlobalRows(), 0.0, heads=4).eval(),
+        cm.ResidualCrossAttention(16, 0.0, heads=4).eval(),
         torch.randn(2, 5, 16),
         torch.randn(2, 3, 16),
     )
@@ -216,50 +211,78 @@ def test_residual_cross_attention_equals_the_naive_form():
                 assert torch.allclose(got[b, :, c], x[b, :, c] + v1[:, c] + a @ v2[:, c], atol=1e-5)
 
 
-def test_mask_rate_is_the_dropped_fraction_and_touches_r_only():
+def test_mask_rate_is_the_dropped_fraction_and_touches_r_only(monkeypatch):
+    monkeypatch.setattr(cm, "GENE_DROPOUT", 0.0)
     outs = {}
     image, s = torch.randn(8, 6), torch.rand(8, 9)
     for rate in (0.0, 0.9):
-        model, _ = model_of(mask_rate=rate)
-        for m in model.modules():
-            if isinstance(m, cm.Drop):
-                m.p = 0.0
+        model, _ = model_of(mask_rate=rate, dropout=0.0)
         outs[rate] = model.train()(image, s)
-    assert (
-        torch.equal(outs[0.0][0], outs[0.9][0])
-        and torch.equal(outs[0.0][1], outs[0.9][1])
-        and not torch.allclose(outs[0.0][2], outs[0.9][2])
-    )
-    model, _ = model_of(mask_rate=0.3, rows=4000)
-    x = torch.ones(4000, 5, 16)
-    masked = model.train().rebuild.masked(x)
-    assert abs((masked == 0).float().mean() - 0.3) < 0.01 and ((masked == 0) | (masked == 1)).all()
-    assert torch.equal(model.eval().rebuild.masked(x), x)
-    with torch.no_grad():
-        assert (
-            torch.equal(
-                model.rebuild(torch.randn(3, 1, 6), s[:3]),
-                model.rebuild(torch.randn(3, 1, 6), s[:3]),
-            )
-            is False
-        )
+    assert torch.equal(outs[0.0][0], outs[0.9][0]) and torch.equal(outs[0.0][1], outs[0.9][1])
+    assert not torch.allclose(outs[0.0][2], outs[0.9][2])
+    # in eval mode nothing is masked
+    model, _ = model_of(mask_rate=0.9, dropout=0.0)
+    assert torch.allclose(model.eval()(image, s)[2], outs[0.0][2], atol=1e-6)
+    masked = cm.mask(torch.ones(4000, 5, 16), 0.3)
+    assert abs((masked == 0).float().mean() - 0.3) < 0.01
+    assert ((masked == 0) | (masked == 1)).all()
+    assert torch.equal(cm.mask(image, 0.0), image) and not cm.mask(image, 1.0).any()
 
 
-def test_alpha_dropout_keeps_mean_and_variance():
-    rows = cm.GlobalRows()
-    rows.set(0, 1, 20000, torch.Generator().manual_seed(7))
+def test_head_equals_its_equation():
     torch.manual_seed(0)
-    out = cm.Drop(0.25, rows, alpha=True).train()(torch.randn(20000, 10))
-    assert abs(out.mean()) < 0.01 and abs(out.var() - 1) < 0.02
-    plain = cm.Drop(0.25, rows).train()(torch.ones(20000, 10))
-    assert abs((plain == 0).float().mean() - 0.25) < 0.01 and torch.allclose(
-        plain.max(), torch.tensor(4 / 3)
-    )
+    head, x = cm.ProjectionHead(7, 16, 0.5).eval(), torch.randn(5, 7)
+    p = x @ head.w1.weight.T + head.w1.bias
+    gelu = p * (1 + torch.erf(p / 2**0.5)) / 2
+    y = p + gelu @ head.w2.weight.T + head.w2.bias
+    want = (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    assert torch.allclose(head(x), want, atol=1e-5)
+
+
+def test_gene_tokens_equal_their_equation():
+    torch.manual_seed(0)
+    block, s = cm.GeneTokens(9, 64, 16).eval(), torch.randn(5, 9)
+    linear = s @ block.linear.weight.T + block.linear.bias
+    want = torch.where(linear > 0, linear, linear.exp() - 1)
+    got = block(s)
+    assert got.shape == (5, 4, 16)
+    for i in range(4):
+        assert torch.allclose(got[:, i], want[:, 16 * i : 16 * i + 16], atol=1e-6)
+    # mean and variance of what comes in stay
+    dropped = block.train().dropout(torch.randn(20000, 10))
+    assert abs(dropped.mean()) < 0.01 and abs(dropped.var() - 1) < 0.02
+
+
+def test_plain_attention_equals_the_fused_one():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 4, requires_grad=True) for n in (5, 7, 7))
+    outs = [cm.attention(q, k, v, fast) for fast in (True, False)]
+    assert outs[0].shape == (2, 5, 12) and torch.allclose(*outs, atol=1e-6)
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in outs]
+    for fused, plain in zip(*gradients):
+        assert torch.allclose(fused, plain, atol=1e-4)
+    want = (q[1, 2] @ k[1, 2].T / 2).softmax(1) @ v[1, 2]
+    assert torch.allclose(outs[0][1, :, 8:], want, atol=1e-6)
+
+
+def test_mask_reconstruction_equals_its_parts():
+    model, _ = model_of(share=False)
+    part = model.eval().reconstruction
+    tokens, s = torch.randn(3, 5, 6), torch.rand(3, 9)
+    y = part.genes(s)
+    x = part.image(tokens)
+    w, b = part.cross.in_proj_weight.chunk(3), part.cross.in_proj_bias.chunk(3)
+    q, k, v = (a @ w[i].T + b[i] for i, a in enumerate((x, y, y)))
+    heads = [a.unflatten(-1, (4, -1)).transpose(1, 2) for a in (q, k, v)]
+    x = part.cross.out_proj(cm.attention(*heads, fast=False))
+    for block in part.fusion:
+        x = block(x, y)
+    assert torch.allclose(part(tokens, s), x.mean(1), atol=1e-5)
 
 
 def test_both_losses_reach_every_weight():
     model, config = model_of()
-    loss = cm.loss_of(model.train()(torch.randn(8, 6), torch.rand(8, 9)), config)[0]
+    loss = cm.total_loss(config, *model.train()(torch.randn(8, 6), torch.rand(8, 9)))[0]
     loss.backward()
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0
@@ -270,17 +293,16 @@ def test_both_losses_reach_every_weight():
     z, _, r = model.train()(torch.randn(8, 6), torch.rand(8, 9))
     cm.reconstruction_error(r, z, "mse").mean().backward()
     assert (
-        model.rebuild.genes.weight.grad.abs().sum() > 0
+        model.reconstruction.genes.linear.weight.grad.abs().sum() > 0
         and model.image_head.w1.weight.grad.abs().sum() > 0
     )
     assert model.gene_head.w1.weight.grad is None
 
 
 def test_turns_and_flips_are_the_eight_of_the_square():
-    rows = cm.GlobalRows()
-    rows.set(0, 1, 400, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
     image = torch.arange(12, dtype=torch.uint8).view(1, 2, 2, 3).expand(400, -1, -1, -1)
-    out = {bytes(p.numpy().tobytes()) for p in cm.turned(image, rows)}
+    out = {bytes(p.numpy().tobytes()) for p in retrieval_task.random_flip_rotate(image)}
     want = {
         np.rot90(p, n).copy().tobytes()
         for n in range(4)
@@ -312,6 +334,27 @@ def test_contrastive_loss_equals_its_definition(tau, norm_sim):
     assert np.allclose(got, want) and np.allclose(t.sum(1), 1)
 
 
+def test_reconstruction_error_equals_its_definition():
+    rng = np.random.default_rng(0)
+    r, z = rng.normal(size=(2, 6, 8))
+    pair = torch.tensor(r), torch.tensor(z)
+    assert np.allclose(cm.reconstruction_error(*pair, "mse"), ((r - z) ** 2).mean(1))
+    cosine = (r * z).sum(1) / np.linalg.norm(r, axis=1) / np.linalg.norm(z, axis=1)
+    assert np.allclose(cm.reconstruction_error(*pair, "cosine"), 1 - cosine)
+
+
+def test_total_loss_is_the_sum_of_the_logs():
+    torch.manual_seed(0)
+    z, h, r = torch.randn(3, 8, 16)
+    config = cm.Config(tau=0.5)
+    pair, error = cm.contrastive(z, h, 0.5), (r - z).square().mean()
+    loss, parts = cm.total_loss(config, z, h, r)
+    assert torch.allclose(loss, (1 + pair).log().mean() + (1 + error).log())
+    assert torch.allclose(parts, torch.stack([loss, pair.mean(), error]))
+    alone = cm.total_loss(config, z, h)[0]
+    assert torch.allclose(alone, (1 + pair).log().mean()) and alone < loss
+
+
 def test_released_targets_are_one_hot_so_that_the_loss_is_plain_cross_entropy():
     torch.manual_seed(0)
     z, h = (F.layer_norm(torch.randn(32, 256), (256,)) for _ in range(2))
@@ -333,18 +376,18 @@ def test_pairs_are_learned_and_retrieved():
     torch.manual_seed(0)
     latent = torch.randn(256, 5)
     image, s = latent @ torch.randn(5, 6), latent @ torch.randn(5, 9)
-    model, config = model_of(rows=256)
+    model, config = model_of()
     optimiser = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
     for _ in range(60):
-        loss = cm.loss_of(model.train()(image, s), config)[0]
+        loss = cm.total_loss(config, *model.train()(image, s))[0]
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    index = retrieval.exact_topk(cm.embed(model, config, x=image), cm.embed(model, config, s=s), 5)[
-        1
-    ]
+    z = retrieval_task.embed(model.embed_image, image, config, "cpu")
+    h = retrieval_task.embed(model.embed_genes, s, config, "cpu")
+    index = retrieval.exact_topk(z, h, 5)[1]
     assert (
         losses[-1] < losses[0] / 2
         and (index == torch.arange(256)[:, None]).any(1).float().mean() > 0.9
@@ -352,9 +395,9 @@ def test_pairs_are_learned_and_retrieved():
 
 
 def test_warning_when_the_loss_is_that_of_guessing(capsys):
-    cm.warn_when_guessing([(0, 9.0, 0, 0), (0, 4.1, 0, 0)], 64)
+    retrieval_task.warn_when_guessing([(0, 9.0, 0, 0), (0, 4.1, 0, 0)], 64)
     assert "random guessing has log(64) = 4.16" in capsys.readouterr().out
-    cm.warn_when_guessing([(0, 2.0, 0, 0)], 64)
+    retrieval_task.warn_when_guessing([(0, 2.0, 0, 0)], 64)
     assert not capsys.readouterr().out
 
 
@@ -383,10 +426,36 @@ def test_inverted_file_with_all_lists_is_exact_and_with_few_is_near():
         and metrics.recall_at_k(all_index.numpy(), index.numpy()) > 0.999
     )
     assert metrics.recall_at_k(ivf.topk(q, 10, 8)[1].numpy(), index.numpy()) > 0.9
+    # what is foretold is what a search finds
+    curve = ivf.recall_by_probe(q, 10)
+    for probe in (1, 3, 8):
+        measured = metrics.recall_at_k(ivf.topk(q, 10, probe)[1].numpy(), index.numpy())
+        assert abs(curve[probe - 1] - measured) < 1e-4
+    assert curve[-1] == 1
     # a list has fewer than k keys: the rest is marked
     few = retrieval.InvertedFile(keys[:30], 15).topk(q[:4], 10, 1)
     assert (few[1] == -1).any() and (few[0][few[1] == -1] == float("-inf")).all()
     assert np.isfinite(retrieval.read_out(*few, np.ones((30, 2), "f"))).all()
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_inverted_file_reads_as_many_lists_as_a_recall_takes(spread):
+    """Tight clusters and none at all: the stated recall is met on queries that did not choose."""
+    torch.manual_seed(0)
+    keys = torch.randn(40, 24).repeat(100, 1) + spread * torch.randn(4000, 24)
+    queries = keys[torch.randperm(4000)[:1500]] + 0.1 * torch.randn(1500, 24)
+    index = retrieval.InvertedFile(keys)
+    exact, probes = retrieval.exact_topk(queries, keys, 50)[1].numpy(), []
+    for recall in (0.5, 0.95, 1.0):
+        probe, promised = index.probe_for(queries, 50, recall)
+        measured = metrics.recall_at_k(index.topk(queries, 50, probe)[1].numpy(), exact)
+        assert promised >= recall - 1e-6 and measured > recall - 0.015
+        assert index.recall_by_probe(queries, 50)[max(probe - 2, 0)] < recall + 0.015 or probe == 1
+        probes.append(probe)
+    assert probes[0] < probes[1] <= probes[2] <= len(index.centre)
+    config = cm.Config(k=50, index="ivf", recall=0.95)
+    rows, recall = retrieval.search(queries, keys, config)[1:]
+    assert abs(recall - metrics.recall_at_k(rows.numpy(), exact)) < 0.015 and recall > 0.935
 
 
 def test_read_out_is_the_mean_of_the_neighbours():
@@ -415,28 +484,38 @@ def test_read_out_is_the_mean_of_the_neighbours():
     assert np.allclose(retrieval.read_out(*retrieval.exact_topk(key, key, 1), values), values)
 
 
+@pytest.mark.parametrize("weighting", ["mean", "softmax"])
+def test_plain_retrieval_equals_the_fast_one(weighting):
+    torch.manual_seed(0)
+    z, keys, values = torch.randn(11, 8), torch.randn(60, 8), np.random.rand(60, 3).astype("f")
+    config = cm.Config(k=7, weighting=weighting)
+    fast, rows, _ = cm.retrieve(z, keys, values, config)
+    config.fast = False
+    plain, plain_rows, _ = cm.retrieve(z, keys, values, config)
+    assert torch.equal(rows, plain_rows) and np.allclose(fast, plain, atol=1e-5)
+    if weighting == "mean":
+        cosine = F.cosine_similarity(z[:, None], keys[None], dim=2)
+        nearest = cosine.argsort(1, descending=True)[:, :7]
+        assert np.allclose(fast, values[nearest].mean(1), atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------- data
 
 
 def config_of(task, *more, **values):
-    return cm.resolved(
-        cm.Config(
-            **{
-                "data": str(task),
-                "cache": str(task.parent / "cache"),
-                "backbone": "features",
-                "n_hvg": 20,
-                "k": 10,
-                "dim": 32,
-                "snn": 64,
-                **values,
-            }
-        )
-    )
+    flags = {"data": str(task), "cache": str(task.parent / "cache"), "n_hvg": 20, "k": 10}
+    flags |= {"dim": 32, "snn": 64, "val": "groups", "scale": "both"}
+    return cm.Config(**flags | values)
+
+
+def load(config, train, test):
+    """The task of a run with these slides."""
+    sides = retrieval_task.Sides(None, train, test, "part", False)
+    return retrieval_task.Task(config, sides, cm.VITS, torch.device("cpu"))
 
 
 def test_gene_lists_and_inputs_come_from_training_slides_unless_oracle(task, monkeypatch):
-    want = cm.load(config_of(task), ["S1", "S2"], ["S3"])
+    want = load(config_of(task), ["S1", "S2"], ["S3"])
     real = data.load_hest
 
     def poisoned(root, name, **kw):
@@ -446,18 +525,46 @@ def test_gene_lists_and_inputs_come_from_training_slides_unless_oracle(task, mon
         return slide
 
     monkeypatch.setattr(hest, "load_hest", poisoned)
-    got = cm.load(config_of(task), ["S1", "S2"], ["S3"])
+    got = load(config_of(task), ["S1", "S2"], ["S3"])
     assert (
-        got.inputs == want.inputs
+        got.whole.inputs.genes == want.whole.inputs.genes
         and got.lists == want.lists
         and got.genes == want.genes
-        and np.array_equal(got.pairs.y, want.pairs.y)
+        and np.array_equal(got.whole.spots.y, want.whole.spots.y)
     )
-    assert all(torch.equal(v, got.scaler.tensors[k]) for k, v in want.scaler.tensors.items())
-    oracle = cm.load(config_of(task, oracle_genes=True), ["S1", "S2"], ["S3"])
+    scaler = want.whole.inputs.scaler
+    assert all(torch.equal(v, got.whole.inputs.scaler[k]) for k, v in scaler.items())
+    oracle = load(config_of(task, oracle_genes=True), ["S1", "S2"], ["S3"])
     assert oracle.lists["S3"]["heg"] != want.lists["S3"]["heg"]
     mean = data.normalise_log1p(poisoned(task, "S3").counts).toarray().mean(0)
     assert oracle.lists["S3"]["heg"][0] == poisoned(task, "S3").genes[mean.argmax()]
+
+
+def test_inner_folds_fit_on_their_own_spots(task, monkeypatch):
+    """Values of a held-out slide reach neither scales nor genes nor targets of its fold."""
+    config = config_of(task, n_hvg=12, genes="15")
+    want = load(config, ["S1", "S2", "S3"], ["S4"]).folds()
+    real = data.load_hest
+
+    def poisoned(root, name, **kw):
+        slide = real(root, name, **kw)
+        if name == "S1":
+            slide.counts = sp.csr_matrix(slide.counts.toarray()[:, ::-1] * 7)
+        return slide
+
+    monkeypatch.setattr(hest, "load_hest", poisoned)
+    features = hest.slide_features
+    monkeypatch.setattr(
+        hest, "slide_features", lambda c, s: features(c, s) * (5 if s.sample == "S1" else 1)
+    )
+    got = load(config, ["S1", "S2", "S3"], ["S4"]).folds()
+    assert [s.name for s in got[0].held_out] == ["S1"]
+    assert got[0].inputs.genes == want[0].inputs.genes
+    assert torch.equal(got[0].spots.expression, want[0].spots.expression)
+    assert torch.equal(got[0].inputs.scaler["frozen_mean"], want[0].inputs.scaler["frozen_mean"])
+    assert np.array_equal(got[0].spots.y, want[0].spots.y)
+    # another fold fits on S1
+    assert got[1].inputs.genes != want[1].inputs.genes
 
 
 def test_control_probes_are_no_genes():
@@ -474,40 +581,59 @@ def test_control_probes_are_no_genes():
 
 def test_scaler_sees_scored_training_spots_and_scales_each_view(task):
     config = config_of(task, gene_scale="slide")
-    loaded = cm.load(config, ["S1", "S2"], ["S3"])
-    frozen = torch.cat([s.frozen[s.scored] for s in loaded.fit])
-    assert torch.allclose(loaded.scaler.tensors["frozen_mean"], frozen.mean(0), atol=1e-4)
-    s, half = loaded.test[0], loaded.test[0].frozen.shape[1]
-    assert s.x.shape[1] == 2 * half and torch.allclose(
-        s.x[:, half:].mean(0), torch.zeros(half), atol=1e-4
-    )
-    assert torch.allclose(
-        loaded.fit[0].s[loaded.fit[0].scored].mean(0), torch.zeros(len(loaded.inputs)), atol=0.2
-    )
+    loaded = load(config, ["S1", "S2"], ["S3"])
+    features = torch.cat([s.features[s.scored] for s in loaded.train_samples])
+    inputs = loaded.whole.inputs
+    assert torch.allclose(inputs.scaler["frozen_mean"], features.mean(0), atol=1e-4)
+    x, half = inputs.image(loaded.test[0], config), features.shape[1]
+    assert x.shape[1] == 2 * half
+    assert torch.allclose(x[:, half:].mean(0), torch.zeros(half), atol=1e-4)
+    first = loaded.train_samples[0]
+    expression = inputs.expression(first, config)[first.scored]
+    assert torch.allclose(expression.mean(0), torch.zeros(len(inputs.genes)), atol=0.2)
 
 
 def test_inner_folds_leave_patients_then_slides_then_tiles(task):
     config = config_of(task)
-    fit = cm.load(config, ["S1", "S2", "S3", "S4"], ["S4"]).fit
-    folds = cm.inner_folds(fit, config)
-    assert [[s.name for s in val] for _, val in folds] == [["S1"], ["S2"], ["S3", "S4"]]
-    assert all(not {s.patient for s in a} & {s.patient for s in b} for a, b in folds)
-    assert [[s.name for s in val] for _, val in cm.inner_folds(fit[2:], config)] == [["S3"], ["S4"]]
-    for (a,), (b,) in cm.inner_folds(fit[:1], config):
-        assert not (a.scored & b.scored).any() and (a.scored | b.scored).all()
-    config.val = "random"
-    ((a, b),) = cm.inner_folds(fit, config)
-    assert (
-        sum(s.scored.sum() for s in a) + sum(s.scored.sum() for s in b) == 240
-        and 30 < sum(s.scored.sum() for s in b) < 66
-    )
+    task = load(config, ["S1", "S2", "S3", "S4"], ["S4"])
+
+    def folds(*names):
+        task.train_samples = [s for s in samples if s.name in names]
+        return [(f.spots.names, [s.name for s in f.held_out]) for f in task.folds()]
+
+    samples = task.train_samples
+    assert folds("S1", "S2", "S3", "S4") == [
+        (["S2", "S3", "S4"], ["S1"]),
+        (["S1", "S3", "S4"], ["S2"]),
+        (["S1", "S2"], ["S3", "S4"]),
+    ]
+    assert folds("S3", "S4") == [(["S4"], ["S3"]), (["S3"], ["S4"])]
+    task.train_samples = samples[:1]
+    for fold in task.folds():
+        is_fit = np.isin(np.arange(60), fold.spots.row)
+        (held_out,) = fold.held_out
+        assert not (is_fit & held_out.scored).any() and (is_fit | held_out.scored).all()
+    config.val, task.train_samples = "random", samples
+    (fold,) = task.folds()
+    n_held_out = sum(s.scored.sum() for s in fold.held_out)
+    assert len(fold.spots) + n_held_out == 240 and 30 < n_held_out < 66
+
+
+@pytest.mark.parametrize("n_slides", [1, 2, 3])
+def test_one_fold_is_a_fold(task, n_slides):
+    """--folds 1: two groups at least, where there are groups; one set of tiles on an only slide."""
+    names = ["S1", "S2", "S3"][:n_slides]
+    folds = load(config_of(task, folds=1), names, ["S4"]).folds()
+    assert len(folds) == (1 if n_slides == 1 else 2)
+    assert all(len(f.spots) and f.held_out for f in folds)
 
 
 def test_unmeasured_target_stands_at_the_mean_of_the_other_slides(task):
-    loaded = cm.load(config_of(task), ["S1", "S2"], ["S3"])
-    loaded.fit[0].measured[3], loaded.fit[0].y[:, 3] = False, 0
-    pairs = cm.Pairs(loaded.fit)
-    assert np.allclose(pairs.y[pairs.slide == 0, 3], loaded.fit[1].y[:, 3].mean(), atol=1e-5)
+    loaded = load(config_of(task), ["S1", "S2"], ["S3"])
+    first, second = loaded.train_samples
+    first.measured[3], first.y[:, 3] = False, 0
+    spots = retrieval_task.Spots([first, second], loaded.whole.inputs, loaded.config)
+    assert np.allclose(spots.y[spots.slide == 0, 3], second.y[:, 3].mean(), atol=1e-5)
 
 
 def test_ridge_is_the_benchmarks_formula():
@@ -633,13 +759,106 @@ def test_end_to_end_record_atlas_and_predict(task, tmp_path, capsys):
             str(tmp_path / "two.json"),
             "--index",
             "ivf",
-            "--probe",
-            "99",
+            "--recall",
+            "1",
             *more,
         ]
     )
     two = np.load(run_of(capsys)[1] / "arrays.npz")
     assert np.allclose(two["pred"], every["pred"][:, [5, 2]], atol=1e-5)
+
+
+def test_curve_of_k_is_that_of_runs_with_other_k(task):
+    """One model, several k: the same as retrieving with each of them."""
+    loaded = load(config_of(task), ["S1", "S2"], ["S3"])
+    model = cm.build(loaded.config, loaded.whole)
+    keys, queries = loaded.whole.keys(model), loaded.whole.queries(model, loaded.test)
+    values = loaded.whole.spots.values
+    curve = retrieval_record.pcc_by_k(loaded, cm.predict(queries, keys, values, loaded.config))
+    assert list(curve) == [10, 20, 50, 100]  # of 120 keys
+    for k in (20, 100):
+        again = cm.predict(queries, keys, values, config_of(task, k=k)).expression
+        assert abs(loaded.score(again)["pcc_mean"] - curve[k]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--reconstruct", "genes"),
+        ("--schedule", "two-stage", "--epochs", "4"),
+        ("--batches", "slide", "--values", "slide"),
+        ("--norm_sim", "--tau", "0.1", "--index", "ivf"),
+    ],
+)
+def test_options_run_and_are_predicted_with(task, tmp_path, capsys, more):
+    cm.main(flags(task, tmp_path, "--fold", "0", *more))
+    record, folder = run_of(capsys)
+    assert np.isfinite(record["metrics"]["pcc_mean"])
+    with np.load(folder / "arrays.npz") as arrays:
+        trained = {name: arrays[name] for name in ("barcodes", "pred", "slide")}
+    if "two-stage" in more:
+        assert [row[2] > 0 for row in record["history"]] == [False, False, True, True]
+    test = str(trained["slide"][0])
+    words = ["--data", task, "--slice", test, "--predict", folder / "model.pt", "--k", "10"]
+    words += ["--runs", tmp_path / "p", "--cache", task.parent / "cache"]
+    cm.main([str(word) for word in words])
+    with np.load(run_of(capsys)[1] / "arrays.npz") as arrays:
+        if "ivf" not in more:
+            is_test = trained["slide"] == test
+            assert np.allclose(arrays["pred"], trained["pred"][is_test], atol=1e-3)
+
+
+def test_reconstruction_of_genes_changes_places():
+    """Gene tokens are masked and asked for; the image is key and value; the target is h."""
+    model, config = model_of(reconstruct="genes", dropout=0.0)
+    part = model.eval().reconstruction
+    tokens, s = torch.randn(3, 5, 6), torch.rand(3, 9)
+    x, y = part.genes(s), part.image(tokens)
+    x = part.cross(x, y, y)[0]
+    for block in part.fusion:
+        x = block(x, y)
+    assert torch.allclose(part(tokens, s), x.mean(1), atol=1e-5)
+    z, h, r = torch.randn(3, 8, 16)
+    error = cm.total_loss(config, z, h, r)[1][2]
+    assert torch.allclose(error, (r - h).square().mean())
+
+
+def test_batches_of_one_slide_hold_one_slide(task):
+    config = config_of(task, batches="slide", batch=16)
+    fold = load(config, ["S1", "S2", "S3"], ["S4"]).whole
+    fold.spots.features = torch.arange(180.0)[:, None]
+    torch.manual_seed(0)
+    rows = [image[:, 0].long() for image, _ in fold.batches()]
+    slides = [set(fold.spots.slide[part].tolist()) for part in rows]
+    assert len(rows) == 9 and all(len(part) == 16 for part in rows)
+    assert all(len(found) == 1 for found in slides)
+    # slides in random order, no spot twice
+    assert [next(iter(found)) for found in slides] != sorted(next(iter(f)) for f in slides)
+    assert len(torch.cat(rows).unique()) == 144
+
+
+def test_values_scaled_by_slide():
+    rng = np.random.default_rng(0)
+    y, slide = rng.random((50, 3)) * [1, 5, 9] + 2, np.repeat([0, 1], [20, 30])
+    y[20:] += 7
+    out = retrieval_task.scaled_by_slide(y, slide)
+    for number in (0, 1):
+        own, before = out[slide == number], y[slide == number]
+        assert np.allclose(own.mean(0), y.mean(0), atol=1e-4)
+        assert np.allclose(own.std(0), y.std(0), rtol=1e-3)
+        assert np.allclose(metrics.pcc(own, before), 1)
+
+
+@pytest.mark.parametrize("preset", list(cm.PRESETS))
+def test_no_device_chooses_the_model(preset, monkeypatch):
+    """The same widths and backbone with a GPU and without one."""
+    tables = []
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        config = cm.run.parse(cm.Config, ["--preset", preset])
+        with torch.device("meta"):
+            tables.append(retrieval_record.parameter_table(cm.CMRC(config, 42, 100)))
+    assert tables[0] == tables[1]
 
 
 def test_bfloat16_products_stay_near_float32(task, tmp_path, capsys):
@@ -710,15 +929,12 @@ def test_resume_gives_the_same_weights(task, tmp_path, capsys):
 
 def resume_elsewhere(task, tmp_path, latest, more):
     """Resume a run of other flags from a latest.pt that was put into its folder."""
-    config = cm.resolved(
-        cm.run.parse(cm.Config, flags(task, tmp_path / "other", *more, "--k", "9"))
-    )
-    folder = (
-        tmp_path / "other" / "runs" / "cmrcnet" / "sim" / "fold0" / cm.variant(config) / "seed0"
-    )
+    words = flags(task, tmp_path / "other", *more, "--k", "9")
+    name = retrieval_task.variant(cm.run.parse(cm.Config, words))
+    folder = tmp_path / "other" / "runs" / "cmrcnet" / "sim" / "fold0" / name / "seed0"
     folder.mkdir(parents=True)
     shutil.copy(latest, folder)
-    cm.main(flags(task, tmp_path / "other", *more, "--k", "9", "--resume"))
+    cm.main([*words, "--resume"])
 
 
 def test_split_by_sample_says_that_it_leaks_the_patient(task, tmp_path, capsys):
@@ -730,7 +946,7 @@ def test_split_by_sample_says_that_it_leaks_the_patient(task, tmp_path, capsys):
         assert (
             record["leaks_patient"] is leaks
             and record["train_slides"] == train
-            and folder.parent.name.startswith(f"tuned-{split}")
+            and folder.parent.name.startswith(f"paper-{split}")
         )
     cm.main(
         flags(task, tmp_path, "--split", "patient", "--patient", "P3", "--reconstruction", "none")
@@ -750,13 +966,16 @@ def test_tiny_vit_end_to_end(task, tmp_path, capsys):
                 "section",
                 "--slice",
                 "S4",
+                "--backbone",
+                "tiny",
             ),
-            "--backbone",
-            "tiny",
         ]
     )
     record, folder = run_of(capsys)
     assert record["parameters"]["vit"] > 1e6 and "ridge_scaled" not in record["baselines"]
+    smaller = record["smaller_than_released"]
+    assert set(smaller) == {"backbone", "dim", "snn", "n_hvg", "epochs"}
+    assert smaller["backbone"].startswith("a ViT of 4 layers, 192 wide, 50 tokens")
     cm.main(
         [
             "--data",
@@ -796,25 +1015,31 @@ def test_simulated_link_is_found_and_shuffled_pairs_are_not(tmp_path_factory, tm
 
 
 def test_shuffling_keeps_images_and_breaks_pairs():
-    samples = [
-        cm.Sample(str(i), "", None, torch.arange(10 * i, 10 * i + 10.0)[:, None]) for i in range(3)
-    ]
-    cm.shuffle(samples, 0)
-    after = torch.cat([s.frozen for s in samples]).flatten()
+    slide = data.Slide(None, None, np.arange(10).astype(str), np.zeros((10, 2)))
+    samples = []
+    for i in range(3):
+        samples.append(retrieval_task.Sample(slide, torch.arange(10 * i, 10 * i + 10.0)[:, None]))
+    retrieval_task.shuffle_pairs(samples, 0)
+    after = torch.cat([s.features for s in samples]).flatten()
     assert sorted(after.tolist()) == list(range(30)) and (after == torch.arange(30.0)).sum() < 6
     # over slides, or the slides' means would stay paired
     assert (after[:10] >= 10).any()
 
 
 def test_two_processes_have_the_loss_curve_of_one(task, tmp_path):
+    """Without dropout and masks, of which every process has its own; and one line is printed
+    once."""
     curves = []
     script = tmp_path / "ddp.py"
     script.write_text(
-        "import cmrcnet\ncmrcnet.draw = lambda *a: None\ncmrcnet.run.cli(cmrcnet.main)\n"
+        "import cmrcnet\nfrom evaluation import retrieval_record\n"
+        "retrieval_record.draw = lambda *a: None\n"
+        "cmrcnet.GENE_DROPOUT = 0.0\ncmrcnet.run.cli(cmrcnet.main)\n"
     )
-    more = ("--fold", "0", "--epochs", "4")
+    more = ("--fold", "0", "--epochs", "4", "--dropout", "0", "--mask_rate", "0")
     runs = [(n, flags(task, tmp_path / str(n), *more)) for n in (1, 2)]
-    in_processes("cmrcnet", script, runs)
+    printed = in_processes("cmrcnet", script, runs)
+    assert len(printed[0].splitlines()) == len(printed[1].splitlines()) > 8
     for n, _ in runs:
         path = next((tmp_path / str(n)).rglob("run.json"))
         record = json.loads(path.read_text())
@@ -850,10 +1075,9 @@ def test_real_slides(real_data, tmp_path, capsys):
             "none",
             "--dim",
             "64",
-            "--snn",
-            "64",
             "--backbone",
             "features",
+            *("--preset", "tuned"),
             "--encoder",
             str(tmp_path / "{sample}.npz"),
         ]
@@ -914,9 +1138,63 @@ def trained(task, tmp_path_factory):
     """Folder of a finished small run."""
     where = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cm, "draw", lambda *args: None)
+        patch.setattr(retrieval_record, "draw", lambda *args: None)
         cm.main(flags(task, where, "--reconstruction", "none"))
     return next(where.rglob("run.json")).parent
+
+
+def wrong_input(kind, task, trained, folder):
+    """Words of a command with one thing wrong, made in `folder`, and what the error says."""
+    rng = np.random.default_rng(0)
+    train = flags(task, folder, "--fold", "0", "--encoder", str(folder / "{sample}.npz"))
+    predict = [
+        "--data",
+        task,
+        "--runs",
+        folder / "r",
+        "--cache",
+        task.parent / "cache",
+        "--k",
+        "10",
+    ]
+    predict += ["--predict", folder / "model.pt"]
+    if kind in ("one section lacks a barcode", "features of two widths"):
+        for name in ("S1", "S2", "S3", "S4"):
+            barcodes = data.load_hest(task, name, counts=False).barcodes
+            width = 4 + (kind == "features of two widths" and name == "S3")
+            rows = 59 if kind == "one section lacks a barcode" and name == "S3" else 60
+            values = rng.normal(size=(rows, width))
+            np.savez(folder / f"{name}.npz", embedding=values, barcodes=barcodes[:rows])
+        return train, "lacks 1 of the 60 barcodes" if "lacks" in kind else "slide S3 has 5 features"
+    for name in ("model.pt", "atlas.h5"):
+        shutil.copy(trained / name, folder)
+    if kind == "a layer without weights":
+        saved = torch.load(folder / "model.pt", weights_only=True)
+        del saved["weights"]["gene_head.w2.weight"]
+        torch.save(saved, folder / "model.pt")
+        return predict, "gene_head.w2.weight"
+    if kind == "genes that the atlas lacks":
+        (folder / "g.json").write_text('["NOT_A_GENE"]')
+        return [*predict, "--genes", folder / "g.json"], "NOT_A_GENE"
+    return flags(task, folder, "--k", "999"), "fewer than --k 999"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "one section lacks a barcode",
+        "features of two widths",
+        "a layer without weights",
+        "genes that the atlas lacks",
+        "k above the training spots",
+    ],
+)
+def test_wrong_input_is_one_sentence_with_status_2(kind, task, trained, tmp_path, capfd):
+    words, message = wrong_input(kind, task, trained, tmp_path)
+    assert status_of(cm.__file__, *words) == 2
+    error = capfd.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and message in error[0]
+    assert not list(tmp_path.rglob("run.json"))
 
 
 def test_atlas_and_checkpoint_must_belong_together(task, trained, tmp_path):
@@ -966,6 +1244,8 @@ def test_atlas_and_checkpoint_must_belong_together(task, trained, tmp_path):
     assert "encoder of the training run" in predict(
         "--predict", str(model), "--slice", "S1", "--encoder", str(tmp_path / "{sample}.npz")
     )
+    # what is given is compared, not what the checkpoint has
+    assert "another encoder" in predict("--predict", str(model), "--encoder", "some/model")
     (tmp_path / "empty").mkdir()
     assert "holds neither" in predict("--predict", str(model), "--data", str(tmp_path / "empty"))
     model.write_bytes(model.read_bytes()[:3000])

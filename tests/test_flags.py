@@ -229,16 +229,17 @@ IDLE = {
         --patient P1 | patient
         --slice C2 | slice
         --split sample --slice C2 --fold 1 | fold
-        --augment | augment
         --backbone tiny --scale both | scale
-        --lists 5 | lists
-        --index exact --probe 5 | probe
+        --recall 0.9 | recall
+        --no-fast --index ivf | index
+        --reconstruction none --reconstruct genes | reconstruct
+        --reconstruction none --schedule joint | schedule
         --reconstruction none --mask_rate 0.3 | mask_rate
         --reconstruction none --no-share | share
+        --reconstruction none --snn 256 | snn
         --val random --folds 3 | folds
-        --atlas atlas.h5 | atlas
         --predict model.pt --epochs 3 | epochs
-        --predict model.pt --probe 5 | probe
+        --predict model.pt --recall 0.9 | recall
         --predict model.pt --resume | resume
     """,
     "spatia": """
@@ -283,11 +284,11 @@ BUSY = {
         --predict model.pt --slice a --encoder x.npz --h5ad
     """,
     "cmrcnet": """
-        --backbone tiny --no-augment --encoder x.npz
-        --index ivf --lists 5 --probe 3
-        --reconstruction none --snn 256
+        --backbone tiny --encoder x.npz
+        --index ivf --recall 0.8
+        --reconstruction none --dropout 0
         --split sample --slice C2
-        --predict model.pt --genes all --k 10 --weighting softmax --index ivf --probe 3 --atlas a.h5
+        --predict model.pt --genes all --k 10 --weighting softmax --index ivf --recall 0.8
     """,
     "spatia": """
         --no-generate --steps_a 3 --steps_b 3

@@ -75,14 +75,13 @@ def write_good_files(root):
     import data
     import gat_fusion
     import stformer
-    from evaluation import figures
+    from evaluation import figures, retrieval_record
     from evaluation import genes as gene_runs
     from plainst import run, simulate
 
     # half the time of a prediction; git is most of the rest
-    for module in (cmrcnet, gene_runs):
-        module.draw = lambda *args: None
-    figures.draw_gat_fusion = lambda *args: None
+    gene_runs.draw = lambda *args: None
+    figures.draw_gat_fusion = retrieval_record.draw = lambda *args: None
     run.git_commit = lambda: ""
     simulate.write_visium(
         simulate.simulate_cortex(200, 60, n_classes=5, seed=1, image_px=300), root / "vis"
@@ -286,7 +285,7 @@ def readers_of(root):
     import data
     import gat_fusion
     import stformer
-    from evaluation import downstream
+    from evaluation import downstream, retrieval_task
     from evaluation import genes as gene_runs
     from evaluation import hest as hest_protocol
     from plainst import download, retrieval, run
@@ -308,8 +307,8 @@ def readers_of(root):
         return of_slide(data.load_hest(root / "hest", "S1", patches))
 
     def atlas_of():
-        encoder = cmrcnet.encoder_name(cmrcnet.Config(**atlas["config"]))
-        keys, values, genes = retrieval.read_atlas(
+        encoder = retrieval_task.encoder_name(cmrcnet.Config(**atlas["config"]))
+        keys, values, genes, _ = retrieval.read_atlas(
             root / "cmrcnet" / "atlas.h5", encoder, atlas["inputs"], atlas["fingerprint"]
         )
         return {"keys": keys.numpy(), "values": values.toarray(), "genes": genes}

@@ -19,7 +19,7 @@ import torch
 from bench import kill_runs
 from conftest import ROOT, without_idle_flags
 from data import DataError
-from evaluation import figures
+from evaluation import figures, retrieval_record
 from plainst import run
 
 METHODS = ["gat_fusion", "multist", "stformer", "cmrcnet", "spatia"]
@@ -82,8 +82,9 @@ def small_files():
 @pytest.mark.parametrize("method", METHODS)
 def test_same_seed_same_bits_and_threads_agree(method, inputs, tmp_path, monkeypatch, capsys):
     # figures take most of the time
-    for name in [name for name in vars(figures) if name.startswith("draw")]:
-        monkeypatch.setattr(figures, name, lambda *args: None)
+    for module in (figures, retrieval_record):
+        for name in [name for name in vars(module) if name.startswith("draw")]:
+            monkeypatch.setattr(module, name, lambda *args: None)
     monkeypatch.setattr(importlib.import_module(method), "draw", lambda *args: None, raising=False)
 
     def again(name, threads):
