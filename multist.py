@@ -1,18 +1,29 @@
-"""MultiST: spatial domains from expression, position and histology, without labels.
+r"""MultiST: spatial domains from expression, position and histology, without labels.
 
-Wang, Ly, Yu, Bai, "MultiST", arXiv 2601.13331:
+Source: Wang, Ly, Yu, Bai, "MultiST", arXiv 2601.13331. The page beside this file is
+docs/multist.md.
 
-    counts (N, G) --PCA--> X (N, 200) --mask--> X' --MLP, GCN--> Z (N, 32)             Stage I
-                           a masked graph auto-encoder with a GAN side-branch
-    Z --DEC--> Z           compact clusters                                            Stage II
-    image --crops, frozen encoder, kNN smoothing--> V (N, 512)
-    Z, V --cross-attention in both directions over the m nearest spots--> H (N, 128)   Stage III
-    H --PCA, tied-covariance GMM--> labels --label diffusion--> domains
-    domains --> pseudotime and ligand-receptor scores
+    counts (N, G) --PCA--> X (N, P) --mask--> X' --Encoder: MLP, GCN--> Z (N, 32)        Stage I
+                           a masked graph auto-encoder with a GAN beside it
+    Z --DEC--> Z           compact clusters                                              Stage II
+    image --crops, frozen encoder--> features (N, D) --linear, kNN smoothing--> V (N, 512)
+    Z, V --CrossAttention, both directions, the m nearest spots--> H (N, H)              Stage III
+    H --PCA, tied-covariance mixture--> labels --label diffusion--> domains
 
-Eq. numbers are the paper's where docs/multist.md knows them. Labels are read for scores, figures
-and, with `--n_domains oracle`, for the number of domains; no loss sees them. The output that counts
-is fixed beforehand: fused + diffusion (gene-only + diffusion without an image).
+| symbol | meaning | shape |
+|---|---|---|
+| $X$ | principal components of the genes, not rescaled | (N, P) |
+| $X'$ | the same, masked spots changed | (N, P) |
+| $\hat{A}$ | $D^{-1/2} (A + I) D^{-1/2}$, A joins each spot to its k nearest | (N, N) sparse |
+| $Z$ | gene embedding: own expression beside the graph's | (N, 32) |
+| $\mu_j$ | centre of cluster j | (32,) |
+| $V$ | image embedding | (N, 512) |
+| $H$ | fused embedding | (N, H) |
+| $\mathcal{S}$ | the masked spots of a step | (n,) |
+
+Labels are read for scores, figures and, with `--n_domains oracle`, for the number of domains; no
+loss sees them. The output that counts is fixed beforehand: fused + diffusion, gene + diffusion
+where there is no image. Numbers of equations are the paper's where docs/multist.md knows them.
 
     python multist.py --data datasets/dlpfc --slice 151673 --seed 0
     python multist.py --data my_visium_folder --n_domains 8
@@ -21,22 +32,19 @@ is fixed beforehand: fused + diffusion (gene-only + diffusion without an image).
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn import functional as F
 
 import data
-from data import DataError
-from evaluation import baselines, clustering, downstream, figures
-from plainst import export, run, stain
-from plainst.features import input_files
-from plainst.graphs import Graph, SpotBatches, graph_product, neighbours_in_batch
+from evaluation import domains, figures
+from plainst import export, run
+from plainst.graphs import Graph, SpotBatches, graph_product, in_blocks, neighbours_in_batch
+from plainst.losses import LossLog, frozen_statistics, parameter_groups
 
 # named sets of flags; what is typed goes before them
 PRESETS = {"tuned": {}}
@@ -164,64 +172,15 @@ class Config(run.SlideConfig):
     "two-column CSV ligand,receptor; empty: a short built-in list"
     permutations: int = 1000
     "label permutations of the ligand-receptor null; 0 leaves the scores out"
+    fast: bool = True
+    "products with the graph as one kernel; the plain form gives the same numbers"
     figures: bool = True
     "draw the figures"
 
 
-# --------------------------------------------------------------------------------------------------
-# Input X
-# --------------------------------------------------------------------------------------------------
-
-
-def preprocess(slide, config):
-    """X (N, P) float32: principal components of the z-scored selected genes. They are not rescaled,
-    so a mean square error over them is a variance-weighted one: the first components dominate.
-    Raises DataError where nothing varies."""
-    # genes seen in too few spots are noise
-    keep = slide.counts.getnnz(axis=0) >= min(10, max(2, slide.n_spots // 50))
-    counts, total = (
-        slide.counts[:, np.flatnonzero(keep)],
-        slide.library_size if config.library == "given" else None,
-    )
-    if config.norm == "log1p":
-        # (N, G)
-        x = data.normalise_log1p(counts, total)
-    else:
-        x = sp.csr_matrix(counts, dtype=np.float32, copy=True)
-        own = np.asarray(x.sum(1)).ravel() if total is None else total
-        x = (sp.diags((1e6 / np.maximum(own, 1)).astype(np.float32)) @ x).tocsr()
-    variance = data.mean_var(x)[1]
-    if config.hvg == "seurat_v3":
-        pick = data.hvg_seurat_v3(counts, config.n_top_genes)
-    else:
-        pick = np.sort(
-            np.argsort(-variance, kind="stable")[
-                : config.n_top_genes if config.hvg == "variance" else None
-            ]
-        )
-    pick = pick[variance[pick] > 0]
-    if len(pick) < 2 or slide.n_spots < 3:
-        raise DataError(
-            f"slide {slide.sample} has {len(pick)} genes that vary over {slide.n_spots} "
-            "spots: domains need more"
-        )
-    z = (
-        data.Standardise(np.inf if config.norm == "cpm" else 10.0)
-        .fit(x[:, pick])
-        .scaled(x[:, pick])
-    )
-    # (N, P)
-    x = data.truncated_pca(z, config.n_pcs, seed=0)
-    # a component without variance is round-off
-    return x[:, x.std(0) > 1e-4 * x.std(0).max()]
-
-
-def log_matrix(slide, config):
-    """(N, G) CSR of log1p of counts per 10,000, for the marker gene and the ligand-receptor
-    scores."""
-    return data.normalise_log1p(
-        slide.counts, slide.library_size if config.library == "given" else None
-    )
+def check(config):
+    """Raise DataError, naming the flag, for a value or a combination that no run can use."""
+    domains.check(config)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,80 +189,108 @@ def log_matrix(slide, config):
 
 
 def mask_rows(x, m, rate, mode):
-    """Eq. 1: x'_i = x_i + m for i in S_mask, floor(rate N) spots drawn uniformly. x (N, P), m (P,)
-    -> x' (N, P), S_mask (n,).
+    r"""The additive mask, Eq. 1, on floor(rate N) spots that are drawn uniformly.
 
-    A learned constant shift hides nothing: what was x_i is still there, moved. `replace` (x'_i = m)
-    and `zero` do hide the spot.
+    $$x'_i = x_i + m \cdot [i \in \mathcal{S}] \tag{1}$$
+
+    A learned constant shift hides nothing: what was $x_i$ is still there, moved. `replace`
+    ($x'_i = m$) and `zero` do hide the spot. x (N, P), m (P,) -> X' (N, P), S (n,).
+
+    Test: test_mask_changes_exactly_the_masked_rows
     """
-    # (n,)
-    rows = torch.randperm(len(x), device=x.device)[: int(rate * len(x))]
+    rows = torch.randperm(len(x), device=x.device)[: int(rate * len(x))]  # (n,)
     if mode == "none":
         return x, rows
-    # (N, 1)
-    chosen = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device).index_fill(0, rows, 1.0)
-    return (x if mode == "additive" else x * (1 - chosen)) + (
-        chosen * m if mode != "zero" else 0
-    ), rows
+    is_masked = torch.zeros(len(x), 1, dtype=x.dtype, device=x.device)
+    is_masked = is_masked.index_fill(0, rows, 1.0)  # (N, 1)
+    if mode == "additive":
+        return x + is_masked * m, rows
+    visible = x * (1 - is_masked)  # (N, P)
+    if mode == "zero":
+        return visible, rows
+    return visible + is_masked * m, rows
 
 
-# spots at a time in evaluation mode
-ROWS = 20_000
 # products with the graph between X and X_hat: two of the encoder, one of the decoder
 HOPS = 3
 
 
+def propagate(h, graph, fast=True):
+    r"""Product with the normalised adjacency, the sum of Eq. 4 over neighbours: (N, d) -> (N, d).
+
+    $$(\hat{A} H)_i = \sum_{j \in \mathcal{N}_i \cup \{i\}}
+    \frac{h_j}{\sqrt{d_i d_j}} \tag{4a}$$
+
+    Test: test_graph_product_is_the_dense_product_in_both_directions
+    """
+    if fast:
+        return graph_product(h, graph)
+    messages = graph.weights[:, None].to(h.dtype) * h[graph.columns]  # (nnz, d)
+    return torch.zeros_like(h).index_add(0, graph.rows, messages)  # (N, d)
+
+
+def mlp_block(dim_in, dim_out, dropout):
+    """Linear map, BatchNorm, ELU and dropout: (N, dim_in) -> (N, dim_out).
+
+    Without a bias: BatchNorm takes it out again, and Adam would blow the rounding that is its
+    gradient up to steps of --lr.
+    """
+    return nn.Sequential(
+        nn.Linear(dim_in, dim_out, bias=False),
+        nn.BatchNorm1d(dim_out, eps=1e-3, momentum=0.01),
+        nn.ELU(),
+        nn.Dropout(dropout),
+    )
+
+
 class Encoder(nn.Module):
-    """Eq. 2-5: F = MLP(X'), U = A ReLU(A H W1) W2 with H = F (serial) or X' (parallel), Z = [F;
-    U]."""
+    r"""The gene encoder, Eq. 2-5: an MLP, and two graph convolutions on the MLP's output (serial,
+    $H = F$) or beside it (parallel, $H = X'$).
 
-    def __init__(self, dim_in, branches, dropout):
+    $$F = \mathrm{MLP}(X') \tag{3}$$
+
+    $$U = \hat{A}\, \mathrm{ReLU}(\hat{A} H W_1)\, W_2 \tag{4}$$
+
+    $$Z = [F; U] \tag{5}$$
+
+    Test: test_encoder_follows_the_equations_and_the_order_of_spots
+    """
+
+    def __init__(self, dim_in, branches, dropout, fast=True):
         super().__init__()
-
-        def block(a, b):
-            # Without a bias: BatchNorm takes it out again, and Adam would blow the rounding that is
-            # its gradient up to steps of --lr.
-            return nn.Sequential(
-                nn.Linear(a, b, bias=False),
-                nn.BatchNorm1d(b, eps=1e-3, momentum=0.01),
-                nn.ELU(),
-                nn.Dropout(dropout),
-            )
-
-        self.mlp = nn.Sequential(block(dim_in, 64), block(64, 16))
-        self.branches, self.drop = branches, nn.Dropout(dropout)
+        self.branches, self.fast, self.dropout = branches, fast, nn.Dropout(dropout)
+        self.mlp = nn.Sequential(mlp_block(dim_in, 64, dropout), mlp_block(64, 16, dropout))
         self.w1 = nn.Linear(16 if branches == "serial" else dim_in, 64, bias=False)
         self.w2 = nn.Linear(64, 16, bias=False)
-        for w in (self.w1, self.w2):
-            nn.init.xavier_uniform_(w.weight)
+        for linear in (self.w1, self.w2):
+            nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, x, graph):
-        """x (N, P) -> Z (N, 32). In evaluation mode the layers that see one spot at a time take
-        ROWS of them: a million spots need no tiles. Compiled code
-        takes all: it would have a copy of the layers for every block."""
-        parts = [x] if self.training or torch.compiler.is_compiling() else x.split(ROWS)
-        # (N, 16)
-        f = torch.cat([self.mlp(rows) for rows in parts])
+        """x (N, P) -> Z (N, 32)."""
+        f = in_blocks(self.mlp, x)  # (N, 16)
         if self.branches == "serial":
-            h = self.w1(graph_product(self.drop(f), graph))
+            h = self.w1(propagate(self.dropout(f), graph, self.fast))  # (N, 64)
         else:
-            # (N, 64)
-            h = graph_product(torch.cat([self.w1(self.drop(rows)) for rows in parts]), graph)
-        # (N, 64) -> (N, 16)
-        u = graph_product(self.w2(self.drop(F.relu(h))), graph)
-        # (N, 32)
-        return torch.cat([f, u], 1)
+            # the product with the graph is cheaper behind the linear map, and the same
+            h = propagate(in_blocks(self.w1, self.dropout(x)), graph, self.fast)  # (N, 64)
+        u = propagate(self.w2(self.dropout(F.relu(h))), graph, self.fast)  # (N, 16)
+        return torch.cat([f, u], 1)  # (N, 32)
 
 
 class AutoEncoder(nn.Module):
-    """Encoder, mask vector m, and the expression decoder of Eq. 6: X_hat = A Z W, linear, without
-    bias."""
+    r"""Encoder, mask vector m, and the expression decoder of Eq. 6: linear, without bias.
+
+    $$\hat{X} = \hat{A} Z W_d \tag{6}$$
+
+    Test: test_expression_decoder_is_its_equation
+    """
 
     def __init__(self, dim_in, config):
         super().__init__()
-        self.encoder = Encoder(dim_in, config.branches, config.dropout)
-        self.m, self.config = nn.Parameter(torch.zeros(dim_in)), config
-        self.drop = nn.Dropout(config.dropout)
+        self.config = config
+        self.encoder = Encoder(dim_in, config.branches, config.dropout, config.fast)
+        self.m = nn.Parameter(torch.zeros(dim_in))
+        self.dropout = nn.Dropout(config.dropout)
         self.decoder = nn.Linear(32, dim_in, bias=False)
         nn.init.xavier_uniform_(self.decoder.weight)
 
@@ -315,8 +302,8 @@ class AutoEncoder(nn.Module):
     def decode(self, z, graph):
         """z (N, 32) -> X_hat (N, P)."""
         with run.autocast(self.config, z.device):
-            # (N, P)
-            return self.decoder(graph_product(self.drop(z), graph)).to(z.dtype)
+            x_hat = self.decoder(propagate(self.dropout(z), graph, self.config.fast))
+            return x_hat.to(z.dtype)
 
     @torch.no_grad()
     def embed(self, x, graph):
@@ -326,9 +313,13 @@ class AutoEncoder(nn.Module):
 
 
 def edge_logits(z, pairs):
-    """Eq. 7: s_ij = z_i . z_j for the pairs (2, E) only, never N x N."""
-    # (E,)
-    return (z[pairs[0]] * z[pairs[1]]).sum(1)
+    r"""The graph decoder, Eq. 7, for the pairs (2, E) only, never for N x N. -> (E,)
+
+    $$s_{ij} = z_i \cdot z_j \tag{7}$$
+
+    Test: test_edge_loss_and_masked_consistency_are_the_formulas
+    """
+    return (z[pairs[0]] * z[pairs[1]]).sum(1)  # (E,)
 
 
 def negative_pairs(graph):
@@ -336,32 +327,44 @@ def negative_pairs(graph):
     at every call."""
     i, j = torch.randint(graph.n_own, (2, graph.edges.shape[1]), device=graph.edges.device)
     low, high = torch.minimum(i, j), torch.maximum(i, j)
-    key = low * graph.n_own + high
-    at = torch.searchsorted(graph.edge_keys, key).clamp(max=len(graph.edge_keys) - 1)
-    free = (low != high) & (graph.edge_keys[at] != key)
-    return torch.stack([low[free], high[free]])
+    key = low * graph.n_own + high  # (E,)
+    place = torch.searchsorted(graph.edge_keys, key).clamp(max=len(graph.edge_keys) - 1)
+    is_free = (low != high) & (graph.edge_keys[place] != key)
+    return torch.stack([low[is_free], high[is_free]])
 
 
 def edge_loss(z, graph):
-    """Cross-entropy of edges against as many non-edges: mean softplus(-s) over edges + mean
-    softplus(s) over non-edges."""
+    r"""Reconstruction of the graph, Eq. 22: cross-entropy of the edges $E$ against as many random
+    non-edges $\bar{E}$.
+
+    $$L_g = \frac{1}{|E|} \sum_{E} \log(1 + e^{-s_{ij}})
+    + \frac{1}{|\bar{E}|} \sum_{\bar{E}} \log(1 + e^{s_{ij}}) \tag{22}$$
+
+    Test: test_edge_loss_and_masked_consistency_are_the_formulas
+    """
     negative = negative_pairs(graph)
     loss = F.softplus(-edge_logits(z, graph.edges)).mean()
     # in a complete graph there is none
-    return loss + F.softplus(edge_logits(z, negative)).mean() if negative.shape[1] else loss
+    if negative.shape[1]:
+        loss = loss + F.softplus(edge_logits(z, negative)).mean()
+    return loss
 
 
 def masked_consistency(x_hat, x, rows):
-    """Eq. 23 on S_mask against the ORIGINAL input: mean (1 - cos(x_hat_i, x_i))^3, the scaled
-    cosine error (Hou et al. 2022, GraphMAE)."""
-    # (N,)
-    cosine = (F.normalize(x_hat, dim=1) * F.normalize(x, dim=1)).sum(1)
+    r"""Masked consistency, Eq. 23, of the spots `rows` (n,) with the ORIGINAL input: the scaled
+    cosine error (GraphMAE, Hou et al. 2022).
+
+    $$L_m = \frac{1}{|\mathcal{S}|} \sum_{i \in \mathcal{S}}
+    \left(1 - \cos(\hat{x}_i, x_i)\right)^3 \tag{23}$$
+
+    Test: test_edge_loss_and_masked_consistency_are_the_formulas
+    """
+    cosine = (F.normalize(x_hat, dim=1) * F.normalize(x, dim=1)).sum(1)  # (N,)
     return (1 - cosine[rows]).pow(3).mean()
 
 
 class Generator(nn.Module):
-    """Noise (N, 32) -> fake expression (N, P). (The released code draws P numbers a spot, which
-    takes longer than the rest of an epoch.)"""
+    """Noise (N, 32) -> fake expression (N, P)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -374,191 +377,135 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """f(z) = w . h(z), h: 32 -> 64 -> 64. Its score with respect to w is grad_w f = h(z), the
-    feature of the Fisher kernel."""
+    r"""Features $\phi(z)$ of the Fisher kernel: the score $\nabla_w f$ of $f(z) = w \cdot \phi(z)$.
+    (N, 32) -> (N, 64)."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
 
     def forward(self, z):
-        """h(z): (N, 32) -> (N, 64)."""
+        """z (N, 32) -> phi (N, 64)."""
         return self.layers(z)
 
 
 def fisher_mmd(phi, phi_fake, eps=1e-3):
-    """Eq. 8: MMD^2 = E k(z, z') + E k(z~, z~') - 2 E k(z, z~) with the Fisher kernel k(z, z') =
-    phi(z)^T I^-1 phi(z').
+    r"""Fisher-MMD, Eq. 8, of two sets of scores (N, d), with the kernel
+    $k(z, z') = \phi(z)^\top I^{-1} \phi(z')$.
 
-    phi, phi_fake (N, d) scores. The kernel is linear in phi, so the three terms are |mean phi -
-    mean phi~|^2 in the metric I^-1: O(N d^2), no N x N matrix. I = (Cov phi + Cov phi~) / 2 + eps,
-    relative to its mean eigenvalue, taken as a constant (no gradient through it).
+    $$\mathrm{MMD}^2 = \mathbb{E}\, k(z, z') + \mathbb{E}\, k(\tilde{z}, \tilde{z}')
+    - 2\, \mathbb{E}\, k(z, \tilde{z}) \tag{8}$$
+
+    The kernel is linear in $\phi$, so the three terms are the distance of the two means in the
+    metric $I^{-1}$: $O(N d^2)$, no N x N matrix. $I$ is the mean of both covariances and eps times
+    its mean eigenvalue, taken as a constant: no gradient runs through it.
+
+    Test: test_fisher_mmd_is_the_three_term_formula_and_zero_for_equal_sets
     """
     with torch.no_grad():
-        # (d, d)
-        information = (torch.cov(phi.T) + torch.cov(phi_fake.T)) / 2
+        information = (torch.cov(phi.T) + torch.cov(phi_fake.T)) / 2  # (d, d)
         scale = information.diagonal().mean().clamp_min(1e-12)
-        information = information + eps * scale * torch.eye(
-            len(information), dtype=phi.dtype, device=phi.device
-        )
-    # (d,)
-    gap = phi.mean(0) - phi_fake.mean(0)
+        identity = torch.eye(len(information), dtype=phi.dtype, device=phi.device)
+        information = information + eps * scale * identity
+    gap = phi.mean(0) - phi_fake.mean(0)  # (d,)
     return gap @ torch.linalg.solve(information, gap)
 
 
-class frozen_statistics:
-    """Within this context BatchNorm layers use their running statistics and do not update them:
-    fakes must not touch them."""
-
-    def __init__(self, module):
-        self.layers = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
-
-    def __enter__(self):
-        self.before = [m.training for m in self.layers]
-        for m in self.layers:
-            m.eval()
-
-    def __exit__(self, *error):
-        for m, training in zip(self.layers, self.before):
-            m.train(training)
+# epochs between two steps of the adversary, and the first one in which the encoder meets it
+ADVERSARY_EVERY = 5
+ADVERSARY_FROM = 10
 
 
 class Adversary:
-    """Generator and critic of the side-branch. Critic: makes Fisher-MMD between real and generated
-    latents large; generator and encoder: small.
+    r"""Generator $G$ and critic $\phi$ beside the auto-encoder, Eq. 24: the critic makes the
+    Fisher-MMD of real and generated latents large; generator and encoder make it small.
 
-    The MMD is normalised by its own metric, so the critic needs no weight clipping. `mean` compares
-    mean latents, with no critic.
+    $$L_{gan} = \mathrm{MMD}^2\!\left(Z, \mathrm{Enc}(G(\epsilon))\right), \qquad
+    \epsilon \sim \mathcal{N}(0, I) \tag{24}$$
+
+    The MMD is normalised by its own metric, so the critic needs no clipping of its weights. `mean`
+    compares mean latents, without a critic, which is what the released code comes to.
+
+    Test: test_adversary_moves_everyone_and_leaves_batchnorm_alone
     """
 
     def __init__(self, kind, dim, device):
         self.kind = kind
         self.generator, self.critic = Generator(dim).to(device), Critic().to(device)
-        self.g_step, self.c_step = (
-            torch.optim.RMSprop(p.parameters(), lr=1e-4) for p in (self.generator, self.critic)
-        )
+        self.generator_optimiser = torch.optim.RMSprop(self.generator.parameters(), lr=1e-4)
+        self.critic_optimiser = torch.optim.RMSprop(self.critic.parameters(), lr=1e-4)
 
     def distance(self, z, z_fake):
         """Scalar discrepancy of latents (N, 32), with gradient to both."""
-        return (
-            fisher_mmd(self.critic(z), self.critic(z_fake))
-            if self.kind == "fisher"
-            else (z.mean(0) - z_fake.mean(0)).square().mean()
-        )
+        if self.kind == "fisher":
+            return fisher_mmd(self.critic(z), self.critic(z_fake))
+        return (z.mean(0) - z_fake.mean(0)).square().mean()
 
     def encode(self, model, x, graph):
-        """Latents of fresh fakes, (own, 32)."""
+        """Latents of fresh fakes, (own, 32), which leave the statistics of BatchNorm alone."""
         with frozen_statistics(model):
             return graph.without_halo(model.encoder(self.generator(len(x)), graph))
 
-    def step(self, model, x, graph):
+    def train_step(self, model, x, graph):
         """One step of the critic and one of the generator; the encoder stands still."""
         with torch.no_grad(), frozen_statistics(model):
-            z, z_fake = graph.without_halo(model.encoder(x, graph)), self.encode(model, x, graph)
+            z = graph.without_halo(model.encoder(x, graph))  # (own, 32)
+            z_fake = self.encode(model, x, graph)
         if self.kind == "fisher":
-            self.c_step.zero_grad()
+            self.critic_optimiser.zero_grad()
             (-self.distance(z, z_fake)).backward()
-            self.c_step.step()
-        self.g_step.zero_grad()
+            self.critic_optimiser.step()
+        self.generator_optimiser.zero_grad()
         self.distance(z, self.encode(model, x, graph)).backward()
-        self.g_step.step()
-
-
-class Terms:
-    """Weighted loss terms of one step, checked and logged with the norm of the gradient that each
-    sends to `parameters`."""
-
-    def __init__(self, stage, log):
-        self.stage, self.log = stage, log
-
-    def total(self, terms, epoch, parameters, measure):
-        """Sum of the dict {name: weighted scalar}. Raises DataError naming a term that is not
-        finite. With `measure` a row per term is logged."""
-        parameters, total = list(parameters), sum(terms.values())
-        # one look a step: on a GPU the host waits for it
-        if not torch.isfinite(total):
-            name, value = next(
-                ((k, v) for k, v in terms.items() if not torch.isfinite(v)), ("sum", total)
-            )
-            raise DataError(
-                f"{self.stage}, epoch {epoch}: the loss term {name!r} is {value.item()}: "
-                "choose a smaller learning rate or weight, "
-                "or check the input"
-            )
-        if measure:
-            for name, value in terms.items():
-                grads = (
-                    torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-                    if value.requires_grad
-                    else []
-                )
-                norm = sum(g.square().sum().item() for g in grads if g is not None) ** 0.5
-                self.log.append(
-                    {
-                        "stage": self.stage,
-                        "epoch": epoch,
-                        "term": name,
-                        "value": value.item(),
-                        "grad_norm": norm,
-                    }
-                )
-        return total
-
-
-def decayed(module, weight_decay):
-    """Parameter groups: decay on weight matrices only; biases, BatchNorm and the mask vector m are
-    left alone (decay would pull m to 0)."""
-    matrices = [p for p in module.parameters() if p.ndim > 1]
-    others = [p for p in module.parameters() if p.ndim <= 1]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-
-
-def train_stage1(x, graph, config, log):
-    """Stage I: lambda_x MSE + lambda_g L_graph + lambda_mask L_mask + lambda_gan L_gan. x (N, P) ->
-    AutoEncoder, its optimiser, Adversary or None."""
-    model, parts = AutoEncoder(x.shape[1], config).to(x.device), graph.tiles(config.tile, HOPS)
-    run.compiled(model.encoder, config)
-    step = torch.optim.Adam(decayed(model, config.weight_decay), lr=config.lr)
-    adversary = None if config.gan == "off" else Adversary(config.gan, x.shape[1], x.device)
-    terms = Terms("Stage I", log)
-    for epoch in run.progress(range(config.epochs), "Stage I"):
-        model.train()
-        for i, (rows, near) in enumerate(run.shuffled(parts)):
-            if adversary and epoch % 5 == 0:
-                adversary.step(model, x[rows], near)
-            loss = terms.total(
-                stage1_terms(model, adversary if epoch >= 10 else None, x[rows], near, config),
-                epoch,
-                model.parameters(),
-                i == 0 and (epoch % 50 == 10 or epoch == config.epochs - 1),
-            )
-            step.zero_grad()
-            loss.backward()
-            step.step()
-    return model, step, adversary
+        self.generator_optimiser.step()
 
 
 def stage1_terms(model, adversary, x, graph, config):
-    """{name: weighted scalar} of one masked forward pass."""
+    r"""The weighted terms of Stage I, Eq. 25, {name: scalar}, of one masked forward pass.
+
+    $$L_I = \lambda_x \,\mathrm{MSE}(\hat{X}, X) + \lambda_g L_g + \lambda_m L_m
+    + \lambda_{gan} L_{gan} \tag{25}$$
+
+    Test: test_every_term_of_every_stage_has_a_gradient
+    """
     masked, rows = mask_rows(x, model.m, config.mask_rate, config.mask_mode)
-    # (N, 32)
-    z = model.encode(masked, graph)
-    # (own, P)
-    x_hat = graph.without_halo(model.decode(z, graph))
+    z = model.encode(masked, graph)  # (N, 32)
+    x_hat = graph.without_halo(model.decode(z, graph))  # (own, P)
     x, z, rows = graph.without_halo(x), graph.without_halo(z), rows[rows < graph.n_own]
     terms = {
         "expression": config.lambda_x * F.mse_loss(x_hat, x),
         "graph": config.lambda_g * edge_loss(z, graph),
-        **({"mask": config.lambda_mask * masked_consistency(x_hat, x, rows)} if len(rows) else {}),
     }
+    if len(rows):
+        terms["mask"] = config.lambda_mask * masked_consistency(x_hat, x, rows)
     if adversary:
-        terms["gan"] = config.lambda_gan * adversary.distance(
-            z, adversary.encode(model, masked, graph)
-        )
+        z_fake = adversary.encode(model, masked, graph)  # (own, 32)
+        terms["gan"] = config.lambda_gan * adversary.distance(z, z_fake)
     return terms
+
+
+def train_stage1(x, graph, config, rows):
+    """Stage I on X (N, P) -> AutoEncoder, its optimiser, Adversary or None. rows: of the log."""
+    model = AutoEncoder(x.shape[1], config).to(x.device)
+    run.compiled(model.encoder, config)
+    optimiser = torch.optim.Adam(parameter_groups(model, config.weight_decay), lr=config.lr)
+    adversary = None
+    if config.gan != "off":
+        adversary = Adversary(config.gan, x.shape[1], x.device)
+    tiles, log = graph.tiles(config.tile, HOPS), LossLog("Stage I", rows)
+    for epoch in run.progress(range(config.epochs), "Stage I"):
+        model.train()
+        is_logged = epoch % 50 == 10 or epoch == config.epochs - 1
+        opponent = adversary if epoch >= ADVERSARY_FROM else None
+        for spots, part in run.shuffled(tiles):
+            if adversary and epoch % ADVERSARY_EVERY == 0:
+                adversary.train_step(model, x[spots], part)
+            terms = stage1_terms(model, opponent, x[spots], part, config)
+            loss = log.total(terms, epoch, model.parameters(), is_logged)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return model, optimiser, adversary
 
 
 # --------------------------------------------------------------------------------------------------
@@ -567,86 +514,99 @@ def stage1_terms(model, adversary, x, graph, config):
 
 
 def dec_q(z, centres):
-    """Eq. 11: q_ij = (1 + |z_i - mu_j|^2)^-1, rows normalised (Student t, one degree of freedom). z
-    (N, d), centres (K, d) -> (N, K)."""
-    q = 1 / (1 + torch.cdist(z, centres, compute_mode="donot_use_mm_for_euclid_dist").square())
+    r"""Soft assignment, Eq. 11, by a Student t with one degree of freedom. z (N, d), centres (K, d)
+    -> (N, K).
+
+    $$q_{ij} = \frac{(1 + |z_i - \mu_j|^2)^{-1}}{\sum_{j'} (1 + |z_i - \mu_{j'}|^2)^{-1}} \tag{11}$$
+
+    Test: test_dec_formulas
+    """
+    distance = torch.cdist(z, centres, compute_mode="donot_use_mm_for_euclid_dist")  # (N, K)
+    q = 1 / (1 + distance.square())
     return q / q.sum(1, keepdim=True)
 
 
+@torch.no_grad()
 def dec_p(q):
-    """Eq. 12: p_ij = (q_ij^2 / f_j) / sum_j (q_ij^2 / f_j), f_j = sum_i q_ij. (N, K) -> (N, K),
-    without gradient."""
-    with torch.no_grad():
-        p = q.square() / q.sum(0).clamp_min(1e-12)
-        return p / p.sum(1, keepdim=True)
+    r"""The sharpened target, Eq. 12, without gradient: (N, K) -> (N, K).
+
+    $$p_{ij} = \frac{q_{ij}^2 / f_j}{\sum_{j'} q_{ij'}^2 / f_{j'}}, \qquad
+    f_j = \sum_i q_{ij} \tag{12}$$
+
+    Test: test_dec_formulas
+    """
+    p = q.square() / q.sum(0).clamp_min(1e-12)
+    return p / p.sum(1, keepdim=True)
 
 
 def dec_kl(p, q):
-    """Eq. 13, 27: KL(P || Q), summed over clusters, mean over spots."""
+    r"""Clustering loss, Eq. 13 and 27: summed over clusters, mean over spots.
+
+    $$L_{dec} = \mathrm{KL}(P \,\|\, Q) = \frac{1}{N} \sum_i \sum_j p_{ij}
+    \log \frac{p_{ij}}{q_{ij}} \tag{13}$$
+
+    Test: test_dec_formulas
+    """
     return (p * (p.clamp_min(1e-12).log() - q.clamp_min(1e-12).log())).sum(1).mean()
 
 
 def stage2_terms(model, adversary, x, graph, target, centres, config):
-    """{name: weighted scalar} of one forward pass; target (own, K), centres (K, 32)."""
-    # (N, 32)
-    z = model.encode(x, graph)
+    r"""The weighted terms of Stage II, Eq. 26, {name: scalar}; target (own, K), centres (K, 32).
+
+    $$L_{II} = \lambda_{dec} L_{dec} + \lambda_x \,\mathrm{MSE}(\hat{X}, X) + \lambda_g L_g
+    + \lambda_{gan} L_{gan} \tag{26}$$
+
+    Test: test_every_term_of_every_stage_has_a_gradient
+    """
+    z = model.encode(x, graph)  # (N, 32)
     own = graph.without_halo(z)
+    q = dec_q(own, centres)  # (own, K)
+    x_hat = graph.without_halo(model.decode(z, graph))  # (own, P)
     terms = {
-        "dec": config.lambda_dec * dec_kl(target, dec_q(own, centres)),
-        "expression": config.lambda_x
-        * F.mse_loss(graph.without_halo(model.decode(z, graph)), graph.without_halo(x)),
+        "dec": config.lambda_dec * dec_kl(target, q),
+        "expression": config.lambda_x * F.mse_loss(x_hat, graph.without_halo(x)),
         "graph": config.lambda_g * edge_loss(own, graph),
     }
     if adversary:
-        terms["gan"] = config.lambda_gan * adversary.distance(
-            own, adversary.encode(model, x, graph)
-        )
+        z_fake = adversary.encode(model, x, graph)  # (own, 32)
+        terms["gan"] = config.lambda_gan * adversary.distance(own, z_fake)
     return terms
 
 
-def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
-    """Stage II, with Stage I's optimiser: DEC + expression + graph + GAN terms. Returns centres (K,
-    32), the final target (N, K), epochs run."""
-    parts = graph.tiles(config.tile, HOPS)
-    z = model.embed(x, graph)
-    kmeans = KMeans(n_domains, n_init=20, random_state=config.seed).fit(z.cpu().numpy())
-    # (K, 32)
-    centres = nn.Parameter(torch.as_tensor(kmeans.cluster_centers_, dtype=x.dtype, device=x.device))
-    step.add_param_group({"params": [centres], "weight_decay": 0.0})
-    terms, labels, done = Terms("Stage II", log), kmeans.labels_, 0
+def train_stage2(model, optimiser, adversary, x, graph, k, config, rows):
+    """Stage II, k clusters, with Stage I's optimiser -> centres (K, 32), the last target (N, K),
+    epochs run. It stops when a refresh of the target changes hardly a label."""
+    z = model.embed(x, graph)  # (N, 32)
+    kmeans = KMeans(k, n_init=20, random_state=config.seed).fit(z.cpu().numpy())
+    labels, n_epochs = kmeans.labels_, 0
+    centres = torch.as_tensor(kmeans.cluster_centers_, dtype=x.dtype, device=x.device)
+    centres = nn.Parameter(centres)  # (K, 32)
+    optimiser.add_param_group({"params": [centres], "weight_decay": 0.0})
+    parameters = [*model.encoder.parameters(), centres]
+    tiles, log = graph.tiles(config.tile, HOPS), LossLog("Stage II", rows)
     for epoch in run.progress(range(config.dec_epochs), "Stage II"):
         if epoch % config.dec_update == 0:
             with torch.no_grad():
-                q = dec_q(model.embed(x, graph), centres)
-                target, new = dec_p(q), q.argmax(1).cpu().numpy()
-            if epoch and (new != labels).mean() < config.dec_tol:
+                q = dec_q(model.embed(x, graph), centres)  # (N, K)
+            target, new_labels = dec_p(q), q.argmax(1).cpu().numpy()
+            if epoch and (new_labels != labels).mean() < config.dec_tol:
                 break
-            labels = new
+            labels = new_labels
         model.train()
-        for i, (rows, near) in enumerate(run.shuffled(parts)):
-            if adversary and epoch % 5 == 0:
-                adversary.step(model, x[rows], near)
-            loss = terms.total(
-                stage2_terms(
-                    model,
-                    adversary,
-                    x[rows],
-                    near,
-                    near.without_halo(target[rows]),
-                    centres,
-                    config,
-                ),
-                epoch,
-                [*model.encoder.parameters(), centres],
-                i == 0 and (epoch % 50 == 0 or epoch == config.dec_epochs - 1),
-            )
-            step.zero_grad()
+        is_logged = epoch % 50 == 0 or epoch == config.dec_epochs - 1
+        for spots, part in run.shuffled(tiles):
+            if adversary and epoch % ADVERSARY_EVERY == 0:
+                adversary.train_step(model, x[spots], part)
+            p = part.without_halo(target[spots])  # (own, K)
+            terms = stage2_terms(model, adversary, x[spots], part, p, centres, config)
+            loss = log.total(terms, epoch, parameters, is_logged)
+            optimiser.zero_grad()
             loss.backward()
-            step.step()
-        done = epoch + 1
+            optimiser.step()
+        n_epochs = epoch + 1
     with torch.no_grad():
         target = dec_p(dec_q(model.embed(x, graph), centres))
-    return centres.detach(), target, done
+    return centres.detach(), target, n_epochs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -655,22 +615,19 @@ def train_stage2(model, step, adversary, x, graph, n_domains, config, log):
 
 
 def image_tokens(slide, config, device):
-    """(N, D) float32 standardised image features: colour normalisation, crops, frozen encoder, and
-    Eq. 10 on the frozen features, once: V~ = (1 - smooth) V + smooth W V. (The linear projection to
-    512 commutes with averaging, so smoothing first is the same and is done once.)"""
-    if config.colour == "reference":
-        slide = stain.normalised_slide(slide)
-    v = data.image_features(
-        slide,
-        config.encoder,
-        config.crop_um,
-        cache=config.cache or Path(config.runs) / ".features",
-        device=device,
-    )
-    # (N, D)
-    v = (v - v.mean(0)) / np.maximum(v.std(0), 1e-6)
+    r"""Smoothing over the 7 nearest spots, Eq. 10, of the frozen features f, once: (N, D).
+
+    $$\tilde{f} = (1 - s) f + s\, W f \tag{10}$$
+
+    Test: test_smoothing_weights
+    """
+    v = domains.image_features(slide, config, device)  # (N, D)
     if slide.n_spots > 7 and config.smooth > 0:
         v = (1 - config.smooth) * v + config.smooth * (data.smoothing_matrix(slide.xy) @ v)
+    if config.image == "permuted":
+        v = v[np.random.default_rng(config.seed).permutation(len(v))]
+    if config.image == "zero":
+        v = np.zeros_like(v)
     return v.astype(np.float32)
 
 
@@ -680,198 +637,216 @@ def image_tokens(slide, config, device):
 
 
 class CrossAttention(nn.Module):
-    """Eq. 14-16: `layers` times q <- LN(q + MHA(q, k, v)), one LayerNorm for all layers.
+    r"""Cross-attention over the m nearest spots, Eq. 14-16, `layers` times, one LayerNorm for all.
 
-    Local: spot i attends to the tokens of its m nearest spots (itself first), with a learned bias
-    from the relative position. Keys and values are projected once per spot and gathered afterwards.
-    With m = 1 there is one key: softmax = 1 whatever the query says, and the query and key weights
-    get no gradient, which is the released model.
+    $$a_{ij} = \mathrm{softmax}_{j \in \mathcal{N}_i}
+    \left( \frac{\langle W_q q_i, W_k t_j \rangle}{\sqrt{d}} + b(x_j - x_i) \right) \tag{15}$$
+
+    $$q_i \leftarrow \mathrm{LN}\left(q_i + W_o \sum_{j \in \mathcal{N}_i} a_{ij} W_v t_j\right)
+    \tag{16}$$
+
+    $b$ is learned from the relative position. Keys and values are projected once a spot and
+    gathered afterwards. With m = 1 there is one key: softmax = 1 whatever the query says, and the
+    query and key weights get no gradient, which is the released model.
+
+    Test: test_cross_attention_is_multi_head_attention_over_the_nearest
     """
 
     def __init__(self, dim, heads, layers=2):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.out = (
-            nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers)) for _ in range(4)
-        )
-        self.place = nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Linear(16, heads))
+        self.q = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
+        self.k = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
+        self.v = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers))
+        self.position = nn.Sequential(nn.Linear(2, 16), nn.GELU(), nn.Linear(16, heads))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, query, tokens, near, offset):
-        """query (B, H), tokens (T, H), near (B, m) rows of tokens, offset (B, m, 2) in pitches ->
-        (B, H), weights (B, m, heads).
+    def forward(self, query, tokens, neighbours, offset):
+        """query (B, H), tokens (T, H), neighbours (B, m) rows of tokens, offset (B, m, 2) in
+        lattice pitches -> (B, H), weights (B, m, heads).
 
-        near None: every query attends to every token by fused attention, which keeps no weights:
-        (B, H), None.
+        neighbours None: every query attends to every token, which keeps no weights: (B, H), None.
         """
-        b, width = query.shape
         weights = None
-        for q, k, v, out in zip(self.q, self.k, self.v, self.out):
-            # (B, heads, d)
-            a = q(query).view(b, self.heads, -1)
-            # (T, H)
-            keys, values = k(tokens), v(tokens)
-            if near is None:
-                # (1, heads, T, d)
-                split = [
-                    t.view(1, len(t), self.heads, -1).transpose(1, 2)
-                    for t in (a.flatten(1), keys, values)
-                ]
-                mixed = F.scaled_dot_product_attention(*split).transpose(1, 2).reshape(b, width)
+        for i in range(len(self.q)):
+            q = self.q[i](query).view(len(query), self.heads, -1)  # (B, heads, d)
+            k, v = self.k[i](tokens), self.v[i](tokens)  # (T, H)
+            if neighbours is None:
+                mixed = self.attend_to_all(q, k, v)  # (B, H)
             else:
-                # (B, m, heads, d)
-                near_keys = F.embedding(near, keys).view(*near.shape, self.heads, -1)
-                # (B, m, heads); a bmm of small matrices is slower
-                score = (a[:, None] * near_keys).sum(-1) * a.shape[-1] ** -0.5
-                weights = (score + self.place(offset)).softmax(1)
-                # (B, H)
-                mixed = (
-                    (weights[..., None] * F.embedding(near, values).view_as(near_keys))
-                    .sum(1)
-                    .flatten(1)
-                )
-            query = self.norm(query + out(mixed))
+                mixed, weights = self.attend(q, k, v, neighbours, offset)
+            query = self.norm(query + self.out[i](mixed))
         return query, weights
+
+    def attend(self, q, k, v, neighbours, offset):
+        """q (B, heads, d), k and v (T, H) -> (B, H), weights (B, m, heads)."""
+        shape = (*neighbours.shape, *q.shape[1:])  # (B, m, heads, d)
+        k, v = F.embedding(neighbours, k).view(shape), F.embedding(neighbours, v).view(shape)
+        scores = (q[:, None] * k).sum(-1) * q.shape[-1] ** -0.5  # (B, m, heads)
+        weights = (scores + self.position(offset)).softmax(1)
+        return (weights[..., None] * v).sum(1).flatten(1), weights
+
+    def attend_to_all(self, q, k, v):
+        """q (B, heads, d), k and v (T, H) -> (B, H), without a bias of the position."""
+        k, v = k.view(len(k), self.heads, -1), v.view(len(v), self.heads, -1)  # (T, heads, d)
+        q, k, v = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        mixed = F.scaled_dot_product_attention(q, k, v)[0]  # (heads, B, d)
+        return mixed.transpose(0, 1).flatten(1)
 
 
 class Fusion(nn.Module):
-    """Stage III: gene and image tokens in a shared space, cross-attention in both directions, H =
-    alpha H_gene + (1 - alpha) H_image (Eq. 17)."""
+    r"""Stage III: both modalities in a shared space, attention in both directions, Eq. 9, 14, 17.
+
+    $$V = \mathrm{dropout}(\mathrm{LN}(W \tilde{f})) \tag{9}$$
+
+    $$g = W_g Z, \qquad i = W_i V \tag{14}$$
+
+    $$H = \alpha H_{gene \leftarrow image} + (1 - \alpha) H_{image \leftarrow gene} \tag{17}$$
+
+    Test: test_fusion_mixes_the_two_streams_by_alpha
+    """
 
     def __init__(self, dim_z, dim_image, config):
         super().__init__()
-        wide = config.fused_dim
-        self.alpha, self.config = config.alpha, config
-        # Eq. 9: V
+        dim = config.fused_dim
+        self.config = config
         self.image = nn.Sequential(nn.Linear(dim_image, 512), nn.LayerNorm(512), nn.Dropout(0.1))
-        self.gene_in, self.image_in = nn.Linear(dim_z, wide), nn.Linear(512, wide)
-        self.gene_reads_image, self.image_reads_gene = (
-            CrossAttention(wide, config.heads) for _ in range(2)
-        )
-        # stands for Z of a spot that is masked
-        self.hidden = nn.Parameter(torch.zeros(dim_z))
-        self.keep = nn.Linear(wide, dim_z)
+        self.gene_in, self.image_in = nn.Linear(dim_z, dim), nn.Linear(512, dim)
+        self.gene_reads_image = CrossAttention(dim, config.heads)
+        self.image_reads_gene = CrossAttention(dim, config.heads)
+        # stands for Z of a spot that is hidden in training
+        self.mask_token = nn.Parameter(torch.zeros(dim_z))
+        self.read_z = nn.Linear(dim, dim_z)
 
-    def forward(self, z, v, own, near, offset):
-        """z (T, 32), v (T, D) of the spots at hand; own (B,) rows of the queries; near, offset as
-        in CrossAttention.
+    def forward(self, z, v, queries, neighbours, offset):
+        """z (T, 32), v (T, D) of the visible spots; queries (B,) rows of them; neighbours, offset
+        as in CrossAttention.
 
         Returns H (B, H), h_gene (B, H), h_image (B, H), attention (B, m, heads) of the last
         gene-reads-image layer or None.
         """
+        alpha = self.config.alpha
         with run.autocast(self.config, z.device):
-            # (T, H) each
-            g, i = self.gene_in(z), self.image_in(self.image(v))
-            h_gene, attention = self.gene_reads_image(g[own], i, near, offset)
-            h_image, _ = self.image_reads_gene(i[own], g, near, offset)
-        h_gene, h_image = h_gene.to(z.dtype), h_image.to(z.dtype)
-        return self.alpha * h_gene + (1 - self.alpha) * h_image, h_gene, h_image, attention
+            gene, image = self.gene_in(z), self.image_in(self.image(v))  # (T, H)
+            h_gene, attention = self.gene_reads_image(gene[queries], image, neighbours, offset)
+            h_image, _ = self.image_reads_gene(image[queries], gene, neighbours, offset)
+        h_gene, h_image = h_gene.to(z.dtype), h_image.to(z.dtype)  # (B, H)
+        return alpha * h_gene + (1 - alpha) * h_image, h_gene, h_image, attention
 
 
 def sdm(h_gene, h_image, tau):
-    """Eq. 18: similarity-distribution matching. P = softmax of the rows of the cosine Gram matrix /
-    tau; the mean of both KL divergences. (B, H) x 2 -> scalar, 0 where both are equal."""
-    # (B, B)
-    log_p, log_q = (
-        (lambda u: (u @ u.T / tau).log_softmax(1))(F.normalize(h, dim=1)) for h in (h_gene, h_image)
-    )
-    return (
-        F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-        + F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
-    ) / 2
+    r"""Similarity-distribution matching, Eq. 18, of two streams (B, H): the mean of both
+    divergences.
+
+    $$L_{sdm} = \tfrac{1}{2}\left[\mathrm{KL}(P^g \| P^v) + \mathrm{KL}(P^v \| P^g)\right], \qquad
+    P^m = \mathrm{softmax}(\cos(h^m_i, h^m_j) / \tau) \tag{18}$$
+
+    Test: test_sdm_and_contrast
+    """
+    gene, image = F.normalize(h_gene, dim=1), F.normalize(h_image, dim=1)
+    log_p = (gene @ gene.T / tau).log_softmax(1)  # (B, B)
+    log_q = (image @ image.T / tau).log_softmax(1)
+    p_from_q = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    q_from_p = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    return (p_from_q + q_from_p) / 2
 
 
-def info_nce(h_gene, h_image, near, tau):
-    """Eq. 19: symmetric contrastive loss of a spot's two streams; `near` (B, B) bool, graph
-    neighbours, are left out of the negatives."""
-    # (B, B)
-    logits = F.normalize(h_image, dim=1) @ F.normalize(h_gene, dim=1).T / tau
-    logits = logits.masked_fill(near, float("-inf"))
+def info_nce(h_gene, h_image, is_near, tau):
+    r"""Contrastive loss, Eq. 19, of a spot's two streams (B, H), in both directions.
+
+    $$L_{cl} = -\frac{1}{B} \sum_i \log
+    \frac{e^{\cos(h^v_i, h^g_i) / \tau}}{\sum_j e^{\cos(h^v_i, h^g_j) / \tau}} \tag{19}$$
+
+    is_near (B, B) bool: graph neighbours, left out of the sum over j.
+
+    Test: test_sdm_and_contrast
+    """
+    logits = F.normalize(h_image, dim=1) @ F.normalize(h_gene, dim=1).T / tau  # (B, B)
+    logits = logits.masked_fill(is_near, float("-inf"))
     same = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
 
-def stage3_terms(model, z, v, tiles, rows, target, centres, variance, config):
-    """{name: weighted scalar} of one batch of Stage III: 2 SDM + contrast + 0.005 |H|^2, and two
-    terms of ours that keep the domains of Z.
-    variance: that of the whole z."""
-    local = config.attention == "local"
-    hand, own, near, offset = (
-        tiles.gather(rows) if local else (torch.arange(len(z), device=z.device), rows, None, None)
-    )
-    # (T, 1)
-    hide = (torch.rand(len(hand), 1, device=z.device) < config.fusion_mask).to(z.dtype)
-    h, h_gene, h_image, _ = model(
-        z[hand] * (1 - hide) + hide * model.hidden, v[hand], own, near, offset
-    )
-    # (B, 32)
-    z_kept = model.keep(h)
+def stage3_terms(model, z, v, batches, rows, target, centres, variance, config):
+    r"""The weighted terms of Stage III, Eq. 20-21, {name: scalar}, of the spots `rows` (B,), and
+    two terms of ours that keep the domains of Z: Z and its target are read back from H.
+
+    $$L_{III} = 2 L_{sdm} + L_{cl} + 0.5\, L_{reg}, \qquad
+    L_{reg} = 0.01 \,(\overline{h_g^2} + \overline{h_v^2}) \tag{20}$$
+
+    variance: that of the whole z.
+
+    Test: test_every_term_of_every_stage_has_a_gradient
+    """
+    if config.attention == "local":
+        visible, queries, neighbours, offset = batches.gather(rows)
+    else:
+        visible, queries = torch.arange(len(z), device=z.device), rows
+        neighbours = offset = None
+    is_hidden = torch.rand(len(visible), 1, device=z.device) < config.fusion_mask  # (T, 1)
+    is_hidden = is_hidden.to(z.dtype)
+    z_seen = z[visible] * (1 - is_hidden) + is_hidden * model.mask_token  # (T, 32)
+    h, h_gene, h_image, _ = model(z_seen, v[visible], queries, neighbours, offset)
+    is_near = neighbours_in_batch(rows, batches.adjacent)  # (B, B)
+    z_read = model.read_z(h)  # (B, 32)
     terms = {
         "sdm": 2 * sdm(h_gene, h_image, config.tau),
-        "contrast": info_nce(
-            h_gene, h_image, neighbours_in_batch(rows, tiles.adjacent), config.tau
-        ),
+        "contrast": info_nce(h_gene, h_image, is_near, config.tau),
         "norm": 0.5 * 0.01 * (h_gene.square().mean() + h_image.square().mean()),
-        "keep": config.lambda_keep * F.mse_loss(z_kept, z[rows]) / variance,
+        "read_z": config.lambda_keep * F.mse_loss(z_read, z[rows]) / variance,
     }
     if target is not None:
-        terms["dec"] = (
-            config.lambda_keep * config.lambda_dec * dec_kl(target[rows], dec_q(z_kept, centres))
-        )
+        q = dec_q(z_read, centres)  # (B, K)
+        terms["dec"] = config.lambda_keep * config.lambda_dec * dec_kl(target[rows], q)
     return terms
 
 
-def train_stage3(z, v, xy, target, centres, config, log):
-    """Stage III with Z and the image features frozen: AdamW, cosine to 0, gradient norm at most 1.
+def train_stage3(z, v, xy, target, centres, config, rows):
+    """Stage III with Z (N, 32) and the image features v (N, D) frozen: AdamW, cosine to 0, gradient
+    norm at most 1.
 
-    z (N, 32), v (N, D) -> H (N, H), alpha Z + (1 - alpha) P H (N, 32), attention entropy (N,) as a
-    share of log m (nan where the weights are not kept), number of parameters.
+    Returns H (N, H), alpha Z + (1 - alpha) P H (N, 32), attention entropy (N,) as a share of log m
+    (nan where the weights are not kept), number of parameters.
     """
-    model = run.compiled(Fusion(z.shape[1], v.shape[1], config).to(z.device), config)
-    tiles = SpotBatches(xy, config.m, z.device, k=config.k)
-    step = torch.optim.AdamW(model.parameters(), lr=config.fusion_lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(step, max(1, config.fusion_epochs))
-    terms, variance = Terms("Stage III", log), z.var()
+    model = Fusion(z.shape[1], v.shape[1], config).to(z.device)
+    run.compiled(model, config)
+    batches = SpotBatches(xy, config.m, z.device, k=config.k)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.fusion_lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.fusion_epochs)
+    log, variance = LossLog("Stage III", rows), z.var()
     for epoch in run.progress(range(config.fusion_epochs), "Stage III"):
         model.train()
-        for i, rows in enumerate(tiles.batches(config.batch)):
-            parts = stage3_terms(model, z, v, tiles, rows, target, centres, variance, config)
-            loss = terms.total(
-                parts,
-                epoch,
-                model.parameters(),
-                i == 0 and (epoch % 10 == 0 or epoch == config.fusion_epochs - 1),
-            )
-            step.zero_grad()
+        is_logged = epoch % 10 == 0 or epoch == config.fusion_epochs - 1
+        for spots in batches.batches(config.batch):
+            terms = stage3_terms(model, z, v, batches, spots, target, centres, variance, config)
+            loss = log.total(terms, epoch, model.parameters(), is_logged)
+            optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            step.step()
+            optimiser.step()
         schedule.step()
-    h, entropy = fuse(model, z, v, tiles, config)
+    h, entropy = fuse(model, z, v, batches, config)
     with torch.no_grad():
-        # (N, 32)
-        latent = config.alpha * z + (1 - config.alpha) * model.keep(h)
+        latent = config.alpha * z + (1 - config.alpha) * model.read_z(h)  # (N, 32)
     return h, latent, entropy, sum(p.numel() for p in model.parameters())
 
 
 @torch.no_grad()
-def fuse(model, z, v, tiles, config):
+def fuse(model, z, v, batches, config):
     """H (N, H) and entropy (N,) in evaluation mode, in pieces of compact tiles."""
     model.eval()
     if config.attention == "global":
         return model(z, v, slice(None), None, None)[0], np.full(len(z), np.nan)
-    h, entropy = (
-        torch.empty(len(z), config.fused_dim, device=z.device),
-        torch.full((len(z),), float("nan"), device=z.device),
-    )
-    for start in range(0, len(tiles.tiles), 32):
-        rows = torch.cat(tiles.tiles[start : start + 32])
-        hand, own, near, offset = tiles.gather(rows)
-        h[rows], _, _, attention = model(z[hand], v[hand], own, near, offset)
+    h = torch.empty(len(z), config.fused_dim, device=z.device)
+    entropy = torch.full((len(z),), float("nan"), device=z.device)
+    for start in range(0, len(batches.tiles), 32):
+        rows = torch.cat(batches.tiles[start : start + 32])
+        visible, queries, neighbours, offset = batches.gather(rows)
+        h[rows], _, _, attention = model(z[visible], v[visible], queries, neighbours, offset)
         if config.m > 1:
-            entropy[rows] = -(attention * attention.clamp_min(1e-12).log()).sum(1).mean(1) / np.log(
-                config.m
-            )
+            surprise = -(attention * attention.clamp_min(1e-12).log()).sum(1)  # (B, heads)
+            entropy[rows] = surprise.mean(1) / np.log(config.m)
     return h, entropy.cpu().numpy()
 
 
@@ -880,262 +855,68 @@ def fuse(model, z, v, tiles, config):
 # --------------------------------------------------------------------------------------------------
 
 
-def check(config):
-    """Raises DataError naming the flag that has an impossible value."""
-    one, zero, share, positive = (
-        run.AT_LEAST_ONE,
-        run.AT_LEAST_ZERO,
-        (lambda v: 0 <= v <= 1, "from 0 to 1"),
-        run.POSITIVE,
-    )
-    two = (lambda v: v >= 2, "2 or more")
-    run.check_flags(
-        config,
-        {
-            "n_top_genes": two,
-            "n_pcs": two,
-            "k": one,
-            "tile": zero,
-            "mask_rate": share,
-            "epochs": one,
-            "lr": positive,
-            "weight_decay": zero,
-            "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-            "dec_epochs": zero,
-            "dec_update": one,
-            "m": one,
-            "alpha": share,
-            "smooth": share,
-            "crop_um": positive,
-            "fused_dim": (
-                lambda v: v >= 1 and v % max(config.heads, 1) == 0,
-                "a positive multiple of --heads",
-            ),
-            "heads": one,
-            "fusion_epochs": one,
-            "fusion_lr": positive,
-            "fusion_mask": share,
-            "batch": two,
-            "tau": positive,
-            "n_init": one,
-            "diffusion_steps": zero,
-            "diffusion_k": one,
-            "permutations": zero,
-            "lambda_x": zero,
-            "lambda_g": zero,
-            "lambda_mask": zero,
-            "lambda_gan": zero,
-            "lambda_dec": zero,
-            "lambda_keep": run.POSITIVE,
-            "dec_tol": zero,
-            "n_domains": (
-                lambda v: v in ("oracle", "bic") or v.isdigit() and int(v) > 0,
-                "oracle, bic or a positive number",
-            ),
-        },
-    )
-    run.refuse_idle_flags(config, idle_flags(config))
-
-
-# flags of Stage III
-FUSION = (
-    *("encoder", "crop_um", "colour", "smooth", "attention", "m", "alpha", "fused_dim", "heads"),
-    *("fusion_epochs", "fusion_lr", "batch", "tau", "fusion_mask", "lambda_keep", "readout"),
-)
-
-
-def idle_flags(config):
-    """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
-    them. With --mask_mode none the masked consistency still reads --mask_rate of the spots."""
-    has_files = data.is_features_file(config.encoder)
-    pixels = ("crop_um", "colour")
-    return [
-        (config.image == "off", "with --image off", FUSION),
-        (config.image == "zero", "with --image zero", (*pixels, "smooth")),
-        (has_files, "with ready-made features of --encoder", pixels),
-        (config.hvg == "none", "with --hvg none", ("n_top_genes",)),
-        (config.mask_rate == 0, "with --mask_rate 0", ("mask_mode", "lambda_mask")),
-        (config.gan == "off", "with --gan off", ("lambda_gan",)),
-        (not config.dec, "with --no-dec", ("dec_epochs", "dec_update", "dec_tol", "lambda_dec")),
-        (config.diffusion_steps == 0, "with --diffusion_steps 0", ("diffusion_k",)),
-        (config.permutations == 0, "with --permutations 0", ("lr_pairs",)),
-    ]
-
-
-def variant(config):
-    """Folder name of a run: `default`, and the flags that differ from their defaults."""
-    return run.variant(config, [], ["figures"], files=["encoder", "order", "lr_pairs"])
-
-
-def with_image(slide, config):
-    """Whether Stage III runs. Raises DataError where an image was asked for and there is none."""
-    if config.image == "off":
-        return False
-    from_file = data.is_features_file(config.encoder)
-    has_image = slide.patches is not None or slide.image is not None or from_file
-    if not has_image and config.image != "auto":
-        raise DataError(
-            f"slide {slide.sample} has no image for --image {config.image}: put "
-            "tissue_hires_image.png into spatial/, or use --image off"
-        )
-    if not has_image:
-        print(f"slide {slide.sample} has no image: gene-only, Stage III is left out")
-        return False
-    # complain before the work starts
-    if from_file:
-        data.read_embedding(config.encoder, slide)
-    elif slide.patches is None:
-        if config.image == "auto" and not slide.um_per_px:
-            print(
-                f"slide {slide.sample} has an image but no physical scale: gene-only, Stage III "
-                "is left out"
-            )
-            return False
-        data.crops(slide, np.arange(1), config.crop_um)
-    return True
-
-
-def fused_embedding(slide, z, target, centres, config, device, log):
-    """What is clustered (N, 32) or (N, H), H (N, H), image features (N, D), attention entropy (N,),
-    number of parameters of Stage III."""
-    v = image_tokens(slide, config, device)
-    if config.image == "permuted":
-        v = v[np.random.default_rng(config.seed).permutation(len(v))]
-    if config.image == "zero":
-        v = np.zeros_like(v)
-    h, latent, entropy, n_params = train_stage3(
-        z, torch.as_tensor(v, device=device), slide.xy, target, centres, config, log
-    )
-    return (
-        (latent if config.readout == "latent" else h).cpu().numpy(),
-        h.cpu().numpy(),
-        v,
-        entropy,
-        n_params,
-    )
-
-
-def train(slide, config, use_image, record):
-    """Stages I to III and the baselines: (arrays with z, h_fusion ..., what is clustered by name,
-    baseline scores, facts for the record)."""
-    x_np, log = preprocess(slide, config), []
-    x, graph = (
-        torch.as_tensor(x_np, device=record.device),
-        Graph(slide.xy, config.k, record.device, slide.sample),
-    )
+def train(task, record):
+    """Stages I to III and the baselines: arrays, embeddings {name: (N, d)} to cluster, baselines
+    {name: scores}, number of domains, facts for the record."""
+    c, slide, rows = task.config, task.slide, []
+    components = domains.preprocess(slide, c)  # (N, P)
+    x = torch.as_tensor(components, device=record.device)
+    graph = Graph(slide.xy, c.k, record.device, slide.sample)
     if graph.pieces > 1:
         print(
-            f"the {config.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} "
-            "pieces: Stage I passes nothing between them"
+            f"the {c.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} pieces: "
+            "Stage I passes nothing between them"
         )
     record.lap("read")
-    model, step, adversary = train_stage1(x, graph, config, log)
+    model, optimiser, adversary = train_stage1(x, graph, c, rows)
     record.lap("stage1")
-    z_np = model.embed(x, graph).cpu().numpy()
-    k, chosen = clustering.number_of_domains(config.n_domains, slide, z_np, config.seed)
-    others = {
-        name: clustering.domain_scores(slide, domains)
-        for name, domains in baselines.unsupervised_domains(
-            x_np, slide.xy, k, config.n_init, config.seed
-        ).items()
-    }
-    for name, scores in others.items():
-        print(clustering.score_row(name, scores))
+    k, chosen_by = task.number_of_domains(model.embed(x, graph).cpu().numpy())
+    scores = task.score_baselines(components, k)
     record.lap("baselines")
-    facts, centres, target = (
-        {"k_chosen_by": chosen, "graph_pieces": graph.pieces, "losses": log},
-        None,
-        None,
-    )
-    if config.dec:
+    facts = {"k_chosen_by": chosen_by, "graph_pieces": graph.pieces, "losses": rows}
+    centres = target = None
+    if c.dec:
         centres, target, facts["dec_epochs"] = train_stage2(
-            model, step, adversary, x, graph, k, config, log
+            model, optimiser, adversary, x, graph, k, c, rows
         )
-    z = model.embed(x, graph)
-    arrays, facts["n_params"] = {"z": z.cpu().numpy()}, sum(p.numel() for p in model.parameters())
+    z = model.embed(x, graph)  # (N, 32)
+    arrays = {"z": z.cpu().numpy()}
     embeddings = {"gene": arrays["z"]}
+    facts["n_params"] = sum(p.numel() for p in model.parameters())
     record.lap("stage2")
-    if use_image:
-        (
-            embeddings["fused"],
-            arrays["h_fusion"],
-            arrays["image"],
-            arrays["attention_entropy"],
-            more,
-        ) = fused_embedding(slide, z, target, centres, config, record.device, log)
-        arrays["fused"], facts["n_params"] = embeddings["fused"], facts["n_params"] + more
+    if task.has_image:
+        v = image_tokens(slide, c, record.device)  # (N, D)
+        h, latent, entropy, n_params = train_stage3(
+            z, torch.as_tensor(v, device=record.device), slide.xy, target, centres, c, rows
+        )
+        fused = latent if c.readout == "latent" else h
+        arrays |= {"image": v, "h_fusion": h.cpu().numpy(), "attention_entropy": entropy}
+        arrays["fused"] = embeddings["fused"] = fused.cpu().numpy()
+        facts["n_params"] += n_params
         # an image that is the same everywhere has no domains
-        if np.ptp(arrays["image"], axis=0).any():
-            embeddings["image"] = arrays["image"]
+        if np.ptp(v, axis=0).any():
+            embeddings["image"] = v
         record.lap("stage3")
-    return arrays, embeddings, others, k, facts
+    return arrays, embeddings, scores, k, facts
 
 
 def main(argv=None):
-    """Run the program; returns 0."""
+    """Find the domains of a slide and score them beside the baselines."""
     start = time.perf_counter()
     config = run.parse(Config, argv, __doc__.split("\n")[0])
     check(config)
-    slide = data.load_slide(config.data, config.slice or None, **config.columns())
-    use_image = with_image(slide, config)
-    if use_image and config.m > slide.n_spots:
-        raise DataError(
-            f"--m {config.m} exceeds the {slide.n_spots} spots of slide {slide.sample}: "
-            "choose a smaller m"
-        )
-    # complain before the work starts
-    ranks = downstream.class_ranks(slide, config.order)
-    pairs = downstream.read_pairs(config.lr_pairs) if config.lr_pairs else downstream.PAIRS
-    if config.n_domains != "bic":
-        clustering.number_of_domains(config.n_domains, slide)
-    record = run.Run("multist", config, slide.sample, variant(config), start)
-    encoder = config.encoder if use_image else ""
-    record.note_inputs(input_files([slide], encoder, [config.lr_pairs]))
-    arrays, embeddings, others, k, facts = train(slide, config, use_image, record)
-    final = "fused" if use_image else "gene"
-    more, scores = clustering.domains_of(
-        embeddings,
-        slide,
-        k,
-        final,
-        config.n_init,
-        config.seed,
-        config.diffusion_steps,
-        config.diffusion_k,
-    )
+    task = domains.Task(config)
+    record = run.Run("multist", config, task.slide.sample, domains.variant(config), start)
+    record.note_inputs(task.files())
+    arrays, embeddings, baselines, k, facts = train(task, record)
+    more, scores, text = task.evaluate(embeddings, k, record)
     arrays |= more
-    record.lap("clustering")
-    arrays |= {
-        "domains": arrays[f"labels_{final}"],
-        "labels": slide.labels,
-        "classes": np.array(slide.classes, dtype=str),
-        "barcodes": slide.barcodes,
-        "xy": slide.xy,
-    }
-    more, more_scores, text = downstream.downstream(
-        slide,
-        log_matrix(slide, config),
-        embeddings[final],
-        arrays["domains"],
-        ranks,
-        pairs,
-        config.root_gene,
-        config.permutations,
-    )
-    arrays |= more
-    record.lap("downstream")
     if config.figures:
-        figures.draw_multist(record, slide, arrays, facts["losses"], final)
-    record.finish(
-        scores | more_scores | {"k": k},
-        others,
-        arrays,
-        facts.pop("n_params"),
-        files=export.files_of("multist", arrays, [slide], config),
-        output=f"{final} + diffusion",
-        **facts,
-        **text,
-    )
+        figures.draw_multist(record, task.slide, arrays, facts["losses"], task.output)
+    n_params = facts.pop("n_params")
+    files = export.files_of("multist", arrays, [task.slide], config)
+    facts |= {"output": f"{task.output} + diffusion", **text}
+    record.finish(scores, baselines, arrays, n_params, files=files, **facts)
     return 0
 
 

@@ -194,8 +194,8 @@ class PeerEncoder(multist.Encoder):
 
     def forward(self, x, graph):
         f = self.mlp(x)  # (N, 16)
-        h = self.convs[0](self.drop(f), graph.directed)  # (N, 64)
-        return torch.cat([f, self.convs[1](self.drop(F.relu(h)), graph.directed)], 1)
+        h = self.convs[0](self.dropout(f), graph.directed)  # (N, 64)
+        return torch.cat([f, self.convs[1](self.dropout(F.relu(h)), graph.directed)], 1)
 
 
 def directed(graph):
@@ -218,7 +218,7 @@ class PeerAutoEncoder(multist.AutoEncoder):
         self.conv = copied_gcn(self.decoder.weight, cached=True)
 
     def decode(self, z, graph):
-        return self.conv(self.drop(z), graph.directed)
+        return self.conv(self.dropout(z), graph.directed)
 
 
 def visium_by_hand(folder):

@@ -32,7 +32,7 @@ import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
 import stformer  # noqa: E402
-from evaluation import clustering, downstream  # noqa: E402
+from evaluation import clustering, domains, downstream  # noqa: E402
 from plainst import graphs, run, simulate  # noqa: E402
 
 SIZES = {
@@ -151,19 +151,22 @@ def one_multist(folder, n, n_genes=1000):
         tile=TILE if n > 100_000 else 0,
     )
     slide = clock.median("load", lambda: data.load_slide(config.data))
-    x = clock.median("inputs", lambda: torch.as_tensor(multist.preprocess(slide, config)))
+    x = clock.median("inputs", lambda: torch.as_tensor(domains.preprocess(slide, config)))
     graph = clock.median("graph", lambda: graphs.Graph(slide.xy, config.k))
     run.seed_everything(0)
-    model, step, adversary = multist.train_stage1(x, graph, config, [])
+    model, optimiser, adversary = multist.train_stage1(x, graph, config, [])
     clock.lap("Stage I, epoch", EPOCHS)
     clock.median("inference", lambda: model.embed(x, graph))
-    centres, target, epochs = multist.train_stage2(model, step, adversary, x, graph, 7, config, [])
+    centres, target, epochs = multist.train_stage2(
+        model, optimiser, adversary, x, graph, 7, config, []
+    )
     clock.lap("Stage II with k-means, epoch", epochs)
-    h = multist.fused_embedding(
-        slide, model.embed(x, graph), target, centres, config, torch.device("cpu"), []
-    )[0]
+    v = torch.as_tensor(multist.image_tokens(slide, config, "cpu"))
+    h = multist.train_stage3(model.embed(x, graph), v, slide.xy, target, centres, config, [])[
+        1
+    ].numpy()
     clock.lap("image features, Stage III, epoch")
-    domains = clock.median(
+    labels = clock.median(
         "clustering",
         lambda: clustering.diffuse_labels(clustering.gmm_tied(h, 7, config.n_init)[0], slide.xy),
     )
@@ -171,9 +174,9 @@ def one_multist(folder, n, n_genes=1000):
         "downstream",
         lambda: downstream.downstream(
             slide,
-            multist.log_matrix(slide, config),
+            domains.log_matrix(slide, config),
             h,
-            domains,
+            labels,
             None,
             root_gene=config.root_gene,
             permutations=config.permutations,

@@ -45,6 +45,12 @@ class Graph:
         self.edge_keys = (self.edges[0] * n_own + self.edges[1]).sort().values
         self.n_own = n_own
 
+    @property
+    def rows(self):
+        """(nnz,) row of every entry of A_hat, beside `columns` and `weights`."""
+        ends = torch.cat([self.starts[1:], self.starts.new_tensor([len(self.columns)])])
+        return torch.repeat_interleave(ends - self.starts)
+
     def without_halo(self, values):
         """The rows of the own spots; the whole is left as it is, since a slice of it would add up
         gradients in another order."""
@@ -96,6 +102,18 @@ class GraphProduct(torch.autograd.Function):
 
 
 graph_product = GraphProduct.apply
+
+# spots at a time in evaluation mode
+ROWS = 20_000
+
+
+def in_blocks(module, x):
+    """module(x) of what sees one spot at a time; in evaluation mode ROWS spots at a time, so that a
+    million of them need no tiles. Compiled code takes all: it would hold a copy of the layers for
+    every block. x (N, a) -> (N, b)."""
+    if module.training or torch.compiler.is_compiling():
+        return module(x)
+    return torch.cat([module(rows) for rows in x.split(ROWS)])
 
 
 class SpotBatches:

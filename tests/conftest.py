@@ -18,6 +18,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from plainst.readers.checked import DataError  # noqa: E402
+
 torch.set_num_threads(1)
 # a plugin may have loaded numpy before the line above
 threadpoolctl.threadpool_limits(1)
@@ -44,7 +47,7 @@ def without_idle_flags(module, words):
     while True:
         try:
             module.check(module.run.parse(module.Config, words))
-        except module.DataError as error:
+        except DataError as error:
             idle = re.match(r"--(\w+) has no effect", str(error))
             if not idle:
                 return words

@@ -18,8 +18,8 @@ import metrics
 import multist as M
 from conftest import without_idle_flags
 from data import DataError
-from evaluation import clustering, downstream
-from plainst import features, graphs, run, simulate, stain
+from evaluation import clustering, domains, downstream
+from plainst import features, graphs, losses, run, simulate, stain
 
 QUICK = [
     "--epochs",
@@ -103,6 +103,28 @@ def test_graph_product_is_the_dense_product_in_both_directions(toy):
     (graphs.graph_product(h, graph) * weights).sum().backward()
     torch.testing.assert_close(graphs.graph_product(x, graph), a_hat @ x)
     torch.testing.assert_close(h.grad, a_hat.T @ weights)
+    plain = x.clone().requires_grad_()
+    (M.propagate(plain, graph, fast=False) * weights).sum().backward()
+    torch.testing.assert_close(M.propagate(x, graph, fast=False), M.propagate(x, graph))
+    torch.testing.assert_close(plain.grad, h.grad)
+
+
+def test_expression_decoder_is_its_equation(toy):
+    _, _, graph, _, model = toy
+    z = torch.randn(168, 32)
+    want = dense(graph) @ z @ model.decoder.weight.T
+    torch.testing.assert_close(model.eval().decode(z, graph), want, atol=1e-5, rtol=1e-4)
+
+
+def test_plain_training_equals_fast_training(toy):
+    """Three epochs without dropout, by the sum of messages and by the kernel."""
+    _, x, graph, _, _ = toy
+    latents = []
+    for fast in (True, False):
+        torch.manual_seed(0)
+        config = M.Config(epochs=3, dropout=0.0, fast=fast)
+        latents.append(M.train_stage1(x, graph, config, [])[0].embed(x, graph))
+    torch.testing.assert_close(*latents, atol=1e-3, rtol=1e-3)
 
 
 def test_mask_changes_exactly_the_masked_rows(toy):
@@ -199,7 +221,7 @@ def test_prediction_takes_a_few_spots_at_a_time_through_what_sees_one_spot(branc
     graph, model = graphs.Graph(xy, 6), M.AutoEncoder(20, M.Config(branches=branches, dropout=0.0))
     trained, seen = copy.deepcopy(model).train().encode(x, graph), []
     whole = model.embed(x, graph)
-    monkeypatch.setattr(M, "ROWS", 70)
+    monkeypatch.setattr(graphs, "ROWS", 70)
     alone = [model.encoder.mlp] + [model.encoder.w1] * (branches == "parallel")
     for part in alone:
         part.register_forward_hook(lambda module, given, out: seen.append(len(out)))
@@ -326,7 +348,7 @@ def test_adversary_moves_everyone_and_leaves_batchnorm_alone(toy, kind):
     generator, critic = (
         [p.clone() for p in net.parameters()] for net in (adversary.generator, adversary.critic)
     )
-    adversary.step(model, x, graph)
+    adversary.train_step(model, x, graph)
     fake = adversary.encode(model, x, graph)
     assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers())), (
         "fakes touched the BatchNorm statistics"
@@ -459,7 +481,7 @@ def test_cross_attention_is_multi_head_attention_over_the_nearest():
     query, tokens, near, offset = attention_inputs(5)
     layer = M.CrossAttention(16, 4, layers=1)
     out, weights = layer(query, tokens, near, offset)
-    bias = layer.place(offset)  # (n, m, heads)
+    bias = layer.position(offset)  # (n, m, heads)
     for i in (0, 17):
         q, k, v = layer.q[0](query[i]), layer.k[0](tokens[near[i]]), layer.v[0](tokens[near[i]])
         mixed = []
@@ -490,13 +512,24 @@ def test_global_attention_is_local_attention_over_everyone():
     query, tokens, _, _ = attention_inputs(2)
     everyone = torch.arange(30).expand(30, 30)
     layer = M.CrossAttention(16, 4)
-    for p in layer.place.parameters():
+    for p in layer.position.parameters():
         # fused attention knows no positions
         p.data.zero_()
     local, _ = layer(query, tokens, everyone, torch.zeros(30, 30, 2))
     whole, weights = layer(query, tokens, None, None)
     torch.testing.assert_close(local, whole, atol=1e-5, rtol=1e-4)
     assert weights is None
+
+
+def test_fusion_mixes_the_two_streams_by_alpha(toy):
+    xy, _, _, config, _ = toy
+    z, v = torch.randn(168, 32), torch.randn(168, 9)
+    model, batches = M.Fusion(32, 9, config).eval(), graphs.SpotBatches(xy, config.m, "cpu")
+    h, h_gene, h_image, _ = model(z, v, torch.arange(168), batches.near, batches.offset)
+    torch.testing.assert_close(h, 0.7 * h_gene + 0.3 * h_image)
+    image = model.image_in(model.image[1](model.image[0](v)))
+    want, _ = model.gene_reads_image(model.gene_in(z), image, batches.near, batches.offset)
+    torch.testing.assert_close(h_gene, want)
 
 
 def test_sdm_and_contrast():
@@ -557,13 +590,13 @@ def test_every_term_of_every_stage_has_a_gradient(toy):
     got = {(row["stage"], row["term"]) for row in log if row["grad_norm"] > 1e-9}
     assert got == {("Stage I", t) for t in ("expression", "graph", "mask", "gan")} | {
         ("Stage II", t) for t in ("dec", "expression", "graph", "gan")
-    } | {("Stage III", t) for t in ("sdm", "contrast", "norm", "keep", "dec")}
+    } | {("Stage III", t) for t in ("sdm", "contrast", "norm", "read_z", "dec")}
     assert all(np.isfinite(row["value"]) for row in log)
 
 
 def test_a_term_without_gradient_is_seen_in_the_log():
     weight, log = torch.nn.Parameter(torch.ones(2)), []
-    M.Terms("Stage I", log).total(
+    losses.LossLog("Stage I", log).total(
         {"dead": torch.tensor(1.0), "live": weight.sum()}, 0, [weight], True
     )
     assert [row["grad_norm"] for row in log] == [0.0, pytest.approx(2**0.5)]
@@ -856,7 +889,7 @@ def test_every_switch_runs(cortex, tmp_path, flags):
 
 def test_two_variants_never_share_a_folder():
     names = {
-        M.variant(M.Config(**kw))
+        domains.variant(M.Config(**kw))
         for kw in (
             {},
             {"k": 12},
@@ -869,7 +902,7 @@ def test_two_variants_never_share_a_folder():
     assert (
         len(names) == 6
         and "tuned" in names
-        and M.variant(M.Config(seed=3, dec=False, k=12)) == "tuned-k-12-dec-False"
+        and domains.variant(M.Config(seed=3, dec=False, k=12)) == "tuned-k-12-dec-False"
     )
     assert not any("/" in n or "=" in n for n in names)
 
@@ -932,11 +965,11 @@ def test_a_slide_in_two_pieces_and_genes_that_do_not_vary(capsys):
         xy,
         sample="two",
     )
-    x = M.preprocess(slide, M.Config())
+    x = domains.preprocess(slide, M.Config())
     assert x.shape[1] <= 5 and (x.std(0) > 0).all()
     slide.counts = sp.csr_matrix(np.zeros((128, 30), int))
     with pytest.raises(DataError, match="0 genes that vary"):
-        M.preprocess(slide, M.Config())
+        domains.preprocess(slide, M.Config())
 
 
 def test_simulated_domains_are_recovered(tmp_path):

@@ -16,6 +16,7 @@ import gat_fusion
 import multist
 import spatia
 import stformer
+from evaluation import domains
 from plainst import simulate
 
 
@@ -236,10 +237,10 @@ def test_inputs_of_a_harsh_slide_stay_within_their_bounds(harsh):
     slide = data.load_visium(harsh)
     z = data.Expression(100).fit(slide.counts, slide.genes).transform(slide.counts, slide.genes)
     assert np.isfinite(z).all() and abs(z).max() <= 10.0
-    x = multist.preprocess(slide, dataclasses.replace(multist.Config(), n_pcs=20))
+    x = domains.preprocess(slide, dataclasses.replace(multist.Config(), n_pcs=20))
     assert (
         np.isfinite(x).all()
-        and np.isfinite(multist.preprocess(slide, multist.Config(norm="cpm", n_pcs=20))).all()
+        and np.isfinite(domains.preprocess(slide, multist.Config(norm="cpm", n_pcs=20))).all()
     )
 
 
