@@ -6,7 +6,7 @@ docs/multist.md.
     counts (N, G) --PCA--> X (N, P) --mask--> X' --Encoder: MLP, GCN--> Z (N, 32)        Stage I
                            a masked graph auto-encoder with a GAN beside it
     Z --DEC--> Z           compact clusters                                              Stage II
-    image --crops, frozen encoder--> features (N, D) --linear, kNN smoothing--> V (N, 512)
+    image --crops, frozen encoder--> f (N, D) --linear, kNN smoothing--> V (N, 512)
     Z, V --CrossAttention, both directions, the m nearest spots--> H (N, H)              Stage III
     H --PCA, tied-covariance mixture--> labels --label diffusion--> domains
 
@@ -17,7 +17,7 @@ docs/multist.md.
 | $\hat{A}$ | $D^{-1/2} (A + I) D^{-1/2}$, A joins each spot to its k nearest | (N, N) sparse |
 | $Z$ | gene embedding: own expression beside the graph's | (N, 32) |
 | $\mu_j$ | centre of cluster j | (32,) |
-| $V$ | image embedding | (N, 512) |
+| $f, V$ | frozen image features, image embedding | (N, D), (N, 512) |
 | $H$ | fused embedding | (N, H) |
 | $\mathcal{S}$ | the masked spots of a step | (n,) |
 
@@ -27,7 +27,7 @@ where there is no image. Numbers of equations are the paper's where docs/multist
 
     python multist.py --data datasets/dlpfc --slice 151673 --seed 0
     python multist.py --data my_visium_folder --n_domains 8
-    python multist.py --data my_section.h5ad --n_domains bic --image off
+    python multist.py --data my_section.h5ad --preset tuned --n_domains bic
 """
 
 import time
@@ -40,45 +40,79 @@ from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn import functional as F
 
-import data
 from evaluation import domains, figures
 from plainst import export, run
-from plainst.graphs import Graph, SpotBatches, graph_product, in_blocks, neighbours_in_batch
+from plainst.graphs import SpotBatches, graph_product, in_blocks
 from plainst.losses import LossLog, frozen_statistics, parameter_groups
 
-# named sets of flags; what is typed goes before them
-PRESETS = {"tuned": {}}
+# named sets of flags; what is typed goes before them; docs/multist.md tells why each is so
+PRESETS = {
+    "paper": {},
+    "released": {
+        "norm": "cpm",
+        "hvg": "seurat_v3",
+        "n_top_genes": 2000,
+        "k": 12,
+        "mask_mode": "none",
+        "mask_rate": 1.0,
+        "branches": "serial",
+        "weight_decay": 0.01,
+        "gan": "mean",
+        # .502 times the mean over edges and non-edges together, a quarter of the sum of two means
+        "lambda_g": 0.0251,
+        "lambda_gan": 0.3,
+        "dec_clusters": 10,
+        "dec_epochs": 500,
+        "direction": "gene_reads_image",
+        "m": 1,
+        "readout": "latent",
+        "self_weight": 0.0,
+    },
+    "tuned": {
+        "n_pcs": 50,
+        "k": 0,
+        "mask_mode": "none",
+        "branches": "serial",
+        "gan": "off",
+        "epochs": 100,
+        "dec": False,
+        "image": "off",
+        "n_models": 6,
+        "n_starts": 6,
+        "diffusion_steps": 3,
+    },
+}
 
 
 @dataclass
 class Config(run.SlideConfig):
-    """Flags of multist.py; defaults are the paper's or the released code's unless the help says
-    otherwise."""
+    """Flags of multist.py."""
 
     presets: ClassVar = PRESETS
 
+    preset: str = "paper"
+    "a named set of flags; what is typed beside it goes before it"
     n_domains: str = "oracle"
-    """number of domains: oracle (as many as the labels have; recorded as such), bic (2 to 20), or a
-    number"""
+    "number of domains: oracle (as many as the labels have), bic (2 to 20), or a number"
     norm: Literal["log1p", "cpm"] = "log1p"
-    "log1p of counts per 10,000, or the released code's counts per million without log"
+    "log1p of counts per 10,000, or counts per million without log"
     library: Literal["given", "own"] = "given"
     """library size: the one that came with the data where there is one (the file may hold a subset
     of the genes), or the file's row sums"""
     hvg: Literal["variance", "seurat_v3", "none"] = "variance"
-    "gene selection: most variable after normalisation, seurat_v3 on counts (released code), or all"
+    "gene selection: most variable after normalisation, seurat_v3 on counts, or all"
     n_top_genes: int = 3000
-    "number of genes (released code: 2000)"
+    "number of genes"
     n_pcs: int = 200
     "principal components that are the input X"
     k: int = 6
-    "spatial neighbours, symmetrised by union (released code: 12)"
+    "spatial neighbours, symmetrised by union; 0: 6 on a lattice, 30 among cells"
     mask_mode: Literal["additive", "replace", "zero", "none"] = "additive"
-    "Eq. 1: add the learned vector m to masked spots; or put m, or 0, in their place; or no masking"
+    "Eq. 1: add the learned vector m to masked spots; or put m, or 0, in their place; or nothing"
     mask_rate: float = 0.8
     "share of spots masked, drawn anew every epoch"
-    branches: Literal["serial", "parallel"] = "serial"
-    "GCN on the MLP's output (released code), or on X beside the MLP (paper)"
+    branches: Literal["serial", "parallel"] = "parallel"
+    "GCN on X beside the MLP (paper), or on the MLP's output (released code)"
     epochs: int = 400
     "epochs of Stage I (one step each, or with --tile one a tile)"
     tile: int = 0
@@ -87,100 +121,67 @@ class Config(run.SlideConfig):
     lr: float = 1e-2
     "Adam learning rate of Stages I and II"
     weight_decay: float = 0.0
-    "Adam weight decay on weight matrices only (released code: 0.01 on everything)"
-    dropout: float = 0.2
-    "dropout of the encoder and decoder"
-    gan: Literal["off", "fisher", "mean"] = "off"
-    """adversarial branch: none, Fisher-MMD of Eq. 8 in closed form (the paper), or difference of
-    mean latents (what the released code falls back to)"""
-    lambda_x: float = 10.0
-    "weight of the reconstruction"
+    "Adam weight decay, on weight matrices only"
+    gan: Literal["off", "fisher", "mean"] = "fisher"
+    "adversarial branch: none, Fisher-MMD of Eq. 8, or the difference of mean latents"
     lambda_g: float = 0.1
     "weight of the graph reconstruction"
-    lambda_mask: float = 1.0
-    "weight of the masked consistency (Eq. 23)"
     lambda_gan: float = 0.01
-    """weight of the adversarial alignment (Eq. 24); the closed-form MMD is in units of its own
-    metric, so the released 0.3 does not carry over"""
+    "weight of the adversarial alignment; the MMD is in units of its own metric"
     dec: bool = True
     "Stage II, deep embedded clustering"
+    dec_clusters: int = 0
+    "clusters of Stage II; 0: as many as domains"
     dec_epochs: int = 200
-    "most epochs of Stage II (released code: 500)"
-    dec_update: int = 20
-    "epochs between refreshes of the DEC target"
-    dec_tol: float = 1e-3
-    "Stage II stops when a refresh changes fewer than this share of the labels"
-    lambda_dec: float = 0.1
-    """weight of KL(P || Q), summed over clusters, mean over spots (released code: 1 on the mean
-    over 10 clusters and spots, which is the same)"""
-    image: Literal["auto", "real", "permuted", "zero", "off"] = "auto"
-    "auto: use the image where there is one; permuted and zero are controls"
+    "most epochs of Stage II"
+    image: Literal["auto", "real", "permuted", "noise", "zero", "off"] = "auto"
+    "auto: use the image where there is one; permuted, noise and zero are controls"
     encoder: str = "handmade"
     """image features: handmade, a Hugging Face vision model such as openai/clip-vit-base-patch32
     (the paper's), or a .npy/.npz file"""
-    crop_um: float = 310.0
-    "side of the crop in micrometres (the released 64 hires pixels on 151673)"
-    colour: Literal["reference", "none"] = "reference"
-    """colour normalisation of a slide's image (not of ready-made patches) to a reference shared by
-    all slides (released code: to the same slide, and skipped)"""
     cache: str = ""
     "folder for image features, which are computed once; empty: <runs>/.features"
-    smooth: float = 0.3
-    "share of the neighbours in the smoothed image features (Eq. 10)"
-    attention: Literal["local", "global"] = "local"
-    "Stage III attends over the m nearest spots, or over the whole slide"
+    direction: Literal["both", "gene_reads_image"] = "both"
+    """Stage III: both directions mixed by alpha (the source: for tumours), or the genes' alone (for
+    layered tissue)"""
+    alpha: float = 0.7
+    "Eq. 17: share of the gene stream that attended to the image"
     m: int = 16
     """spots (itself included) that a spot attends to; 1 is the released code, whose softmax over
     one key is always 1"""
-    alpha: float = 0.7
-    """Eq. 17: share of the gene stream that attended to the image; also the share of Z in the
-    latent read-out, which is gene-only at 1"""
-    fused_dim: int = 128
-    "width of Stage III (paper: 256)"
-    heads: int = 8
-    "attention heads of Stage III"
-    fusion_epochs: int = 30
-    "epochs of Stage III (released code: 50 of random batches of 128)"
-    fusion_lr: float = 1e-3
-    "AdamW learning rate of Stage III, cosine to 0 (released code: 1e-4)"
-    batch: int = 512
-    "spots in a step of Stage III: compact tiles of 64 from anywhere on the slide"
-    tau: float = 0.1
-    "temperature of the SDM and contrastive losses"
-    fusion_mask: float = 0.5
-    """Stage III: share of spots whose Z is hidden in training, so that H must recover it from the
-    image and the neighbours (not in the paper)"""
-    lambda_keep: float = 5.0
-    """Stage III: weight of reading Z and its DEC target back from H, so that the domains of Z
-    survive (not in the paper)"""
-    readout: Literal["latent", "fused"] = "latent"
-    """what is clustered: alpha Z + (1 - alpha) P H with the trained read-out P (the released
-    formula for layered tissue, whose P is random), or H itself"""
-    n_init: int = 10
-    "initialisations of the GMM; the likeliest is taken"
-    diffusion_steps: int = 3
-    "T of the label diffusion (released code: 10)"
-    diffusion_k: int = 7
-    "neighbours of the label diffusion"
+    fused_dim: int = 256
+    "width of Stage III"
+    fusion_epochs: int = 50
+    "epochs of Stage III"
+    batch: int = 128
+    "spots in a step of Stage III"
+    readout: Literal["fused", "latent"] = "fused"
+    """what is clustered: H, or .7 Z + .3 P H with an untrained projection P (the released code for
+    layered tissue)"""
+    n_models: int = 1
+    """latents that are trained; of several, and of their starts, the one is taken that agrees most
+    with the others among the third that is most coherent in space"""
+    n_starts: int = 10
+    "starts of the mixture; of one latent the likeliest is taken"
+    diffusion_steps: int = 10
+    "T of the label diffusion"
+    self_weight: float = 1.0
+    "weight of the spot itself in the label diffusion (released code: 0)"
     order: str = ""
-    """classes from the root outwards, comma-separated, to score the pseudotime; empty:
-    WM,Layer6,...,Layer1 where these are the classes"""
+    "classes from the root outwards, comma-separated; empty: WM,Layer6,...,Layer1"
     root_gene: str = "MBP"
-    """pseudotime starts in the domain that expresses this gene most; where the panel lacks it, at
-    an end of the first diffusion component, either end"""
+    "pseudotime starts in the domain that expresses this gene most"
     lr_pairs: str = ""
-    "two-column CSV ligand,receptor; empty: a short built-in list"
-    permutations: int = 1000
-    "label permutations of the ligand-receptor null; 0 leaves the scores out"
+    "table of pairs: ligand,receptor, connectomeDB2020 or CellPhoneDB v5; empty: a short list"
+    permutations: int = 10000
+    "pairs of other genes in the ligand-receptor null; 0 leaves the scores out"
     fast: bool = True
     "products with the graph as one kernel; the plain form gives the same numbers"
     figures: bool = True
     "draw the figures"
 
 
-def check(config):
-    """Raise DataError, naming the flag, for a value or a combination that no run can use."""
-    domains.check(config)
+check = domains.check
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,12 +206,11 @@ def mask_rows(x, m, rate, mode):
     is_masked = is_masked.index_fill(0, rows, 1.0)  # (N, 1)
     if mode == "additive":
         return x + is_masked * m, rows
-    visible = x * (1 - is_masked)  # (N, P)
-    if mode == "zero":
-        return visible, rows
-    return visible + is_masked * m, rows
+    instead = m if mode == "replace" else torch.zeros_like(m)  # (P,)
+    return x * (1 - is_masked) + is_masked * instead, rows
 
 
+DROPOUT = 0.2  # of encoder and decoder
 # products with the graph between X and X_hat: two of the encoder, one of the decoder
 HOPS = 3
 
@@ -229,17 +229,14 @@ def propagate(h, graph, fast=True):
     return torch.zeros_like(h).index_add(0, graph.rows, messages)  # (N, d)
 
 
-def mlp_block(dim_in, dim_out, dropout):
-    """Linear map, BatchNorm, ELU and dropout: (N, dim_in) -> (N, dim_out).
-
-    Without a bias: BatchNorm takes it out again, and Adam would blow the rounding that is its
-    gradient up to steps of --lr.
-    """
+def mlp_block(dim_in, dim_out):
+    """Linear map, BatchNorm, ELU and dropout: (N, dim_in) -> (N, dim_out)."""
     return nn.Sequential(
+        # BatchNorm takes a bias out again; Adam would blow its gradient, mere rounding, up
         nn.Linear(dim_in, dim_out, bias=False),
         nn.BatchNorm1d(dim_out, eps=1e-3, momentum=0.01),
         nn.ELU(),
-        nn.Dropout(dropout),
+        nn.Dropout(DROPOUT),
     )
 
 
@@ -256,10 +253,10 @@ class Encoder(nn.Module):
     Test: test_encoder_follows_the_equations_and_the_order_of_spots
     """
 
-    def __init__(self, dim_in, branches, dropout, fast=True):
+    def __init__(self, dim_in, branches, fast=True):
         super().__init__()
-        self.branches, self.fast, self.dropout = branches, fast, nn.Dropout(dropout)
-        self.mlp = nn.Sequential(mlp_block(dim_in, 64, dropout), mlp_block(64, 16, dropout))
+        self.branches, self.fast, self.dropout = branches, fast, nn.Dropout(DROPOUT)
+        self.mlp = nn.Sequential(mlp_block(dim_in, 64), mlp_block(64, 16))
         self.w1 = nn.Linear(16 if branches == "serial" else dim_in, 64, bias=False)
         self.w2 = nn.Linear(64, 16, bias=False)
         for linear in (self.w1, self.w2):
@@ -288,9 +285,9 @@ class AutoEncoder(nn.Module):
     def __init__(self, dim_in, config):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(dim_in, config.branches, config.dropout, config.fast)
+        self.encoder = Encoder(dim_in, config.branches, config.fast)
         self.m = nn.Parameter(torch.zeros(dim_in))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(DROPOUT)
         self.decoder = nn.Linear(32, dim_in, bias=False)
         nn.init.xavier_uniform_(self.decoder.weight)
 
@@ -322,17 +319,6 @@ def edge_logits(z, pairs):
     return (z[pairs[0]] * z[pairs[1]]).sum(1)  # (E,)
 
 
-def negative_pairs(graph):
-    """As many random pairs (2, <= E) as there are edges, without self-pairs and edges; drawn anew
-    at every call."""
-    i, j = torch.randint(graph.n_own, (2, graph.edges.shape[1]), device=graph.edges.device)
-    low, high = torch.minimum(i, j), torch.maximum(i, j)
-    key = low * graph.n_own + high  # (E,)
-    place = torch.searchsorted(graph.edge_keys, key).clamp(max=len(graph.edge_keys) - 1)
-    is_free = (low != high) & (graph.edge_keys[place] != key)
-    return torch.stack([low[is_free], high[is_free]])
-
-
 def edge_loss(z, graph):
     r"""Reconstruction of the graph, Eq. 22: cross-entropy of the edges $E$ against as many random
     non-edges $\bar{E}$.
@@ -342,7 +328,7 @@ def edge_loss(z, graph):
 
     Test: test_edge_loss_and_masked_consistency_are_the_formulas
     """
-    negative = negative_pairs(graph)
+    negative = graph.random_non_edges()
     loss = F.softplus(-edge_logits(z, graph.edges)).mean()
     # in a complete graph there is none
     if negative.shape[1]:
@@ -361,32 +347,6 @@ def masked_consistency(x_hat, x, rows):
     """
     cosine = (F.normalize(x_hat, dim=1) * F.normalize(x, dim=1)).sum(1)  # (N,)
     return (1 - cosine[rows]).pow(3).mean()
-
-
-class Generator(nn.Module):
-    """Noise (N, 32) -> fake expression (N, P)."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, dim))
-
-    def forward(self, n):
-        """n fakes (n, P)."""
-        weight = self.layers[0].weight
-        return self.layers(torch.randn(n, 32, dtype=weight.dtype, device=weight.device))
-
-
-class Critic(nn.Module):
-    r"""Features $\phi(z)$ of the Fisher kernel: the score $\nabla_w f$ of $f(z) = w \cdot \phi(z)$.
-    (N, 32) -> (N, 64)."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
-
-    def forward(self, z):
-        """z (N, 32) -> phi (N, 64)."""
-        return self.layers(z)
 
 
 def fisher_mmd(phi, phi_fake, eps=1e-3):
@@ -431,7 +391,11 @@ class Adversary:
 
     def __init__(self, kind, dim, device):
         self.kind = kind
-        self.generator, self.critic = Generator(dim).to(device), Critic().to(device)
+        # noise (N, 32) -> fake expression (N, P)
+        self.generator = nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, dim))
+        # z (N, 32) -> phi (N, 64), the score grad_w f of f(z) = w . phi(z)
+        self.critic = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+        self.generator, self.critic = self.generator.to(device), self.critic.to(device)
         self.generator_optimiser = torch.optim.RMSprop(self.generator.parameters(), lr=1e-4)
         self.critic_optimiser = torch.optim.RMSprop(self.critic.parameters(), lr=1e-4)
 
@@ -443,8 +407,9 @@ class Adversary:
 
     def encode(self, model, x, graph):
         """Latents of fresh fakes, (own, 32), which leave the statistics of BatchNorm alone."""
+        noise = torch.randn(len(x), 32, dtype=x.dtype, device=x.device)
         with frozen_statistics(model):
-            return graph.without_halo(model.encoder(self.generator(len(x)), graph))
+            return graph.without_halo(model.encoder(self.generator(noise), graph))
 
     def train_step(self, model, x, graph):
         """One step of the critic and one of the generator; the encoder stands still."""
@@ -460,27 +425,44 @@ class Adversary:
         self.generator_optimiser.step()
 
 
-def stage1_terms(model, adversary, x, graph, config):
-    r"""The weighted terms of Stage I, Eq. 25, {name: scalar}, of one masked forward pass.
+LAMBDA_X = 10.0  # weight of the reconstruction
+LAMBDA_MASK = 1.0  # weight of the masked consistency
 
-    $$L_I = \lambda_x \,\mathrm{MSE}(\hat{X}, X) + \lambda_g L_g + \lambda_m L_m
-    + \lambda_{gan} L_{gan} \tag{25}$$
 
-    Test: test_every_term_of_every_stage_has_a_gradient
+def reconstruction_terms(model, adversary, x_seen, x, graph, config):
+    r"""The terms that Stages I and II share, {name: weighted scalar}, of one forward pass on x_seen
+    (N, P); and Z (own, 32), X_hat (own, P).
+
+    $$L_r = \lambda_x \,\mathrm{MSE}(\hat{X}, X) + \lambda_g L_g + \lambda_{gan} L_{gan} \tag{21}$$
+
+    Test: test_terms_of_the_stages_are_their_equations
     """
-    masked, rows = mask_rows(x, model.m, config.mask_rate, config.mask_mode)
-    z = model.encode(masked, graph)  # (N, 32)
+    z = model.encode(x_seen, graph)  # (N, 32)
     x_hat = graph.without_halo(model.decode(z, graph))  # (own, P)
-    x, z, rows = graph.without_halo(x), graph.without_halo(z), rows[rows < graph.n_own]
+    z = graph.without_halo(z)
     terms = {
-        "expression": config.lambda_x * F.mse_loss(x_hat, x),
+        "expression": LAMBDA_X * F.mse_loss(x_hat, graph.without_halo(x)),
         "graph": config.lambda_g * edge_loss(z, graph),
     }
-    if len(rows):
-        terms["mask"] = config.lambda_mask * masked_consistency(x_hat, x, rows)
     if adversary:
-        z_fake = adversary.encode(model, masked, graph)  # (own, 32)
+        z_fake = adversary.encode(model, x_seen, graph)  # (own, 32)
         terms["gan"] = config.lambda_gan * adversary.distance(z, z_fake)
+    return terms, z, x_hat
+
+
+def stage1_terms(model, adversary, x, graph, config):
+    r"""The weighted terms of Stage I, Eq. 25, {name: scalar}.
+
+    $$L_I = L_r + \lambda_m L_m \tag{25}$$
+
+    Test: test_terms_of_the_stages_are_their_equations
+    """
+    masked, rows = mask_rows(x, model.m, config.mask_rate, config.mask_mode)
+    terms, _, x_hat = reconstruction_terms(model, adversary, masked, x, graph, config)
+    rows = rows[rows < graph.n_own]
+    if len(rows):
+        consistency = masked_consistency(x_hat, graph.without_halo(x), rows)
+        terms["mask"] = LAMBDA_MASK * consistency
     return terms
 
 
@@ -553,29 +535,23 @@ def dec_kl(p, q):
 def stage2_terms(model, adversary, x, graph, target, centres, config):
     r"""The weighted terms of Stage II, Eq. 26, {name: scalar}; target (own, K), centres (K, 32).
 
-    $$L_{II} = \lambda_{dec} L_{dec} + \lambda_x \,\mathrm{MSE}(\hat{X}, X) + \lambda_g L_g
-    + \lambda_{gan} L_{gan} \tag{26}$$
+    $$L_{II} = L_r + \lambda_{dec} L_{dec} \tag{26}$$
 
-    Test: test_every_term_of_every_stage_has_a_gradient
+    Test: test_terms_of_the_stages_are_their_equations
     """
-    z = model.encode(x, graph)  # (N, 32)
-    own = graph.without_halo(z)
-    q = dec_q(own, centres)  # (own, K)
-    x_hat = graph.without_halo(model.decode(z, graph))  # (own, P)
-    terms = {
-        "dec": config.lambda_dec * dec_kl(target, q),
-        "expression": config.lambda_x * F.mse_loss(x_hat, graph.without_halo(x)),
-        "graph": config.lambda_g * edge_loss(own, graph),
-    }
-    if adversary:
-        z_fake = adversary.encode(model, x, graph)  # (own, 32)
-        terms["gan"] = config.lambda_gan * adversary.distance(own, z_fake)
+    terms, z, _ = reconstruction_terms(model, adversary, x, x, graph, config)
+    terms["dec"] = LAMBDA_DEC * dec_kl(target, dec_q(z, centres))
     return terms
 
 
+LAMBDA_DEC = 0.1  # weight of the clustering; the released 1 is on a mean over clusters, too
+DEC_UPDATE = 20  # epochs between two refreshes of the target
+# Stage II stops when a refresh changes fewer than this share of the labels
+DEC_TOLERANCE = 1e-3
+
+
 def train_stage2(model, optimiser, adversary, x, graph, k, config, rows):
-    """Stage II, k clusters, with Stage I's optimiser -> centres (K, 32), the last target (N, K),
-    epochs run. It stops when a refresh of the target changes hardly a label."""
+    """Stage II, k clusters, with Stage I's optimiser -> epochs run."""
     z = model.embed(x, graph)  # (N, 32)
     kmeans = KMeans(k, n_init=20, random_state=config.seed).fit(z.cpu().numpy())
     labels, n_epochs = kmeans.labels_, 0
@@ -585,11 +561,11 @@ def train_stage2(model, optimiser, adversary, x, graph, k, config, rows):
     parameters = [*model.encoder.parameters(), centres]
     tiles, log = graph.tiles(config.tile, HOPS), LossLog("Stage II", rows)
     for epoch in run.progress(range(config.dec_epochs), "Stage II"):
-        if epoch % config.dec_update == 0:
+        if epoch % DEC_UPDATE == 0:
             with torch.no_grad():
                 q = dec_q(model.embed(x, graph), centres)  # (N, K)
             target, new_labels = dec_p(q), q.argmax(1).cpu().numpy()
-            if epoch and (new_labels != labels).mean() < config.dec_tol:
+            if epoch and (new_labels != labels).mean() < DEC_TOLERANCE:
                 break
             labels = new_labels
         model.train()
@@ -604,31 +580,7 @@ def train_stage2(model, optimiser, adversary, x, graph, k, config, rows):
             loss.backward()
             optimiser.step()
         n_epochs = epoch + 1
-    with torch.no_grad():
-        target = dec_p(dec_q(model.embed(x, graph), centres))
-    return centres.detach(), target, n_epochs
-
-
-# --------------------------------------------------------------------------------------------------
-# Image branch
-# --------------------------------------------------------------------------------------------------
-
-
-def image_tokens(slide, config, device):
-    r"""Smoothing over the 7 nearest spots, Eq. 10, of the frozen features f, once: (N, D).
-
-    $$\tilde{f} = (1 - s) f + s\, W f \tag{10}$$
-
-    Test: test_smoothing_weights
-    """
-    v = domains.image_features(slide, config, device)  # (N, D)
-    if slide.n_spots > 7 and config.smooth > 0:
-        v = (1 - config.smooth) * v + config.smooth * (data.smoothing_matrix(slide.xy) @ v)
-    if config.image == "permuted":
-        v = v[np.random.default_rng(config.seed).permutation(len(v))]
-    if config.image == "zero":
-        v = np.zeros_like(v)
-    return v.astype(np.float32)
+    return n_epochs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -664,45 +616,37 @@ class CrossAttention(nn.Module):
 
     def forward(self, query, tokens, neighbours, offset):
         """query (B, H), tokens (T, H), neighbours (B, m) rows of tokens, offset (B, m, 2) in
-        lattice pitches -> (B, H), weights (B, m, heads).
-
-        neighbours None: every query attends to every token, which keeps no weights: (B, H), None.
-        """
-        weights = None
+        lattice pitches -> (B, H), weights (B, m, heads) of the last layer."""
+        shape = (*neighbours.shape, self.heads, query.shape[1] // self.heads)  # (B, m, heads, d)
+        bias = self.position(offset)  # (B, m, heads)
         for i in range(len(self.q)):
-            q = self.q[i](query).view(len(query), self.heads, -1)  # (B, heads, d)
-            k, v = self.k[i](tokens), self.v[i](tokens)  # (T, H)
-            if neighbours is None:
-                mixed = self.attend_to_all(q, k, v)  # (B, H)
-            else:
-                mixed, weights = self.attend(q, k, v, neighbours, offset)
+            q = self.q[i](query).view(len(query), 1, self.heads, -1)  # (B, 1, heads, d)
+            k = F.embedding(neighbours, self.k[i](tokens)).view(shape)  # (B, m, heads, d)
+            v = F.embedding(neighbours, self.v[i](tokens)).view(shape)
+            scores = (q * k).sum(-1) * shape[-1] ** -0.5  # (B, m, heads)
+            weights = (scores + bias).softmax(1)
+            mixed = (weights[..., None] * v).sum(1).flatten(1)  # (B, H)
             query = self.norm(query + self.out[i](mixed))
         return query, weights
 
-    def attend(self, q, k, v, neighbours, offset):
-        """q (B, heads, d), k and v (T, H) -> (B, H), weights (B, m, heads)."""
-        shape = (*neighbours.shape, *q.shape[1:])  # (B, m, heads, d)
-        k, v = F.embedding(neighbours, k).view(shape), F.embedding(neighbours, v).view(shape)
-        scores = (q[:, None] * k).sum(-1) * q.shape[-1] ** -0.5  # (B, m, heads)
-        weights = (scores + self.position(offset)).softmax(1)
-        return (weights[..., None] * v).sum(1).flatten(1), weights
 
-    def attend_to_all(self, q, k, v):
-        """q (B, heads, d), k and v (T, H) -> (B, H), without a bias of the position."""
-        k, v = k.view(len(k), self.heads, -1), v.view(len(v), self.heads, -1)  # (T, heads, d)
-        q, k, v = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-        mixed = F.scaled_dot_product_attention(q, k, v)[0]  # (heads, B, d)
-        return mixed.transpose(0, 1).flatten(1)
+SMOOTH = 0.3  # share of the neighbours in the smoothed image embedding
+HEADS = 8
 
 
 class Fusion(nn.Module):
-    r"""Stage III: both modalities in a shared space, attention in both directions, Eq. 9, 14, 17.
+    r"""Stage III, Eq. 9, 10, 14 and 17: both modalities in a shared space, attention in both
+    directions.
 
-    $$V = \mathrm{dropout}(\mathrm{LN}(W \tilde{f})) \tag{9}$$
+    $$V = \mathrm{dropout}(\mathrm{LN}(W f)) \tag{9}$$
 
-    $$g = W_g Z, \qquad i = W_i V \tag{14}$$
+    $$\tilde{v}_i = 0.7\, v_i + 0.3 \sum_{j \in \mathcal{N}_i} w_{ij} v_j \tag{10}$$
+
+    $$g = W_g Z, \qquad t = W_t \tilde{V} \tag{14}$$
 
     $$H = \alpha H_{gene \leftarrow image} + (1 - \alpha) H_{image \leftarrow gene} \tag{17}$$
+
+    With --direction gene_reads_image $H = H_{gene \leftarrow image}$, and the image stream is $t$.
 
     Test: test_fusion_mixes_the_two_streams_by_alpha
     """
@@ -713,29 +657,43 @@ class Fusion(nn.Module):
         self.config = config
         self.image = nn.Sequential(nn.Linear(dim_image, 512), nn.LayerNorm(512), nn.Dropout(0.1))
         self.gene_in, self.image_in = nn.Linear(dim_z, dim), nn.Linear(512, dim)
-        self.gene_reads_image = CrossAttention(dim, config.heads)
-        self.image_reads_gene = CrossAttention(dim, config.heads)
-        # stands for Z of a spot that is hidden in training
-        self.mask_token = nn.Parameter(torch.zeros(dim_z))
-        self.read_z = nn.Linear(dim, dim_z)
+        self.gene_reads_image = CrossAttention(dim, HEADS)
+        if config.direction == "both":
+            self.image_reads_gene = CrossAttention(dim, HEADS)
 
-    def forward(self, z, v, queries, neighbours, offset):
-        """z (T, 32), v (T, D) of the visible spots; queries (B,) rows of them; neighbours, offset
-        as in CrossAttention.
+    def image_tokens(self, f, view):
+        """Eq. 9 and 10: frozen features f (N, D) -> V~ (T, 512) of the visible spots."""
+        v = self.image(f[view.smoothed])  # (M, 512)
+        mean = F.embedding_bag(
+            view.near, v, per_sample_weights=view.weights.to(v.dtype), mode="sum"
+        )
+        return (1 - SMOOTH) * v[view.own] + SMOOTH * mean  # (T, 512)
+
+    def forward(self, z, f, view):
+        """z (N, 32) and frozen image features f (N, D) of the slide; view: `plainst.graphs.View`
+        of B queries among T visible spots.
 
         Returns H (B, H), h_gene (B, H), h_image (B, H), attention (B, m, heads) of the last
-        gene-reads-image layer or None.
+        gene-reads-image layer.
         """
-        alpha = self.config.alpha
+        alpha, neighbours, offset = self.config.alpha, view.neighbours, view.offset
         with run.autocast(self.config, z.device):
-            gene, image = self.gene_in(z), self.image_in(self.image(v))  # (T, H)
-            h_gene, attention = self.gene_reads_image(gene[queries], image, neighbours, offset)
-            h_image, _ = self.image_reads_gene(image[queries], gene, neighbours, offset)
-        h_gene, h_image = h_gene.to(z.dtype), h_image.to(z.dtype)  # (B, H)
-        return alpha * h_gene + (1 - alpha) * h_image, h_gene, h_image, attention
+            gene = self.gene_in(z[view.visible])  # (T, H)
+            image = self.image_in(self.image_tokens(f, view))  # (T, H)
+            query = gene[view.queries]  # (B, H)
+            h_gene, attention = self.gene_reads_image(query, image, neighbours, offset)
+            h = h_gene
+            h_image = image[view.queries]  # (B, H)
+            if self.config.direction == "both":
+                h_image, _ = self.image_reads_gene(h_image, gene, neighbours, offset)
+                h = alpha * h_gene + (1 - alpha) * h_image
+        return h.to(z.dtype), h_gene.to(z.dtype), h_image.to(z.dtype), attention
 
 
-def sdm(h_gene, h_image, tau):
+TAU = 0.1  # temperature
+
+
+def sdm(h_gene, h_image, tau=TAU):
     r"""Similarity-distribution matching, Eq. 18, of two streams (B, H): the mean of both
     divergences.
 
@@ -752,101 +710,77 @@ def sdm(h_gene, h_image, tau):
     return (p_from_q + q_from_p) / 2
 
 
-def info_nce(h_gene, h_image, is_near, tau):
-    r"""Contrastive loss, Eq. 19, of a spot's two streams (B, H), in both directions.
+def info_nce(h_gene, h_image, tau=TAU):
+    r"""Contrastive loss, Eq. 19, of a spot's two streams (B, H); and the same of the transpose, the
+    mean of both.
 
     $$L_{cl} = -\frac{1}{B} \sum_i \log
     \frac{e^{\cos(h^v_i, h^g_i) / \tau}}{\sum_j e^{\cos(h^v_i, h^g_j) / \tau}} \tag{19}$$
 
-    is_near (B, B) bool: graph neighbours, left out of the sum over j.
+    Every other spot of the batch is a negative, those of the same domain, too.
 
     Test: test_sdm_and_contrast
     """
     logits = F.normalize(h_image, dim=1) @ F.normalize(h_gene, dim=1).T / tau  # (B, B)
-    logits = logits.masked_fill(is_near, float("-inf"))
     same = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
 
-def stage3_terms(model, z, v, batches, rows, target, centres, variance, config):
-    r"""The weighted terms of Stage III, Eq. 20-21, {name: scalar}, of the spots `rows` (B,), and
-    two terms of ours that keep the domains of Z: Z and its target are read back from H.
+def stage3_terms(model, z, f, view):
+    r"""The weighted terms of Stage III, Eq. 20, {name: scalar}, of the queries of a view.
 
     $$L_{III} = 2 L_{sdm} + L_{cl} + 0.5\, L_{reg}, \qquad
     L_{reg} = 0.01 \,(\overline{h_g^2} + \overline{h_v^2}) \tag{20}$$
 
-    variance: that of the whole z.
-
     Test: test_every_term_of_every_stage_has_a_gradient
     """
-    if config.attention == "local":
-        visible, queries, neighbours, offset = batches.gather(rows)
-    else:
-        visible, queries = torch.arange(len(z), device=z.device), rows
-        neighbours = offset = None
-    is_hidden = torch.rand(len(visible), 1, device=z.device) < config.fusion_mask  # (T, 1)
-    is_hidden = is_hidden.to(z.dtype)
-    z_seen = z[visible] * (1 - is_hidden) + is_hidden * model.mask_token  # (T, 32)
-    h, h_gene, h_image, _ = model(z_seen, v[visible], queries, neighbours, offset)
-    is_near = neighbours_in_batch(rows, batches.adjacent)  # (B, B)
-    z_read = model.read_z(h)  # (B, 32)
-    terms = {
-        "sdm": 2 * sdm(h_gene, h_image, config.tau),
-        "contrast": info_nce(h_gene, h_image, is_near, config.tau),
+    _, h_gene, h_image, _ = model(z, f, view)
+    return {
+        "sdm": 2 * sdm(h_gene, h_image),
+        "contrast": info_nce(h_gene, h_image),
         "norm": 0.5 * 0.01 * (h_gene.square().mean() + h_image.square().mean()),
-        "read_z": config.lambda_keep * F.mse_loss(z_read, z[rows]) / variance,
     }
-    if target is not None:
-        q = dec_q(z_read, centres)  # (B, K)
-        terms["dec"] = config.lambda_keep * config.lambda_dec * dec_kl(target[rows], q)
-    return terms
 
 
-def train_stage3(z, v, xy, target, centres, config, rows):
-    """Stage III with Z (N, 32) and the image features v (N, D) frozen: AdamW, cosine to 0, gradient
-    norm at most 1.
+FUSION_LR = 1e-4
 
-    Returns H (N, H), alpha Z + (1 - alpha) P H (N, 32), attention entropy (N,) as a share of log m
-    (nan where the weights are not kept), number of parameters.
-    """
-    model = Fusion(z.shape[1], v.shape[1], config).to(z.device)
+
+def train_stage3(z, f, xy, config, rows):
+    """Stage III with Z (N, 32) and the image features f (N, D) frozen: AdamW, cosine to 0, gradient
+    norm at most 1. Returns H (N, H), attention entropy (N,) as a share of log m (nan with
+    m = 1), number of parameters."""
+    model = Fusion(z.shape[1], f.shape[1], config).to(z.device)
     run.compiled(model, config)
-    batches = SpotBatches(xy, config.m, z.device, k=config.k)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.fusion_lr, weight_decay=1e-4)
+    batches = SpotBatches(xy, config.m, z.device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=FUSION_LR, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.fusion_epochs)
-    log, variance = LossLog("Stage III", rows), z.var()
+    log = LossLog("Stage III", rows)
     for epoch in run.progress(range(config.fusion_epochs), "Stage III"):
         model.train()
         is_logged = epoch % 10 == 0 or epoch == config.fusion_epochs - 1
-        for spots in batches.batches(config.batch):
-            terms = stage3_terms(model, z, v, batches, spots, target, centres, variance, config)
+        for spots in batches.random(config.batch):
+            terms = stage3_terms(model, z, f, batches.view(spots))
             loss = log.total(terms, epoch, model.parameters(), is_logged)
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
         schedule.step()
-    h, entropy = fuse(model, z, v, batches, config)
-    with torch.no_grad():
-        latent = config.alpha * z + (1 - config.alpha) * model.read_z(h)  # (N, 32)
-    return h, latent, entropy, sum(p.numel() for p in model.parameters())
+    h, entropy = fuse(model, z, f, batches)
+    return h, entropy, sum(p.numel() for p in model.parameters())
 
 
 @torch.no_grad()
-def fuse(model, z, v, batches, config):
-    """H (N, H) and entropy (N,) in evaluation mode, in pieces of compact tiles."""
+def fuse(model, z, f, batches):
+    """H (N, H) and entropy (N,) in evaluation mode, in pieces of spots that lie together."""
     model.eval()
-    if config.attention == "global":
-        return model(z, v, slice(None), None, None)[0], np.full(len(z), np.nan)
-    h = torch.empty(len(z), config.fused_dim, device=z.device)
+    h = torch.empty(len(z), model.config.fused_dim, device=z.device)
     entropy = torch.full((len(z),), float("nan"), device=z.device)
-    for start in range(0, len(batches.tiles), 32):
-        rows = torch.cat(batches.tiles[start : start + 32])
-        visible, queries, neighbours, offset = batches.gather(rows)
-        h[rows], _, _, attention = model(z[visible], v[visible], queries, neighbours, offset)
-        if config.m > 1:
+    for spots in batches.compact(2048):
+        h[spots], _, _, attention = model(z, f, batches.view(spots))
+        if batches.m > 1:
             surprise = -(attention * attention.clamp_min(1e-12).log()).sum(1)  # (B, heads)
-            entropy[rows] = surprise.mean(1) / np.log(config.m)
+            entropy[spots] = surprise.mean(1) / np.log(batches.m)
     return h, entropy.cpu().numpy()
 
 
@@ -855,49 +789,45 @@ def fuse(model, z, v, batches, config):
 # --------------------------------------------------------------------------------------------------
 
 
-def train(task, record):
-    """Stages I to III and the baselines: arrays, embeddings {name: (N, d)} to cluster, baselines
-    {name: scores}, number of domains, facts for the record."""
-    c, slide, rows = task.config, task.slide, []
-    components = domains.preprocess(slide, c)  # (N, P)
+def train(task, components, record):
+    """Stages I to III on the components (N, P), and the baselines: arrays, embeddings
+    {name: (N, d)} to cluster, baselines {name: scores}, number of domains."""
+    c, rows = task.config, []
     x = torch.as_tensor(components, device=record.device)
-    graph = Graph(slide.xy, c.k, record.device, slide.sample)
-    if graph.pieces > 1:
-        print(
-            f"the {c.k}-neighbour graph of slide {slide.sample} is in {graph.pieces} pieces: "
-            "Stage I passes nothing between them"
-        )
-    record.lap("read")
-    model, optimiser, adversary = train_stage1(x, graph, c, rows)
-    record.lap("stage1")
-    k, chosen_by = task.number_of_domains(model.embed(x, graph).cpu().numpy())
+    graph = task.graph(record.device)
+    latents, k = [], 0
+    for _ in range(c.n_models):
+        log = [] if latents else rows
+        model, optimiser, adversary = train_stage1(x, graph, c, log)
+        k = k or task.number_of_domains(model.embed(x, graph).cpu().numpy())
+        if c.dec:
+            n_clusters = c.dec_clusters or k
+            train_stage2(model, optimiser, adversary, x, graph, n_clusters, c, log)
+        latents.append(model.embed(x, graph).cpu().numpy())  # (N, 32)
+    record.lap("genes")
     scores = task.score_baselines(components, k)
     record.lap("baselines")
-    facts = {"k_chosen_by": chosen_by, "graph_pieces": graph.pieces, "losses": rows}
-    centres = target = None
-    if c.dec:
-        centres, target, facts["dec_epochs"] = train_stage2(
-            model, optimiser, adversary, x, graph, k, c, rows
-        )
-    z = model.embed(x, graph)  # (N, 32)
-    arrays = {"z": z.cpu().numpy()}
-    embeddings = {"gene": arrays["z"]}
-    facts["n_params"] = sum(p.numel() for p in model.parameters())
-    record.lap("stage2")
+    z = latents[task.choose(latents, k)]
+    arrays, embeddings = {"z": z}, {"gene": z}
+    n_params = sum(p.numel() for p in model.parameters())
+    record.lap("choice")
     if task.has_image:
-        v = image_tokens(slide, c, record.device)  # (N, D)
-        h, latent, entropy, n_params = train_stage3(
-            z, torch.as_tensor(v, device=record.device), slide.xy, target, centres, c, rows
-        )
-        fused = latent if c.readout == "latent" else h
-        arrays |= {"image": v, "h_fusion": h.cpu().numpy(), "attention_entropy": entropy}
+        features = domains.image_features(task.slide, c, record.device)  # (N, D)
+        f = torch.as_tensor(features, device=record.device)
+        z = torch.as_tensor(z, device=record.device)
+        h, entropy, n_fusion = train_stage3(z, f, task.slide.xy, c, rows)
+        fused = h
+        if c.readout == "latent":
+            fused = domains.latent_readout(z, h)
+        arrays |= {"image": features, "h_fusion": h.cpu().numpy(), "attention_entropy": entropy}
         arrays["fused"] = embeddings["fused"] = fused.cpu().numpy()
-        facts["n_params"] += n_params
+        n_params += n_fusion
         # an image that is the same everywhere has no domains
-        if np.ptp(v, axis=0).any():
-            embeddings["image"] = v
+        if np.ptp(features, axis=0).any():
+            embeddings["image"] = features
         record.lap("stage3")
-    return arrays, embeddings, scores, k, facts
+    task.facts |= {"losses": rows, "n_params": n_params}
+    return arrays, embeddings, scores, k
 
 
 def main(argv=None):
@@ -908,14 +838,16 @@ def main(argv=None):
     task = domains.Task(config)
     record = run.Run("multist", config, task.slide.sample, domains.variant(config), start)
     record.note_inputs(task.files())
-    arrays, embeddings, baselines, k, facts = train(task, record)
-    more, scores, text = task.evaluate(embeddings, k, record)
+    components = domains.preprocess(task.slide, config)  # (N, P)
+    record.lap("read")
+    arrays, embeddings, baselines, k = train(task, components, record)
+    facts = task.facts
+    more, scores, files = task.evaluate(embeddings, components, k, record)
     arrays |= more
     if config.figures:
         figures.draw_multist(record, task.slide, arrays, facts["losses"], task.output)
     n_params = facts.pop("n_params")
-    files = export.files_of("multist", arrays, [task.slide], config)
-    facts |= {"output": f"{task.output} + diffusion", **text}
+    files |= export.files_of("multist", arrays, [task.slide], config)
     record.finish(scores, baselines, arrays, n_params, files=files, **facts)
     return 0
 

@@ -54,7 +54,8 @@ TESTS = {
     "plainst/losses.py": ["multist"],
     "evaluation/clustering.py": ["multist"],
     "evaluation/domains.py": ["multist"],
-    "evaluation/downstream.py": ["multist"],
+    "evaluation/downstream.py": ["downstream"],
+    "evaluation/signalling.py": ["downstream"],
     "evaluation/hest.py": ["stformer", "cmrcnet"],
     "evaluation/report.py": ["report"],
     # what no line above names is called by methods

@@ -210,7 +210,7 @@ class PeerAutoEncoder(multist.AutoEncoder):
 
     def __init__(self, ours, config):
         super().__init__(len(ours.m), config)
-        self.encoder = PeerEncoder(len(ours.m), config.branches, config.dropout)
+        self.encoder = PeerEncoder(len(ours.m), config.branches)
         self.load_state_dict(ours.state_dict())
         self.encoder.convs = nn.ModuleList(
             copied_gcn(w.weight, cached=True) for w in (self.encoder.w1, self.encoder.w2)

@@ -142,10 +142,12 @@ def one_multist(folder, n, n_genes=1000):
     clock.lap("simulation, or nothing")
     config = multist.Config(
         data=str(path),
+        branches="serial",
+        gan="off",
         epochs=EPOCHS,
         dec_epochs=EPOCHS,
         fusion_epochs=1,
-        n_init=1,
+        n_starts=1,
         permutations=20,
         runs=str(folder),
         tile=TILE if n > 100_000 else 0,
@@ -157,30 +159,25 @@ def one_multist(folder, n, n_genes=1000):
     model, optimiser, adversary = multist.train_stage1(x, graph, config, [])
     clock.lap("Stage I, epoch", EPOCHS)
     clock.median("inference", lambda: model.embed(x, graph))
-    centres, target, epochs = multist.train_stage2(
-        model, optimiser, adversary, x, graph, 7, config, []
-    )
+    epochs = multist.train_stage2(model, optimiser, adversary, x, graph, 7, config, [])
     clock.lap("Stage II with k-means, epoch", epochs)
-    v = torch.as_tensor(multist.image_tokens(slide, config, "cpu"))
-    h = multist.train_stage3(model.embed(x, graph), v, slide.xy, target, centres, config, [])[
-        1
-    ].numpy()
+    z = model.embed(x, graph)
+    if n <= 100_000:
+        f = torch.as_tensor(domains.image_features(slide, config, "cpu"))
+        multist.train_stage3(z, f, slide.xy, config, [])
+    h = z.numpy()
     clock.lap("image features, Stage III, epoch")
     labels = clock.median(
         "clustering",
-        lambda: clustering.diffuse_labels(clustering.gmm_tied(h, 7, config.n_init)[0], slide.xy),
+        lambda: clustering.diffuse_labels(clustering.gmm_tied(h, 7, config.n_starts)[0], slide.xy),
+    )
+    log = domains.log_matrix(slide, config)
+    times, _ = downstream.compared_times(
+        slide, log, {"gene": h}, "gene", x.numpy(), labels, config.root_gene
     )
     clock.median(
         "downstream",
-        lambda: downstream.downstream(
-            slide,
-            domains.log_matrix(slide, config),
-            h,
-            labels,
-            None,
-            root_gene=config.root_gene,
-            permutations=config.permutations,
-        ),
+        lambda: downstream.downstream(slide, log, times, labels, None, draws=20),
     )
     return clock
 
@@ -295,7 +292,7 @@ def one_hd(folder, n):
         EPOCHS,
         "--dec_epochs",
         EPOCHS,
-        "--n_init",
+        "--n_starts",
         1,
         "--permutations",
         20,

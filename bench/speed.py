@@ -143,7 +143,7 @@ def fusion_epochs(x, labels, table):
 
 def stage1_epochs(x, xy):
     """{name: one epoch} of multist Stage I, which has no evaluation pass."""
-    config = multist.Config()
+    config = multist.Config(branches="serial", gan="off")
     graph, ours = (
         peers.directed(graphs.Graph(xy, config.k)),
         multist.AutoEncoder(x.shape[1], config),

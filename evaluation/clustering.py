@@ -2,11 +2,13 @@
 agreement with an annotation."""
 
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
@@ -53,6 +55,69 @@ def fit_mixture(x, k, n_init, seed):
         # fewer distinct rows than domains, or 300 steps
         warnings.simplefilter("ignore", ConvergenceWarning)
         return mixture.fit_predict(x), mixture
+
+
+class Candidate(NamedTuple):
+    """One start of the mixture on one latent: the domains (N,) as it gives them and after label
+    diffusion, the mixture, and the share of spots whose neighbours are elsewhere (PAS) before
+    diffusion."""
+
+    model: int
+    start: int
+    raw: np.ndarray
+    smooth: np.ndarray
+    mixture: GaussianMixture
+    pas: float
+
+
+def candidates_of(latents, xy, k, n_starts, seed, diffuse):
+    """`Candidate`s: `n_starts` single starts of the mixture of k domains on each of the latents
+    [(N, d)]. diffuse: function of labels (N,) -> labels (N,)."""
+    found = []
+    for model, latent in enumerate(latents):
+        x = components(latent, max(1, min(30, (len(latent) - k) // 3)))
+        for start in range(n_starts):
+            raw, mixture = fit_mixture(x, k, 1, seed * 1000 + model * n_starts + start)
+            pas = metrics.pas(raw, xy)
+            found.append(Candidate(model, start, raw, diffuse(raw), mixture, pas))
+    return found
+
+
+def agreements(candidates):
+    """(n, n) adjusted Rand index between the smoothed domains of every two candidates."""
+    n = len(candidates)
+    out = np.eye(n)
+    for i in range(n):
+        for j in range(i):
+            pair = candidates[i].smooth, candidates[j].smooth
+            out[i, j] = out[j, i] = adjusted_rand_score(*pair)
+    return out
+
+
+def choose_candidate(candidates):
+    """Row of the candidate that agrees most with the others of the third that is most coherent in
+    space (least PAS), and the agreements (n, n) of all. No label is read.
+
+    The least PAS alone often chooses a mixture that has left out a thin domain; the agreement alone
+    may be won by a common mistake."""
+    agreement = agreements(candidates)
+    order = np.argsort([c.pas for c in candidates], kind="stable")
+    best = order[: max(2, len(candidates) // 3)]
+    mean = agreement[np.ix_(best, best)].mean(1)
+    return int(best[mean.argmax()]), agreement
+
+
+def spread_of(candidates, agreement, chosen, classes):
+    """What remains uncertain, {metric: value}: agreement of the chosen candidate with the others
+    and of all pairs; where there is an annotation (N,), -1 for none, the ARI of all of them."""
+    pairs = agreement[np.triu_indices(len(candidates), 1)]
+    others = np.delete(agreement[chosen], chosen)
+    out = {"agreement_chosen": others.mean(), "agreement_pairs": pairs.mean()}
+    if (classes >= 0).any():
+        ari = [metrics.clustering(classes, c.smooth)["ari"] for c in candidates]
+        out |= {"ari_candidates_median": np.median(ari)}
+        out |= {"ari_candidates_min": min(ari), "ari_candidates_max": max(ari)}
+    return {name: float(value) for name, value in out.items()}
 
 
 def choose_k(h, low=2, high=20, seed=0):
@@ -159,23 +224,34 @@ def domain_scores(slide, domains):
     return scores | {"pas": metrics.pas(domains, slide.xy), "n_found": n_found}
 
 
+def linear_r2(z, h):
+    """Share of the variance of h (N, d) that a linear map of z (N, e) explains: 1 where h is
+    nothing but z, mapped."""
+    z, h = np.asarray(z, np.float64), np.asarray(h, np.float64)
+    z, h = z - z.mean(0), h - h.mean(0)
+    rest = h - z @ np.linalg.lstsq(z, h)[0]
+    return float(1 - (rest**2).sum() / max((h**2).sum(), 1e-300))
+
+
 def score_row(name, scores):
     """One printed row of domain scores."""
     shown = ("ari", "ami", "completeness", "homogeneity", "pas")
     return f"{name:24s}" + "  ".join(f"{k} {scores[k]:.3f}" for k in shown if k in scores)
 
 
-def domains_of(embeddings, slide, k, final, n_init=10, seed=0, steps=3, neighbours=7):
+def domains_of(embeddings, slide, k, final, n_init=10, seed=0, diffuse=diffuse_labels, fitted=None):
     """Mixture and label diffusion on every embedding {name: (N, d)}; prints a row of scores each.
 
-    Returns {labels_<name>_raw, labels_<name>: (N,)} and {<metric>_<name>_raw, <metric>_<name>:
-    value}; the scores of `final` + diffusion stand there without a suffix, too, and `confidence`
-    (N,), the probability that its mixture gives the domain of a spot before diffusion.
+    diffuse: function of labels and positions; fitted {name: (labels, mixture)}: those that are
+    known. Returns {labels_<name>_raw, labels_<name>: (N,)} and {<metric>_<name>_raw,
+    <metric>_<name>: value}; the scores of `final` + diffusion stand there without a suffix, too,
+    and `confidence` (N,), the probability that its mixture gives the domain of a spot before
+    diffusion.
     """
-    arrays, scores = {}, {}
+    arrays, scores, fitted = {}, {}, fitted or {}
     for name, embedding in embeddings.items():
-        raw, mixture = gmm_tied(embedding, k, n_init, seed)
-        smooth = diffuse_labels(raw, slide.xy, steps, neighbours)
+        raw, mixture = fitted.get(name) or gmm_tied(embedding, k, n_init, seed)
+        smooth = diffuse(raw, slide.xy)
         raw_scores, smooth_scores = domain_scores(slide, raw), domain_scores(slide, smooth)
         print(score_row(name, raw_scores))
         print(score_row(f"{name} + diffusion", smooth_scores))

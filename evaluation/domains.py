@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
+import torch
+from torch import nn
 
 import data
 from data import DataError
-from evaluation import baselines, clustering, downstream
+from evaluation import baselines, clustering, downstream, signalling
 from plainst import run, stain
 from plainst.features import input_files
+from plainst.graphs import Graph
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -20,9 +23,12 @@ AT_LEAST_TWO = (lambda v: v >= 2, "2 or more")
 SHARE = (lambda v: 0 <= v <= 1, "from 0 to 1")
 # flags of the fusion with the image
 FUSION = (
-    *("encoder", "crop_um", "colour", "smooth", "attention", "m", "alpha", "fused_dim", "heads"),
-    *("fusion_epochs", "fusion_lr", "batch", "tau", "fusion_mask", "lambda_keep", "readout"),
+    *("encoder", "direction", "alpha", "m", "fused_dim", "fusion_epochs", "batch"),
+    "readout",
 )
+CROP_UM = 310.0  # side of a crop: 64 pixels of the hires image of DLPFC 151673
+DIFFUSION_K = 7  # neighbours of the label diffusion
+LATTICE_K, CELLS_K = 6, 30  # neighbours of --k 0
 
 
 def is_number_of_domains(text):
@@ -33,24 +39,19 @@ def is_number_of_domains(text):
 def check(config):
     """Raise DataError, naming the flag, for a value that no run can use, or for one that does
     nothing beside the others."""
-    at_least_one = ("k", "epochs", "dec_update", "m", "heads", "fusion_epochs", "n_init")
+    at_least_one = ("epochs", "m", "fusion_epochs", "n_models", "n_starts")
     at_least_zero = (
-        *("tile", "weight_decay", "dec_epochs", "dec_tol", "diffusion_steps", "permutations"),
-        *("lambda_x", "lambda_g", "lambda_mask", "lambda_gan", "lambda_dec"),
+        *("k", "tile", "weight_decay", "dec_clusters", "dec_epochs", "diffusion_steps"),
+        *("self_weight", "permutations", "lambda_g", "lambda_gan"),
     )
-    positive = ("lr", "fusion_lr", "crop_um", "tau", "lambda_keep")
-    rules = dict.fromkeys((*at_least_one, "diffusion_k"), run.AT_LEAST_ONE)
+    rules = dict.fromkeys(at_least_one, run.AT_LEAST_ONE)
     rules |= dict.fromkeys(at_least_zero, run.AT_LEAST_ZERO)
-    rules |= dict.fromkeys(positive, run.POSITIVE)
-    rules |= dict.fromkeys(("mask_rate", "alpha", "smooth", "fusion_mask"), SHARE)
+    rules |= {"lr": run.POSITIVE}
+    rules |= dict.fromkeys(("mask_rate", "alpha"), SHARE)
     rules |= dict.fromkeys(("n_top_genes", "n_pcs", "batch"), AT_LEAST_TWO)
     rules |= {
-        "dropout": (lambda v: 0 <= v < 1, "from 0 to below 1"),
         "n_domains": (is_number_of_domains, "oracle, bic or a positive number"),
-        "fused_dim": (
-            lambda v: v >= 1 and v % max(config.heads, 1) == 0,
-            "a positive multiple of --heads",
-        ),
+        "fused_dim": (lambda v: v >= 8 and v % 8 == 0, "a positive multiple of 8, one for a head"),
     }
     run.check_flags(config, rules)
     run.refuse_idle_flags(config, idle_flags(config))
@@ -59,17 +60,15 @@ def check(config):
 def idle_flags(config):
     """Rules for the flags that do nothing beside the others, as `run.refuse_idle_flags` takes
     them. With --mask_mode none the masked consistency still reads --mask_rate of the spots."""
-    has_files = data.is_features_file(config.encoder)
-    pixels = ("crop_um", "colour")
     return [
         (config.image == "off", "with --image off", FUSION),
-        (config.image == "zero", "with --image zero", (*pixels, "smooth")),
-        (has_files, "with ready-made features of --encoder", pixels),
+        (config.image == "zero", "with --image zero", ("encoder",)),
+        (config.direction != "both", f"with --direction {config.direction}", ("alpha",)),
         (config.hvg == "none", "with --hvg none", ("n_top_genes",)),
-        (config.mask_rate == 0, "with --mask_rate 0", ("mask_mode", "lambda_mask")),
+        (config.mask_rate == 0, "with --mask_rate 0", ("mask_mode",)),
         (config.gan == "off", "with --gan off", ("lambda_gan",)),
-        (not config.dec, "with --no-dec", ("dec_epochs", "dec_update", "dec_tol", "lambda_dec")),
-        (config.diffusion_steps == 0, "with --diffusion_steps 0", ("diffusion_k",)),
+        (not config.dec, "with --no-dec", ("dec_clusters", "dec_epochs")),
+        (config.diffusion_steps == 0, "with --diffusion_steps 0", ("self_weight",)),
         (config.permutations == 0, "with --permutations 0", ("lr_pairs",)),
     ]
 
@@ -77,6 +76,13 @@ def idle_flags(config):
 def variant(config):
     """Folder name of a run: its preset, and the flags that differ from it."""
     return run.variant(config, [], ["figures", "fast"], files=["encoder", "order", "lr_pairs"])
+
+
+def form_of(config, has_image):
+    """What the record calls the settings: the preset, and of `paper` what is smaller than there."""
+    if config.preset == "paper" and has_image and config.encoder == "handmade":
+        return "paper-small"
+    return config.preset
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,12 +143,39 @@ def log_matrix(slide, config):
 
 def image_features(slide, config, device):
     """(N, D) float32 frozen image features of every spot, each column with mean 0 and std 1, after
-    the colour normalisation. --image permuted: those of another spot; zero: none."""
-    if config.colour == "reference":
-        slide = stain.normalised_slide(slide)
+    the colour normalisation. --image permuted: those of another spot; noise: normal numbers; zero:
+    nothing."""
+    slide = stain.normalised_slide(slide)
     cache = config.cache or Path(config.runs) / ".features"
-    v = data.image_features(slide, config.encoder, config.crop_um, cache=cache, device=device)
-    return (v - v.mean(0)) / np.maximum(v.std(0), 1e-6)
+    f = data.image_features(slide, config.encoder, CROP_UM, cache=cache, device=device)
+    f = ((f - f.mean(0)) / np.maximum(f.std(0), 1e-6)).astype(np.float32)
+    rng = np.random.default_rng(config.seed)
+    if config.image == "permuted":
+        return f[rng.permutation(len(f))]
+    if config.image == "noise":
+        return rng.standard_normal(f.shape, np.float32)
+    return np.zeros_like(f) if config.image == "zero" else f
+
+
+def neighbourhood_size(xy):
+    """6 neighbours on a lattice, 30 among cells: of 6 cells many belong to another type than their
+    domain is known for. A lattice is where the nearest other spot is equally far everywhere."""
+    gap = data.distances(xy, data.knn_table(xy, 1))[:, 0]  # (N,)
+    low, high = np.quantile(gap, (0.1, 0.9))
+    if high <= 1.2 * max(low, 1e-9):
+        return min(LATTICE_K, len(xy) - 1)
+    return min(CELLS_K, len(xy) - 1)
+
+
+LATENT_SHARE = 0.7  # of Z in the read-out `latent`
+
+
+def latent_readout(z, h):
+    """.7 Z + .3 P H, of which the released code clusters a linear image: its P is random, too, and
+    no loss reaches it. z (N, 32), h (N, H) -> (N, 32)."""
+    p = nn.Linear(h.shape[1], z.shape[1]).to(h.device)
+    with torch.no_grad():
+        return LATENT_SHARE * z + (1 - LATENT_SHARE) * p(h)
 
 
 def has_image(slide, config):
@@ -169,7 +202,7 @@ def has_image(slide, config):
                 "is left out"
             )
             return False
-        data.crops(slide, np.arange(1), config.crop_um)
+        data.crops(slide, np.arange(1), CROP_UM)
     return True
 
 
@@ -187,10 +220,13 @@ class Task:
                 f"--m {config.m} exceeds the {self.slide.n_spots} spots of slide "
                 f"{self.slide.sample}: choose a smaller m"
             )
+        # mixtures that were fitted while a latent was chosen, and how far those differ
+        self.fitted, self.spread = {}, {}
+        self.facts = {"form": form_of(config, self.has_image)}
         self.ranks = downstream.class_ranks(self.slide, config.order)
-        self.pairs = downstream.PAIRS
+        self.pairs = signalling.PAIRS
         if config.lr_pairs:
-            self.pairs = downstream.read_pairs(config.lr_pairs)
+            self.pairs = signalling.read_pairs(config.lr_pairs)
         if config.n_domains != "bic":
             clustering.number_of_domains(config.n_domains, self.slide)
 
@@ -199,26 +235,63 @@ class Task:
         encoder = self.config.encoder if self.has_image else ""
         return input_files([self.slide], encoder, [self.config.lr_pairs])
 
+    def graph(self, device):
+        """The `Graph` of the slide; what is in pieces is told."""
+        k, name = self.config.k or neighbourhood_size(self.slide.xy), self.slide.sample
+        self.facts["k_neighbours"] = k
+        graph = Graph(self.slide.xy, k, device, name)
+        if graph.pieces > 1:
+            print(
+                f"the {k}-neighbour graph of slide {name} is in {graph.pieces} pieces: Stage I "
+                "passes nothing between them"
+            )
+        self.facts["graph_pieces"] = graph.pieces
+        return graph
+
     def number_of_domains(self, z):
-        """Number of domains, and how it was chosen; z (N, d) is read by --n_domains bic."""
-        return clustering.number_of_domains(self.config.n_domains, self.slide, z, self.config.seed)
+        """Number of domains; z (N, d) is read by --n_domains bic."""
+        choice, seed = self.config.n_domains, self.config.seed
+        k, self.facts["k_chosen_by"] = clustering.number_of_domains(choice, self.slide, z, seed)
+        return k
 
     def score_baselines(self, x, k):
         """{name: scores} of the baselines on the components x (N, P); prints a row each."""
         c, xy = self.config, self.slide.xy
         scores = {}
-        for name, found in baselines.unsupervised_domains(x, xy, k, c.n_init, c.seed).items():
+        for name, found in baselines.unsupervised_domains(x, xy, k, c.n_starts, c.seed).items():
             scores[name] = clustering.domain_scores(self.slide, found)
             print(clustering.score_row(name, scores[name]))
         return scores
 
-    def evaluate(self, embeddings, k, record):
+    def diffuse(self, labels, xy):
+        """Domains (N,) after the label diffusion of the flags."""
+        c = self.config
+        return clustering.diffuse_labels(labels, xy, c.diffusion_steps, DIFFUSION_K, c.self_weight)
+
+    def choose(self, latents, k):
+        """Number of the latent [(N, d)] whose domains are taken. Of several, `choose_candidate`
+        chooses a latent and a start of its mixture; of one, the likeliest start is taken later."""
+        if len(latents) == 1:
+            return 0
+        c, xy = self.config, self.slide.xy
+        candidates = clustering.candidates_of(
+            latents, xy, k, c.n_starts, c.seed, lambda labels: self.diffuse(labels, xy)
+        )
+        number, agreement = clustering.choose_candidate(candidates)
+        chosen = candidates[number]
+        self.fitted["gene"] = (chosen.raw, chosen.mixture)
+        self.spread = clustering.spread_of(candidates, agreement, number, self.slide.labels)
+        return chosen.model
+
+    def evaluate(self, embeddings, components, k, record):
         """Domains of every embedding {name: (N, d)} and what is read off those of the output:
-        arrays, metrics, texts."""
+        arrays, metrics, and files {name: function that writes}. components (N, P)."""
         c, slide = self.config, self.slide
         arrays, scores = clustering.domains_of(
-            embeddings, slide, k, self.output, c.n_init, c.seed, c.diffusion_steps, c.diffusion_k
+            embeddings, slide, k, self.output, c.n_starts, c.seed, self.diffuse, self.fitted
         )
+        scores |= self.spread
+        scores["r2_from_z"] = clustering.linear_r2(embeddings["gene"], embeddings[self.output])
         record.lap("clustering")
         arrays |= {
             "domains": arrays[f"labels_{self.output}"],
@@ -227,15 +300,16 @@ class Task:
             "barcodes": slide.barcodes,
             "xy": slide.xy,
         }
-        more, more_scores, text = downstream.downstream(
-            slide,
-            log_matrix(slide, c),
-            embeddings[self.output],
-            arrays["domains"],
-            self.ranks,
-            self.pairs,
-            c.root_gene,
-            c.permutations,
+        x, found = log_matrix(slide, c), arrays["domains"]
+        times, root = {}, "none: fewer than 20 spots"
+        if slide.n_spots >= 20:
+            times, root = downstream.compared_times(
+                slide, x, embeddings, self.output, components, found, c.root_gene
+            )
+        print(f"pseudotime starts in: {root}")
+        more, more_scores, files = downstream.downstream(
+            slide, x, times, found, self.ranks, self.pairs, c.permutations
         )
+        self.facts |= {"output": f"{self.output} + diffusion", "pseudotime_root": root}
         record.lap("downstream")
-        return arrays | more, scores | more_scores | {"k": k}, text
+        return arrays | more, scores | more_scores | {"k": k}, files

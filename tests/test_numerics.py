@@ -216,7 +216,7 @@ def test_multist_on_a_harsh_slide(harsh, tmp_path):
             "4",
             "--fusion_epochs",
             "1",
-            "--n_init",
+            "--n_starts",
             "1",
             "--permutations",
             "5",
