@@ -160,7 +160,7 @@ class Config(run.SlideConfig):
     layered tissue)"""
     n_models: int = 1
     """latents that are trained; of several, and of their starts, the one is taken that agrees most
-    with the others among the third that is most coherent in space"""
+    with the others among the half that is most coherent in space"""
     n_starts: int = 10
     "starts of the mixture; of one latent the likeliest is taken"
     diffusion_steps: int = 10

@@ -95,14 +95,14 @@ def agreements(candidates):
 
 
 def choose_candidate(candidates):
-    """Row of the candidate that agrees most with the others of the third that is most coherent in
+    """Row of the candidate that agrees most with the others of the half that is most coherent in
     space (least PAS), and the agreements (n, n) of all. No label is read.
 
     The least PAS alone often chooses a mixture that has left out a thin domain; the agreement alone
     may be won by a common mistake."""
     agreement = agreements(candidates)
     order = np.argsort([c.pas for c in candidates], kind="stable")
-    best = order[: max(2, len(candidates) // 3)]
+    best = order[: max(2, len(candidates) // 2)]
     mean = agreement[np.ix_(best, best)].mean(1)
     return int(best[mean.argmax()]), agreement
 
