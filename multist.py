@@ -41,6 +41,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evaluation import domains, figures
+from evaluation.domains import check
 from plainst import export, run
 from plainst.graphs import SpotBatches, graph_product, in_blocks
 from plainst.losses import LossLog, frozen_statistics, parameter_groups
@@ -97,8 +98,7 @@ class Config(run.SlideConfig):
     norm: Literal["log1p", "cpm"] = "log1p"
     "log1p of counts per 10,000, or counts per million without log"
     library: Literal["given", "own"] = "given"
-    """library size: the one that came with the data where there is one (the file may hold a subset
-    of the genes), or the file's row sums"""
+    "library size: the one that came with the data where there is one, or the file's row sums"
     hvg: Literal["variance", "seurat_v3", "none"] = "variance"
     "gene selection: most variable after normalisation, seurat_v3 on counts, or all"
     n_top_genes: int = 3000
@@ -116,8 +116,7 @@ class Config(run.SlideConfig):
     epochs: int = 400
     "epochs of Stage I (one step each, or with --tile one a tile)"
     tile: int = 0
-    """Stages I and II on compact tiles of at most so many spots, with all spots that these see
-    through the graph; 0: the whole slide at once"""
+    "Stages I and II on tiles of at most so many spots and what these see; 0: all at once"
     lr: float = 1e-2
     "Adam learning rate of Stages I and II"
     weight_decay: float = 0.0
@@ -137,18 +136,15 @@ class Config(run.SlideConfig):
     image: Literal["auto", "real", "permuted", "noise", "zero", "off"] = "auto"
     "auto: use the image where there is one; permuted, noise and zero are controls"
     encoder: str = "handmade"
-    """image features: handmade, a Hugging Face vision model such as openai/clip-vit-base-patch32
-    (the paper's), or a .npy/.npz file"""
+    "handmade, a vision model (the paper's: openai/clip-vit-base-patch32), or a .npy/.npz file"
     cache: str = ""
     "folder for image features, which are computed once; empty: <runs>/.features"
     direction: Literal["both", "gene_reads_image"] = "both"
-    """Stage III: both directions mixed by alpha (the source: for tumours), or the genes' alone (for
-    layered tissue)"""
+    "both, mixed by alpha (the source: for tumours), or the genes' alone (for layered tissue)"
     alpha: float = 0.7
     "Eq. 17: share of the gene stream that attended to the image"
     m: int = 16
-    """spots (itself included) that a spot attends to; 1 is the released code, whose softmax over
-    one key is always 1"""
+    "spots, itself included, that a spot attends to; with 1 the softmax is always 1 (released)"
     fused_dim: int = 256
     "width of Stage III"
     fusion_epochs: int = 50
@@ -156,11 +152,9 @@ class Config(run.SlideConfig):
     batch: int = 128
     "spots in a step of Stage III"
     readout: Literal["fused", "latent"] = "fused"
-    """what is clustered: H, or .7 Z + .3 P H with an untrained projection P (the released code for
-    layered tissue)"""
+    "what is clustered: H, or .7 Z + .3 P H with an untrained P (released)"
     n_models: int = 1
-    """latents that are trained; of several, and of their starts, the one is taken that agrees most
-    with the others among the half that is most coherent in space"""
+    "latents that are trained; of several one is chosen by coherence in space and agreement"
     n_starts: int = 10
     "starts of the mixture; of one latent the likeliest is taken"
     diffusion_steps: int = 10
@@ -179,9 +173,6 @@ class Config(run.SlideConfig):
     "products with the graph as one kernel; the plain form gives the same numbers"
     figures: bool = True
     "draw the figures"
-
-
-check = domains.check
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,8 +363,7 @@ def fisher_mmd(phi, phi_fake, eps=1e-3):
 
 
 # epochs between two steps of the adversary, and the first one in which the encoder meets it
-ADVERSARY_EVERY = 5
-ADVERSARY_FROM = 10
+ADVERSARY_EVERY, ADVERSARY_FROM = 5, 10
 
 
 class Adversary:
@@ -425,8 +415,7 @@ class Adversary:
         self.generator_optimiser.step()
 
 
-LAMBDA_X = 10.0  # weight of the reconstruction
-LAMBDA_MASK = 1.0  # weight of the masked consistency
+LAMBDA_X, LAMBDA_MASK = 10.0, 1.0  # weights of the reconstruction and the masked consistency
 
 
 def reconstruction_terms(model, adversary, x_seen, x, graph, config):
@@ -461,8 +450,7 @@ def stage1_terms(model, adversary, x, graph, config):
     terms, _, x_hat = reconstruction_terms(model, adversary, masked, x, graph, config)
     rows = rows[rows < graph.n_own]
     if len(rows):
-        consistency = masked_consistency(x_hat, graph.without_halo(x), rows)
-        terms["mask"] = LAMBDA_MASK * consistency
+        terms["mask"] = LAMBDA_MASK * masked_consistency(x_hat, graph.without_halo(x), rows)
     return terms
 
 
@@ -812,19 +800,15 @@ def train(task, components, record):
     n_params = sum(p.numel() for p in model.parameters())
     record.lap("choice")
     if task.has_image:
-        features = domains.image_features(task.slide, c, record.device)  # (N, D)
-        f = torch.as_tensor(features, device=record.device)
+        f = domains.image_features(task.slide, c, record.device)  # (N, D)
         z = torch.as_tensor(z, device=record.device)
+        f = torch.as_tensor(f, device=record.device)
         h, entropy, n_fusion = train_stage3(z, f, task.slide.xy, c, rows)
-        fused = h
-        if c.readout == "latent":
-            fused = domains.latent_readout(z, h)
-        arrays |= {"image": features, "h_fusion": h.cpu().numpy(), "attention_entropy": entropy}
-        arrays["fused"] = embeddings["fused"] = fused.cpu().numpy()
+        fused = h if c.readout == "fused" else domains.latent_readout(z, h)
+        arrays |= {"image": f.cpu().numpy(), "h_fusion": h.cpu().numpy()}
+        arrays |= {"fused": fused.cpu().numpy(), "attention_entropy": entropy}
+        embeddings |= {name: arrays[name] for name in ("fused", "image")}
         n_params += n_fusion
-        # an image that is the same everywhere has no domains
-        if np.ptp(features, axis=0).any():
-            embeddings["image"] = features
         record.lap("stage3")
     task.facts |= {"losses": rows, "n_params": n_params}
     return arrays, embeddings, scores, k

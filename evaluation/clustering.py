@@ -250,6 +250,9 @@ def domains_of(embeddings, slide, k, final, n_init=10, seed=0, diffuse=diffuse_l
     """
     arrays, scores, fitted = {}, {}, fitted or {}
     for name, embedding in embeddings.items():
+        # an image that is the same everywhere has no domains
+        if not np.ptp(embedding, axis=0).any() and name != final:
+            continue
         raw, mixture = fitted.get(name) or gmm_tied(embedding, k, n_init, seed)
         smooth = diffuse(raw, slide.xy)
         raw_scores, smooth_scores = domain_scores(slide, raw), domain_scores(slide, smooth)

@@ -303,8 +303,9 @@ class Task:
         x, found = log_matrix(slide, c), arrays["domains"]
         times, root = {}, "none: fewer than 20 spots"
         if slide.n_spots >= 20:
+            moving = {name: h for name, h in embeddings.items() if np.ptp(h, axis=0).any()}
             times, root = downstream.compared_times(
-                slide, x, embeddings, self.output, components, found, c.root_gene
+                slide, x, moving, self.output, components, found, c.root_gene
             )
         print(f"pseudotime starts in: {root}")
         more, more_scores, files = downstream.downstream(

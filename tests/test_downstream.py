@@ -55,7 +55,9 @@ def test_pseudotime_of_spots_out_of_reach_is_nan():
 def test_time_is_compared_with_what_needs_no_network():
     rng, xy = np.random.default_rng(0), hexagons(16, 16)
     depth = xy[:, 1] / xy[:, 1].max() + 0.03 * rng.random(256)
-    x = np.column_stack([rng.poisson(6 * np.clip(1 - depth, 0, 1)), rng.poisson(3, 256)]).astype(np.float32)
+    x = np.column_stack([rng.poisson(6 * np.clip(1 - depth, 0, 1)), rng.poisson(3, 256)]).astype(
+        np.float32
+    )
     slide = data.Slide(None, np.array(["Mbp", "b"]), np.arange(256).astype(str), xy, sample="s")
     h = np.column_stack([depth, depth**2, 0.01 * rng.normal(size=256)])
     bands = (4 * depth).astype(int)
