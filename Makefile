@@ -3,16 +3,17 @@
 PY      ?= .venv/bin/python
 RUNS    ?= runs
 
-# DATA SLICES SEEDS MODELS PRESETS SPLITS FOLDS ENCODER narrow or move a sweep, LAUNCH stands before
+# DATA SLICES SEEDS MODELS PRESETS SPLITS FOLDS ENCODER VECTORS narrow or move a sweep, LAUNCH stands before
 # every command: make -j24 reproduce-dlpfc SLICES=151673 SEEDS="0 1" LAUNCH="srun --gres=gpu:1"
 chosen = $(if $(DATA),--data "$(DATA)") $(if $(SLICES),--slices $(SLICES)) \
   $(if $(SEEDS),--seeds $(SEEDS)) $(if $(MODELS),--models $(MODELS)) \
   $(if $(PRESETS),--presets $(PRESETS)) $(if $(SPLITS),--splits $(SPLITS)) \
-  $(if $(FOLDS),--folds $(FOLDS)) $(if $(ENCODER),--encoder "$(ENCODER)")
+  $(if $(FOLDS),--folds $(FOLDS)) $(if $(ENCODER),--encoder "$(ENCODER)") \
+  $(if $(VECTORS),--vectors "$(VECTORS)")
 stamp  := $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
 .PHONY: help setup test test-long demo reproduce report honest scale profile compare-flags mutate \
-  bench gpu-check clean
+  bench gpu-check docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9%-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -30,12 +31,12 @@ setup: .venv/.stamp  ## a virtual environment in .venv with what the scripts nee
 
 demo: $(stamp)  ## no download, no GPU: simulate small data, run every method, runs/demo/report.html
 	rm -rf $(RUNS)/demo
-	$(PY) -m plainst simulate cortex $(RUNS)/demo/cortex --n_spots 1000 --n_genes 500 --n_slices 2
+	$(PY) -m plainst simulate cortex $(RUNS)/demo/cortex --n_spots 800 --n_genes 500 --n_slices 2
 	$(PY) -m plainst simulate hest $(RUNS)/demo/patches --n_spots 120 --patch_size 64
 	$(PY) -m plainst simulate cells $(RUNS)/demo/cells.h5 --n_cells 800
 	$(MAKE) --no-print-directory reproduce-dlpfc DATA=$(RUNS)/demo/cortex RUNS=$(RUNS)/demo \
 	  SLICES="sim1 sim2" SEEDS=0 FOLDS=0 \
-	  MODELS="gat_fusion/full-cross gat_fusion/gcn_only gat_fusion/expr_only multist/default"
+	  MODELS="gat_fusion/full-cross gat_fusion/gcn_only multist/default"
 	$(PY) stformer.py --data $(RUNS)/demo/patches --epochs 15 --members 1 --runs $(RUNS)/demo
 	$(PY) cmrcnet.py --data $(RUNS)/demo/patches --epochs 15 --runs $(RUNS)/demo
 	$(PY) spatia.py --data $(RUNS)/demo/cells.h5 --steps_a 40 --steps_b 40 --steps_c 80 \
@@ -43,7 +44,7 @@ demo: $(stamp)  ## no download, no GPU: simulate small data, run every method, r
 	$(PY) -m evaluation.report --runs $(RUNS)/demo
 
 # experiments/<list>.py says which runs; the rules are written to a file, and make executes them.
-reproduce-%: $(stamp)  ## dlpfc, her2st, ca1, platforms, ablations: experiments/<list>.py
+reproduce-%: $(stamp)  ## dlpfc, layers, vectors, her2st, ca1, platforms, ablations: experiments/<list>.py
 	+@mkdir -p $(RUNS)
 	+@$(PY) -m experiments $* $(chosen) --runs $(RUNS) --python $(PY) --launch "$(LAUNCH)" \
 	  > $(RUNS)/$*.mk
@@ -91,6 +92,9 @@ mutate: $(if $(stamp),.venv/.stamp-dev)  ## break N=20 random lines and see whet
 
 gpu-check: $(stamp)  ## every method on a CUDA GPU beside the CPU; says so and ends without one
 	$(PY) bench/gpu_check.py --out $(RUNS)/gpu_check
+
+docs: $(if $(stamp),.venv/.stamp-dev)  ## the pages, each method with its prose: runs/site/index.html
+	$(PY) -m docs.annotate --out $(RUNS)/site
 
 clean:  ## delete the virtual environment and caches, keep runs and data
 	rm -rf .venv .pytest_cache .ruff_cache __pycache__ */__pycache__ */*/__pycache__

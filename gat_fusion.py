@@ -14,14 +14,13 @@ docs/gat_fusion.md.
 |---|---|---|
 | $X$ | z-scores of the most variable genes | (N, G) |
 | $E$ | embedding of a spot's own genes | (N, 128) |
-| $S$ | embedding of its place in the graph | (N, 128) |
+| $S$ | context: embedding of a spot and its surroundings | (N, 128) |
 | $Z$ | fused embedding | (N, 128) |
 | $\mathcal{N}_i$ | the k nearest spots of spot i: row i of a table | (N, k) |
-| $\alpha_{ij}$ | attention of spot i to spot j, a head at a time | (N, heads, k) |
-| $W$ | a linear map; every layer has its own | |
+| $\alpha_{ij}$ | attention of spot i to spot j, in each head | (N, heads, k or k+1) |
 
-Training is full-graph: one optimiser step an epoch. Every run prints the predictors that see no
-gene first: on randomly held-out spots they are as good as the published networks.
+Equations leave out dropout and the biases of linear maps. A `graph` is a `Neighbours`: the table
+with the spot itself in front, and without it; empty places are masked.
 
     python gat_fusion.py --data datasets/dlpfc --slice 151673 --mode full --fusion cross
     python gat_fusion.py --data datasets/dlpfc --slice 151674 --split slice --train 151673
@@ -38,6 +37,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import metrics
 from evaluation import figures, layers, new_slides
@@ -46,14 +46,16 @@ from plainst.neighbour_sums import neighbour_scores, neighbour_sum
 
 
 class Mode(NamedTuple):
-    """Which encoders a mode has, and how their embeddings meet."""
+    """Which encoders a mode has, and how their embeddings meet.
 
-    # mlp: of the genes; frozen: of vectors made elsewhere; "": the graph layers read the genes
+    expression: `mlp` of the genes, `frozen` for vectors made elsewhere, "" where the graph layers
+    read the genes; graph: `gat` attention, `gcn` a fixed mean; fusion: `any` as --fusion says,
+    `concat`, or "" for a single embedding.
+    """
+
     expression: str = ""
-    # gat: graph attention; gcn: graph convolution, a fixed mean
     graph: str = ""
     image: bool = False
-    # any: as --fusion says; concat; "": there is one embedding
     fusion: str = ""
 
 
@@ -71,23 +73,21 @@ MODES = {
     "none": Mode(),  # trains nothing: the baselines alone
 }
 
-# named sets of flags; what is typed goes before them. The defaults of Config are the source's
-PRESETS = {"paper": {}, "tuned": {}}
+# named sets of flags, which what is typed overrides; the defaults of Config are the source's own.
+# tuned: the best validation ARI on blocks of 151673, see CANDIDATES of experiments/layers.py
+PRESETS = {"paper": {}, "tuned": {"k": 18}}
 
 
 @dataclass
 class Config(run.SlideConfig):
-    """Flags of gat_fusion.py."""
-
     presets: ClassVar = PRESETS
 
     mode: Literal[tuple(MODES)] = "full"
     "which parts are on; none trains nothing"
     fusion: Literal["cross", "gated", "concat"] = "cross"
-    "how two embeddings meet in full, gcn_full, embedding, img_expr and multimodal"
+    "how two embeddings meet where the mode leaves it open; multimodal takes no concat"
     split: Literal["random", "blocks", "slice", "donor"] = "random"
-    """random 60/20/20 spots (leaks position), blocks with a buffer, or train on other slices /
-    other donors"""
+    "random 60/20/20 spots (leaks position), blocks with a buffer, other slices, other donors"
     split_seed: int = 42
     "seed of the split, separate from --seed"
     fold: int = 0
@@ -95,29 +95,21 @@ class Config(run.SlideConfig):
     n_blocks: int = 5
     "tiles per side for --split blocks"
     buffer: float = 0.0
-    """lattice pitches kept free of training spots around test blocks; 0 means the receptive field
-    of the widest mode, so that all modes share a split"""
+    "pitches without training spots around test blocks; 0: the receptive field of the widest mode"
     train: str = ""
-    """training slices for --split slice, comma-separated; empty: for slice all others of the donor,
-    for donor all of the other donors"""
+    "training slices, comma-separated; empty: all others of the donor, or all of other donors"
     labels: str = ""
     "two-column CSV barcode,label instead of the labels beside the data"
     library: Literal["given", "own"] = "given"
-    """library size: the one that came with the data (the file may hold a subset of the genes) if
-    every slide of the run has it, or the files' row sums"""
+    "library size: the total that came with the data if every slide has one, or the row sum"
     scale: Literal["auto", "train", "slice"] = "auto"
-    """z-score by the training rows, or each slice by its own spots (no label is used); auto: slice
-    where whole slices are held out"""
+    "z-score by the training rows, or each slice by its own; auto: slice where slices are held out"
     n_top_genes: int = 3000
     "highly variable genes, chosen on training rows"
-    hvg: Literal["seurat", "seurat_v3", "none"] = "seurat"
-    "how they are chosen"
     embedding: str = ""
-    """frozen per-spot vectors for the embedding modes: .npy (rows as in the matrix) or .npz with
-    `embedding` and `barcodes`; {slice} = the slice's name"""
+    "frozen vectors of spots: .npz with `embedding`, `barcodes`, or .npy; {slice} = its name"
     encoder: str = "handmade"
-    """image features: handmade, a Hugging Face vision model such as microsoft/resnet-50, or a
-    .npy/.npz file"""
+    "image features: handmade, a Hugging Face model such as microsoft/resnet-50, or a file"
     cache: str = ""
     "folder for image features; empty: <data>/.features where that can be written"
     k: int = 6
@@ -134,17 +126,13 @@ class Config(run.SlideConfig):
     "AdamW learning rate"
     epochs: int = 200
     "most epochs (one optimiser step each)"
-    patience: int = 20
-    "stop after so many epochs without a better validation ARI"
     fast: bool = True
-    "sums over neighbours without a copy of every neighbour; the plain form gives the same numbers"
+    "sums over neighbours without a copy of each; the plain form gives the same numbers"
     tile: int = 0
-    """train and predict on compact tiles of at most so many spots, with all spots that these see
-    through the graph; 0: the whole slide at once"""
+    "train and predict on tiles of at most so many spots and all that these see; 0: the whole"
     predict: str = ""
-    """checkpoint (model.pt of a run): predict --data with it, train nothing; its own flags are
-    used, but for --scale, --embedding, --encoder and the names of columns where given"""
-    min_shared: float = 0.5
+    "checkpoint (model.pt of a run): predict --data with it and its flags, train nothing"
+    min_shared: float = 0.4
     "with --predict: the least share of the checkpoint's genes that the new slide must have"
 
 
@@ -153,14 +141,34 @@ def check(config):
     layers.check(config, MODES)
 
 
+def variant(config):
+    """Folder name of the run."""
+    return layers.variant(config, MODES[config.mode])
+
+
 # --------------------------------------------------------------------------------------------------
 # Layers
 # --------------------------------------------------------------------------------------------------
 
 
+def mlp(dim_in, hidden, dim, dropout):
+    r"""Encoder of the genes, and of image features: (N, dim_in) -> (N, dim).
+
+    $$E = W_2\, \mathrm{GELU}(W_1 \mathrm{LN}(x) + b_1) + b_2 \tag{1}$$
+
+    Test: test_mlp_equals_its_equation
+    """
+    return nn.Sequential(
+        nn.LayerNorm(dim_in),
+        nn.Linear(dim_in, hidden),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, dim),
+    )
+
+
 def softmax_over_neighbours(scores, is_empty):
-    """scores (N, heads, k), is_empty (N, k) or None -> weights (N, heads, k) that sum to 1 over the
-    places in use."""
+    """scores (N, heads, k) -> weights that sum to 1 over the places that are not empty (N, k)."""
     if is_empty is not None:
         scores = scores.masked_fill(is_empty[:, None], -torch.inf)
     return scores.softmax(-1)
@@ -169,11 +177,11 @@ def softmax_over_neighbours(scores, is_empty):
 class GraphAttention(nn.Module):
     r"""Graph attention (Velickovic et al. 2018, Eq. 1-5), heads concatenated.
 
-    $$e_{ij} = \mathrm{LeakyReLU}(u^\top W h_j + v^\top W h_i) \tag{1}$$
+    $$e_{ij} = \mathrm{LeakyReLU}(u^\top W h_j + v^\top W h_i) \tag{2}$$
 
-    $$\alpha_{ij} = \mathrm{softmax}_{j \in \mathcal{N}_i \cup \{i\}}\, e_{ij} \tag{2}$$
+    $$\alpha_{ij} = \mathrm{softmax}_{j \in \mathcal{N}_i \cup \{i\}}\, e_{ij} \tag{3}$$
 
-    $$h'_i = \sum_{j \in \mathcal{N}_i \cup \{i\}} \alpha_{ij} W h_j + b \tag{3}$$
+    $$h'_i = \sum_{j \in \mathcal{N}_i \cup \{i\}} \alpha_{ij} W h_j + b \tag{4}$$
 
     Test: test_graph_attention_equals_the_dense_equation
     """
@@ -191,26 +199,26 @@ class GraphAttention(nn.Module):
     def forward(self, h, graph):
         """h (N, dim_in) -> (N, dim_out), alpha (N, heads, k+1), the spot itself first."""
         table = graph.with_self
-        h = self.project(h).view(len(h), self.heads, -1)  # (N, heads, d)
-        neighbour_score = (h * self.u).sum(-1)  # (N, heads)
-        self_score = (h * self.v).sum(-1)  # (N, heads)
+        wh = self.project(h).view(len(h), self.heads, -1)  # (N, heads, d)
+        neighbour_score = (wh * self.u).sum(-1)  # (N, heads)
+        self_score = (wh * self.v).sum(-1)  # (N, heads)
         e = neighbour_score[table.index].transpose(1, 2)  # (N, heads, k+1)
         e = F.leaky_relu(e + self_score[:, :, None], 0.2)
         alpha = softmax_over_neighbours(e, table.is_empty)  # (N, heads, k+1)
         weights = self.dropout(alpha)
         if self.fast:
-            out = neighbour_sum(weights, h, table)  # (N, heads, d)
+            out = neighbour_sum(weights, wh, table)  # (N, heads, d)
         else:
-            out = torch.einsum("nhk,nkhd->nhd", weights, h[table.index])
+            out = torch.einsum("nhk,nkhd->nhd", weights, wh[table.index])
         return out.flatten(1) + self.bias, alpha  # (N, dim_out)
 
 
 class GraphConvolution(nn.Module):
     r"""Graph convolution (Kipf & Welling 2017, Eq. 2): a mean with fixed weights.
 
-    $$H' = D^{-1/2} (A + I) D^{-1/2} H W + b \tag{4}$$
+    $$H' = D^{-1/2} (A + I) D^{-1/2} H W + b \tag{5}$$
 
-    $D$ counts the places in use of each row of the table, the spot itself included.
+    $A$ is the table; $D$ counts the places in use of each of its rows, the spot itself included.
 
     Test: test_graph_convolution_equals_the_normalised_adjacency
     """
@@ -225,39 +233,36 @@ class GraphConvolution(nn.Module):
     def forward(self, h, graph):
         """h (N, dim_in) -> (N, dim_out), None: no attention."""
         table = graph.with_self
-        is_used = torch.ones_like(table.index, dtype=h.dtype)  # (N, k+1)
-        if table.is_empty is not None:
-            is_used = (~table.is_empty).to(h.dtype)
+        is_used = table.is_used().to(h.dtype)  # (N, k+1)
         degree = is_used.sum(1)  # (N,)
         weights = is_used / (degree[:, None] * degree[table.index]).sqrt()  # (N, k+1)
-        h = self.project(h)  # (N, dim_out)
+        hw = self.project(h)  # (N, dim_out)
         if self.fast:
-            out = neighbour_sum(weights[:, None], h[:, None], table)[:, 0]
+            out = neighbour_sum(weights[:, None], hw[:, None], table)[:, 0]
         else:
-            out = torch.einsum("nk,nkd->nd", weights, h[table.index])
+            out = torch.einsum("nk,nkd->nd", weights, hw[table.index])
         return out + self.bias, None
 
 
 class GraphEncoder(nn.Module):
     r"""A block is convolution, LayerNorm, ELU, dropout, and where the widths agree the input again.
 
-    $$h \leftarrow \mathrm{dropout}(\mathrm{ELU}(\mathrm{LN}(\mathrm{conv}(h)))) + h \tag{5}$$
+    $$h \leftarrow \mathrm{dropout}(\mathrm{ELU}(\mathrm{LN}(\mathrm{conv}(h)))) + h \tag{6}$$
 
     Test: test_graph_encoder_equals_its_blocks_one_by_one
     """
 
     def __init__(self, config, kind, dim_in):
         super().__init__()
-        c = config
         self.convolutions = nn.ModuleList()
-        for width, dim in pairwise([dim_in] + [c.dim] * c.layers):
+        for width, dim in pairwise([dim_in] + [config.dim] * config.layers):
             if kind == "gat":
-                layer = GraphAttention(width, dim, c.heads, c.dropout, c.fast)
+                layer = GraphAttention(width, dim, config.heads, config.dropout, config.fast)
             else:
-                layer = GraphConvolution(width, dim, c.fast)
+                layer = GraphConvolution(width, dim, config.fast)
             self.convolutions.append(layer)
-        self.norms = nn.ModuleList(nn.LayerNorm(c.dim) for _ in range(c.layers))
-        self.dropout = nn.Dropout(c.dropout)
+        self.norms = nn.ModuleList(nn.LayerNorm(config.dim) for _ in range(config.layers))
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, h, graph):
         """h (N, dim_in) -> S (N, dim), the last layer's attention (N, heads, k+1) or None."""
@@ -271,9 +276,9 @@ class GraphEncoder(nn.Module):
 class GatedFusion(nn.Module):
     r"""A gate for every number of the two embeddings.
 
-    $$g = \sigma(W [a; b] + c), \qquad f = g \odot a + (1 - g) \odot b \tag{6}$$
+    $$g = \sigma(W [a; b] + c), \qquad f = g \odot a + (1 - g) \odot b \tag{7}$$
 
-    $$z = \mathrm{LN}(f + \mathrm{FFN}(f)) \tag{7}$$
+    $$z = \mathrm{LN}(f + \mathrm{FFN}(f)) \tag{8}$$
 
     Without `ffn`, as the gate of the image is, $z = \mathrm{LN}(f)$.
 
@@ -304,13 +309,13 @@ class CrossAttentionLayer(nn.Module):
 
     $$\alpha_{ij} = \mathrm{softmax}_{j \in \mathcal{N}_i}
     \frac{\langle W_q z_i, W_k s_j \rangle}{\sqrt{d}}, \qquad
-    a_i = \sum_{j \in \mathcal{N}_i} \alpha_{ij} W_v s_j \tag{8}$$
+    a_i = \sum_{j \in \mathcal{N}_i} \alpha_{ij} W_v s_j \tag{9}$$
 
     $$z \leftarrow \mathrm{LN}(z + W_o a), \qquad z \leftarrow \mathrm{LN}(z + \mathrm{FFN}(z))
-    \tag{9}$$
+    \tag{10}$$
 
-    The spot itself is not among its neighbours. Keys and values are projected once a spot and
-    gathered afterwards: $O(N d^2 + N k d)$, where projecting gathered rows costs $O(N k d^2)$.
+    $d$ is the width of a head. The spot itself is not among its neighbours, unless it has none.
+    Keys and values are projected once a spot and gathered afterwards, not the other way round.
 
     Test: test_cross_attention_equals_torch_multihead_attention
     """
@@ -348,27 +353,9 @@ class CrossAttentionLayer(nn.Module):
         return self.norm2(z + self.dropout(self.ffn(z))), alpha
 
 
-def mlp(dim_in, hidden, dim, dropout):
-    r"""Encoder of the genes, and of image features: (N, dim_in) -> (N, dim).
-
-    $$E = W_2\, \mathrm{GELU}(W_1 \mathrm{LN}(x) + b_1) + b_2 \tag{10}$$
-
-    Test: test_parameter_counts
-    """
-    return nn.Sequential(
-        nn.LayerNorm(dim_in),
-        nn.Linear(dim_in, hidden),
-        nn.GELU(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, dim),
-    )
-
-
 class GatFusion(nn.Module):
-    """The encoders that the mode of a Config has, and how their embeddings meet.
-
-    dim_in: width of the genes or frozen vectors; dim_image: of the image features, 0 without.
-    """
+    """The encoders of a mode, and how their embeddings meet. dim_in: width of the genes or frozen
+    vectors; dim_image: of the image features, 0 without."""
 
     def __init__(self, config, dim_in, dim_image, n_classes):
         super().__init__()
@@ -397,16 +384,13 @@ class GatFusion(nn.Module):
 
     def forward(self, x, graph, image=None):
         """x (N, dim_in), graph `Neighbours`, image (N, dim_image) -> logits (N, C), {"embedding":
-        (N, dim), "attention": (N, heads, k) or None}."""
-        e, attention = self.expression(x), None  # (N, dim)
+        (N, dim), concatenated (N, 2 dim), "attention": that of the last layer, or None}."""
+        e = self.expression(x)  # (N, dim); without an encoder x itself
+        context, attention = e, None
         if self.mode.image:
-            picture = self.image(image)  # (N, dim)
+            context = picture = self.image(image)  # (N, dim)
         if self.mode.graph:
             context, attention = self.graph(e, graph)  # (N, dim)
-        elif self.mode.image:
-            context = picture
-        else:
-            context = e
         z = context  # (N, dim)
         if self.fusion == "concat":
             z = torch.cat([e, context], 1)  # (N, 2 dim)
@@ -440,22 +424,17 @@ def class_weights(labels, n_classes):
     return torch.tensor(inverse / inverse.sum() * n_classes, dtype=torch.float32)
 
 
-WEIGHT_DECAY = 1e-4  # of AdamW, on all parameters
-
-
-def train(task, device):
-    """Train with early stopping on the ARI of the validation spots. Returns the best model in eval
-    mode, prob (N, C), {"embedding", "attention"} and the history (epochs, 2): loss, ARI."""
-    c = task.config
-    val = task.split.val
+def train(task, device, patience=20):
+    """Training until the ARI of the validation spots has not risen for `patience` epochs. Returns
+    the best model in eval mode, prob (N, C), its embedding and attention, and the history (epochs,
+    2): loss, ARI. One step an epoch: the whole graph is one batch, but with --tile."""
+    c, is_val = task.config, task.split.val  # (N,) bool
+    # a batch: the inputs of some spots, rows with a loss, their labels; tiles cover all spots
     batches, tiles = task.batches(device)
-    model = GatFusion(c, *task.widths).to(device)
-    run.compiled(model, c)
+    model = run.compiled(GatFusion(c, *task.widths).to(device), c)
     weights = class_weights(task.labels[task.split.train], task.n_classes).to(device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimiser, mode="max", factor=0.5, patience=10
-    )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=1e-4)
+    schedule = ReduceLROnPlateau(optimiser, mode="max", factor=0.5, patience=10)
     best_ari, best_epoch, best_weights, history = -np.inf, 0, None, []
     for epoch in run.progress(range(c.epochs), "epochs"):
         model.train()
@@ -468,17 +447,17 @@ def train(task, device):
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-        prob, _ = layers.predict(model, tiles, len(val), c)  # (N, C)
-        ari = metrics.clustering(task.labels[val], prob[val].argmax(1))["ari"]
+        prob, _ = layers.predict(model, tiles, len(is_val), c)  # (N, C)
+        ari = metrics.clustering(task.labels[is_val], prob[is_val].argmax(1))["ari"]
         history.append((np.mean(losses), ari))
         schedule.step(ari)
         if ari > best_ari:
             best_ari, best_epoch = ari, epoch
             best_weights = copy.deepcopy(model.state_dict())
-        if epoch - best_epoch >= c.patience:
+        if epoch - best_epoch >= patience:
             break
     model.load_state_dict(best_weights)
-    prob, extra = layers.predict(model, tiles, len(val), c)
+    prob, extra = layers.predict(model, tiles, len(is_val), c)
     return model, prob, extra, np.array(history)
 
 
@@ -491,15 +470,14 @@ def main(argv=None):
         return new_slides.predict_slide(config, check, MODES, GatFusion, start)
     mode = MODES[config.mode]
     slides = layers.load(config, mode)
-    record = run.Run("gat_fusion", config, slides[0].sample, layers.variant(config, mode), start)
+    record = run.Run("gat_fusion", config, slides[0].sample, variant(config), start)
     task = layers.Task(config, mode, slides)
     record.note_inputs(task.files())
     print(task.describe())
     record.lap("read")
     baseline_prob, baselines = layers.score_baselines(task)
     record.lap("baselines")
-    arrays, scores, files = task.arrays(), {}, {}
-    arrays["coords_knn"] = baseline_prob["coords_knn"].argmax(1)[task.is_scored_slide]
+    arrays, scores, files = task.arrays(baseline_prob), {}, {}
     facts = {"library": task.library, "receptive_field_pitches": task.reach, "epochs": 0}
     n_params, history = 0, None
     if config.mode != "none":

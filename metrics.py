@@ -189,9 +189,9 @@ def boundary_accuracy(true, pred, distance, mask=None):
     true, pred, distance (N,) int, distance from `boundary_distance` on the full slide; mask (N,)
     bool, True = scored (e.g. the test spots). Returns boundary_accuracy (distance 0),
     interior_accuracy (1 or more), accuracy_distance_0, _1, _2, _3plus (components without boundary
-    included) and boundary_share = share of the scored spots that lie on the boundary; nan where no
-    scored spot has that distance. Raises ValueError for a shape mismatch or when no labelled row is
-    scored."""
+    included), boundary_share = share of the scored spots on the boundary, share_within_1 and
+    errors_within_1 = share of them, and of the errors among them, at most one step from it; nan
+    where there is no such spot. Raises ValueError for a shape mismatch or no labelled row."""
     true, pred, distance = _same_rows(true=true, pred=pred, distance=distance)
     scored = (true != -1) & (distance >= 0)
     if mask is not None:
@@ -212,6 +212,8 @@ def boundary_accuracy(true, pred, distance, mask=None):
         "accuracy_distance_2": accuracy(distance == 2),
         "accuracy_distance_3plus": accuracy(distance >= 3),
         "boundary_share": float((distance == 0).mean()),
+        "share_within_1": float((distance <= 1).mean()),
+        "errors_within_1": float((distance[~correct] <= 1).mean()) if (~correct).any() else np.nan,
     }
 
 

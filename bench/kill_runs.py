@@ -49,7 +49,7 @@ CHECKPOINTS = "--save_every 1 --cache features"
 JOBS = {
     "gat_fusion": (
         "gat_fusion",
-        "--data {data}/cortex --slice sim1 --mode multimodal --epochs 6 --dim 16 --hidden 16 "
+        "--data {data}/cortex --slice sim1 --mode multimodal --epochs 6 --dim 16 "
         f"--cache features {QUICK}",
         False,
     ),

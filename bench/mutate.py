@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # file or folder, the tests that know it: the first pattern that fits counts
 TESTS = {
-    "data.py": ["data", "gat_fusion"],
+    "data.py": ["data", "gat_fusion", "layers"],
     "metrics.py": ["metrics"],
-    "gat_fusion.py": ["gat_fusion", "numerics"],
+    "gat_fusion.py": ["gat_fusion", "layers", "numerics"],
     "multist.py": ["multist", "numerics"],
     "stformer.py": ["stformer", "numerics"],
     "cmrcnet.py": ["cmrcnet", "numerics"],
@@ -32,14 +32,13 @@ TESTS = {
     "plainst/run.py": ["run", "restart"],
     "plainst/download.py": ["download"],
     "plainst/features.py": ["data"],
-    "plainst/neighbours.py": ["data", "gat_fusion"],
+    "plainst/neighbours.py": ["data", "layers"],
     "plainst/simulate/*": ["simulate"],
     "plainst/readers/convert.py": ["cells"],
     "plainst/readers/crops.py": ["cells"],
     "plainst/readers/*": ["readers", "data"],
-    "plainst/layers.py": ["gat_fusion"],
-    "plainst/scaled.py": ["gat_fusion"],
-    "plainst/tiles.py": ["gat_fusion"],
+    "plainst/scaled.py": ["layers"],
+    "plainst/tiles.py": ["layers"],
     "plainst/neighbour_sums.py": ["gat_fusion", "numerics"],
     "plainst/jobs.py": ["stformer", "cmrcnet"],
     "plainst/retrieval.py": ["cmrcnet"],
@@ -48,7 +47,9 @@ TESTS = {
     "evaluation/cells.py": ["spatia"],
     "evaluation/pictures.py": ["spatia"],
     "evaluation/bags.py": ["stformer"],
-    "evaluation/baselines.py": ["gat_fusion", "stformer", "cmrcnet"],
+    "evaluation/layers.py": ["layers", "gat_fusion"],
+    "evaluation/new_slides.py": ["layers"],
+    "evaluation/baselines.py": ["layers", "gat_fusion", "stformer", "cmrcnet"],
     "plainst/graphs.py": ["multist"],
     "plainst/stain.py": ["multist"],
     "plainst/losses.py": ["multist"],
@@ -59,7 +60,7 @@ TESTS = {
     "evaluation/hest.py": ["stformer", "cmrcnet"],
     "evaluation/report.py": ["report"],
     # what no line above names is called by methods
-    "*": ["gat_fusion", "multist", "stformer", "cmrcnet", "spatia"],
+    "*": ["gat_fusion", "layers", "multist", "stformer", "cmrcnet", "spatia"],
 }
 # pictures, and a line that hands words on
 LEFT_OUT = ("evaluation/figures.py", "plainst/__main__.py")

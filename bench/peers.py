@@ -101,10 +101,7 @@ def graph_layers(table):
     weights = torch.rand(n, 1, k + 1, generator=torch.Generator().manual_seed(0))
     # places of the table -> order of `loops`
     ordered = torch.cat([weights[:, 0, 1:].flatten(), weights[:, 0, 0]])
-    their_sum, our_sum = (
-        dev("torch_geometric.nn").SimpleConv(aggr="sum"),
-        neighbour_sums.weighted_neighbour_sum,
-    )
+    their_sum = dev("torch_geometric.nn").SimpleConv(aggr="sum")
     return {
         "graph attention": {
             "GraphAttention": lambda x: gat(x, graph)[0],
@@ -118,8 +115,8 @@ def graph_layers(table):
             "GCNConv, cached, CSR": lambda x: csr(x, adjacency),
         },
         "weighted kNN gather": {
-            "weighted_neighbour_sum": lambda x: our_sum(
-                x[:, None], weights.detach().requires_grad_(), graph.with_self
+            "neighbour_sum": lambda x: neighbour_sums.neighbour_sum(
+                weights.detach().requires_grad_(), x[:, None], graph.with_self
             )[:, 0],
             "SimpleConv, edge weights": lambda x: their_sum(
                 x, loops, ordered.detach().requires_grad_()
@@ -181,10 +178,10 @@ def peer_fusion(ours, table):
     """A GatFusion (full, cross) whose graph layers are torch_geometric's, with the weights of
     `ours`."""
     peer, edges = copy.deepcopy(ours), edge_index(table)
-    peer.spatial.convs = nn.ModuleList(
-        PeerGraphAttention(c, edges, len(table)) for c in peer.spatial.convs
+    peer.graph.convolutions = nn.ModuleList(
+        PeerGraphAttention(layer, edges, len(table)) for layer in peer.graph.convolutions
     )
-    peer.cross = nn.ModuleList(PeerCrossAttention(c, edges) for c in peer.cross)
+    peer.cross = nn.ModuleList(PeerCrossAttention(layer, edges) for layer in peer.cross)
     return peer
 
 

@@ -48,7 +48,7 @@ MAKERS = {  # name of what is made: (old script, new command, words)
     "xenium.h5": ("data", "convert", "xenium {real}/xenium_tiny {out}"),
 }
 
-GAT = "--data {made}/cortex --slice sim1 --epochs 4 --dim 16 --hidden 16 --heads 2"
+GAT = "--data {made}/cortex --slice sim1 --epochs 4 --dim 16 --heads 2"
 MULTIST = (
     "--data {made}/cortex --slice sim1 --epochs 6 --dec_epochs 4 --fusion_epochs 1 "
     "--n_starts 2 --n_pcs 20 --permutations 20 --no-figures"
@@ -63,10 +63,11 @@ JOBS = {
     "gat_fusion": [
         *(f"{GAT} --mode {mode}" for mode in ("expr_only", "gat_only", "gcn_only", "concat")),
         *(f"{GAT} --mode {mode}" for mode in ("full", "gcn_full", "img_expr", "multimodal")),
-        *(f"{GAT} --mode {mode}" for mode in ("coords_knn", "coords_rbf", "majority", "expr_lr")),
-        f"{GAT} --mode smoothed_lr",
-        f"{GAT} --fusion gated",
+        f"{GAT} --mode none",
+        *(f"{GAT} --fusion {fusion}" for fusion in ("gated", "concat")),
+        *(f"{GAT} --mode img_expr --fusion {fusion}" for fusion in ("gated", "concat")),
         f"{GAT} --mode multimodal --fusion gated --scale slice",
+        f"{GAT} --mode gcn_full --no-fast",
         f"{GAT} --split blocks --fold 1 --buffer 1 --n_blocks 4",
         f"{GAT} --split slice --train sim2",
         f"{GAT} --tile 100 --k 9",

@@ -32,8 +32,8 @@ import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
 import stformer  # noqa: E402
-from evaluation import clustering, domains, downstream  # noqa: E402
-from plainst import graphs, run, simulate  # noqa: E402
+from evaluation import clustering, domains, downstream, layers  # noqa: E402
+from plainst import graphs, run, simulate, tiles  # noqa: E402
 
 SIZES = {
     "gat_fusion": (10_000, 100_000, 1_000_000),
@@ -97,42 +97,29 @@ def cortex(folder, n, n_genes):
 def one_gat_fusion(folder, n, n_genes=1000):
     """Load, inputs, graph, epochs (each a step of training a tile and a pass over all spots),
     prediction."""
-    clock, config = (
-        Clock(),
-        gat_fusion.Config(
-            data=str(cortex(folder, n, n_genes)), epochs=EPOCHS, tile=TILE if n > 100_000 else 0
-        ),
-    )
+    clock, path = Clock(), str(cortex(folder, n, n_genes))
+    config = gat_fusion.Config(data=path, epochs=EPOCHS, tile=TILE if n > 100_000 else 0)
+    mode = gat_fusion.MODES[config.mode]
     clock.lap("simulation, or nothing")
-    slides = clock.median("load", lambda: gat_fusion.load(config))
+    slides = clock.median("load", lambda: layers.load(config, mode))
 
     def inputs():
-        task = gat_fusion.Task(config, slides)
-        task.z, task.x  # noqa: B018 - made on first use
+        task = layers.Task(config, mode, slides)
+        task.x  # noqa: B018 - made on first use
         return task
 
     task = clock.median("inputs", inputs)
-    table = clock.median("graph", lambda: task.table(config.k))
+    clock.median("graph", lambda: task.table(config.k))
     run.seed_everything(0)
     model, *_ = gat_fusion.train(task, torch.device("cpu"))
     # train ends with a pass of prediction and makes its graph again
     clock.lap("epoch", EPOCHS + 1)
-    clock.median(
-        "inference",
-        lambda: gat_fusion.predict(
-            model,
-            gat_fusion.make_tiles(
-                (task.x, None),
-                table,
-                [task.slides[0].xy],
-                gat_fusion.prediction_size(config.tile, "cpu"),
-                gat_fusion.hops(config),
-                "cpu",
-            ),
-            n,
-            config,
-        ),
-    )
+
+    def inference():
+        parts = task.tiles(tiles.prediction_size(config.tile, "cpu"), "cpu")
+        return layers.predict(model, parts, n, config)
+
+    clock.median("inference", inference)
     return clock
 
 
@@ -162,7 +149,8 @@ def one_multist(folder, n, n_genes=1000):
     epochs = multist.train_stage2(model, optimiser, adversary, x, graph, 7, config, [])
     clock.lap("Stage II with k-means, epoch", epochs)
     z = model.embed(x, graph)
-    if n <= 100_000:
+    # random batches read most of the image embeddings of a small slide, and 128 each of a large one
+    if n <= 10_000:
         f = torch.as_tensor(domains.image_features(slide, config, "cpu"))
         multist.train_stage3(z, f, slide.xy, config, [])
     h = z.numpy()

@@ -129,7 +129,7 @@ def epoch_of(model, loss, evaluate):
 def fusion_epochs(x, labels, table):
     """{name: one epoch} of gat_fusion full, ours and with torch_geometric's layers."""
     graph, rows = neighbour_sums.Neighbours(table), labels >= 0
-    ours = gat_fusion.GatFusion("full", x.shape[1], int(labels.max()) + 1)
+    ours = gat_fusion.GatFusion(gat_fusion.Config(), x.shape[1], 0, int(labels.max()) + 1)
     models = {
         "gat_fusion full": ours,
         "the same with GATConv, TransformerConv": peers.peer_fusion(ours, table),

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 
 import metrics
 from evaluation.cells import detected_genes
@@ -184,11 +185,11 @@ def close():
 
 
 def draw_gat_fusion(record, slide, arrays, history):
-    """The pictures of a gat_fusion run: truth, prediction, errors and coordinates-only on the
+    """The pictures of a gat_fusion run: truth, prediction, coordinates-only and errors on the
     tissue; with a history (epochs, 2), loss and validation ARI; with `attention`, that of the last
     layer.
 
-    arrays: as in the record, labels, pred, test (N,) and classes, perhaps coords_knn (N,) and
+    arrays: as in the record, labels, test (N,) and classes, perhaps pred, pred_coords_knn (N,) and
     attention (N, heads, k).
     """
     record.figure("tissue", draw_layers(slide.xy, arrays))
@@ -211,23 +212,25 @@ def as_tissue(axis):
 
 
 def draw_layers(xy, arrays):
-    """Truth, prediction, the vote of coordinates if it is there, and the errors, side by side."""
-    panels = [("truth", arrays["labels"]), ("prediction", arrays["pred"])]
-    if "coords_knn" in arrays:
-        panels.append(("coordinates only, no gene", arrays["coords_knn"]))
-    is_wrong = (arrays["labels"] != arrays["pred"]) & arrays["test"]
-    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(4.4 * (len(panels) + 1), 4.4))
-    size, palette = dot_size(xy), plt.get_cmap("tab10")
+    """Side by side the truth and, as far as the arrays hold them, the prediction, the vote of
+    coordinates and the errors of the prediction."""
+    titles = {
+        "labels": "truth",
+        "pred": "prediction",
+        "pred_coords_knn": "coordinates only, no gene",
+    }
+    panels = [(title, arrays[name]) for name, title in titles.items() if name in arrays]
+    n_axes = len(panels) + ("pred" in arrays)
+    figure, axes = plt.subplots(1, n_axes, figsize=(4.4 * n_axes, 4.4), squeeze=False)
+    axes, size, palette = axes[0], dot_size(xy), plt.get_cmap("tab10")
     for axis, (title, codes) in zip(axes, panels):
         for c, name in enumerate(arrays["classes"]):
             axis.scatter(*xy[codes == c].T, s=size, color=palette(c % 10), label=name, linewidths=0)
         axis.set_title(title)
-    axes[-1].scatter(*xy.T, s=size, color="0.88", linewidths=0)
-    axes[-1].scatter(*xy[arrays["test"]].T, s=size, color="0.65", linewidths=0)
-    axes[-1].scatter(*xy[is_wrong].T, s=size * 1.5, color="crimson", linewidths=0)
-    axes[-1].set_title(f"errors: {is_wrong.sum()} of {arrays['test'].sum()} test spots")
+    if "pred" in arrays:
+        draw_errors(axes[-1], xy, arrays, size)
     figure.legend(
-        *axes[1].get_legend_handles_labels(),
+        *axes[0].get_legend_handles_labels(),
         loc="lower center",
         ncols=len(arrays["classes"]),
         markerscale=4,
@@ -236,6 +239,15 @@ def draw_layers(xy, arrays):
     for axis in axes:
         as_tissue(axis)
     return figure
+
+
+def draw_errors(axis, xy, arrays, size):
+    """The test spots whose prediction is wrong, among all spots."""
+    is_wrong = (arrays["labels"] != arrays["pred"]) & arrays["test"]
+    axis.scatter(*xy.T, s=size, color="0.88", linewidths=0)
+    axis.scatter(*xy[arrays["test"]].T, s=size, color="0.65", linewidths=0)
+    axis.scatter(*xy[is_wrong].T, s=size * 1.5, color="crimson", linewidths=0)
+    axis.set_title(f"errors: {is_wrong.sum()} of {arrays['test'].sum()} test spots")
 
 
 def draw_history(history):
@@ -257,6 +269,38 @@ def draw_attention(xy, attention):
     dots = axis.scatter(*xy.T, s=dot_size(xy), c=entropy, linewidths=0)
     figure.colorbar(dots, label="attention entropy / log k (1 = plain mean)")
     as_tissue(axis)
+    return figure
+
+
+def draw_embedding_map(embedding, labels, pred, classes, most=3000):
+    """t-SNE of at most `most` spots, evenly spaced rows of embedding (N, D), coloured by annotated
+    labels (N,), -1 = none, and by predicted ones."""
+    rows = np.arange(0, len(embedding), max(1, -(-len(embedding) // most)))
+    places = TSNE(random_state=0, init="pca").fit_transform(embedding[rows])  # (n, 2)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.6))
+    palette = plt.get_cmap("tab10")
+    for axis, title, codes in zip(axes, ("annotated", "predicted"), (labels[rows], pred[rows])):
+        for c, name in enumerate(classes):
+            is_shown = codes == c
+            axis.scatter(*places[is_shown].T, s=4, color=palette(c % 10), label=name, linewidths=0)
+        axis.set(title=f"fused embedding, {title} layer", xticks=[], yticks=[])
+    handles = axes[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=len(classes), markerscale=4, frameon=False)
+    return figure
+
+
+def draw_gene_changes(drop, genes, classes, n_top=8):
+    """For each class the genes with the largest drop (S, C) of its log-probability, beside what 95
+    % of all genes stay below (dashed)."""
+    figure, axes = plt.subplots(1, len(classes), figsize=(2.1 * len(classes), 2.6), squeeze=False)
+    for c, axis in enumerate(axes[0]):
+        top = np.argsort(-drop[:, c])[:n_top][::-1]
+        axis.barh([genes[j] for j in top], drop[top, c], color="tab:blue")
+        axis.axvline(np.percentile(drop[:, c], 95), color="0.3", linestyle="--")
+        axis.set_title(classes[c], fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.supxlabel("mean loss of log-probability with the gene set to zero (nats)", fontsize=8)
+    figure.tight_layout()
     return figure
 
 

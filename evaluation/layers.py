@@ -43,7 +43,7 @@ def check(config, modes):
     """Raise DataError, naming the flag, for a value that no run can use, or for one that does
     nothing in the chosen mode and split."""
     mode = modes[config.mode]
-    at_least_one = ("n_blocks", "k", "n_top_genes", "dim", "heads", "layers", "epochs", "patience")
+    at_least_one = ("n_blocks", "k", "n_top_genes", "dim", "heads", "layers", "epochs")
     rules = dict.fromkeys(at_least_one, run.AT_LEAST_ONE)
     rules |= dict.fromkeys(("tile", "buffer"), run.AT_LEAST_ZERO)
     rules |= {
@@ -55,6 +55,11 @@ def check(config, modes):
     run.check_flags(config, rules)
     if config.dim % config.heads and has_heads(config, mode):
         raise DataError(f"--heads is {config.heads}: it must divide --dim {config.dim}")
+    if mode.graph and mode.image and config.fusion == "concat":
+        raise DataError(
+            f"--fusion concat leaves no gate for the image of --mode {config.mode}: choose cross "
+            "or gated"
+        )
     if config.predict:
         used = ("labels", "min_shared", "tile", "bf16", "compile", "embedding", "scale", "fast")
         run.refuse_idle_flags(config, [run.idle_with_predict(config, (*used, *config.columns()))])
@@ -74,8 +79,8 @@ def idle_flags(config, mode):
     has_graph = bool(mode.graph) or fusion_of(config, mode) == "cross"
     # --k and --layers also make the default buffer of the blocks
     is_graph_idle = not has_graph and not (is_blocks and not config.buffer)
-    network = ("dim", "dropout", "lr", "epochs", "patience", "bf16", "compile", "fast", "seed")
-    genes = ("n_top_genes", "hvg", "library", "scale")
+    network = ("dim", "dropout", "lr", "epochs", "bf16", "compile", "fast", "h5ad")
+    genes = ("n_top_genes", "library", "scale")
     return [
         (config.mode == "none", case, network),
         (mode.fusion != "any", case, ("fusion",)),
@@ -84,7 +89,6 @@ def idle_flags(config, mode):
         (is_graph_idle, case, ("k", "layers")),
         *input_rules(config.mode, mode),
         (mode.expression == "frozen", case, genes),
-        (config.hvg == "none", "with --hvg none", ("n_top_genes",)),
         (not is_blocks, split, ("fold", "n_blocks", "buffer")),
         (not is_holdout, split, ("train",)),
         (True, "without --predict", ("min_shared",)),
@@ -131,6 +135,8 @@ def load(config, mode):
     if is_holdout:
         names = training_slices(config, slides[0])
         slides += [load_one(config, name, None, is_frozen) for name in names]
+    if is_frozen:
+        refuse_shared_vectors(config.embedding, slides)
     if config.split == "donor":
         first = slides[0]
         data.check_donors(slides)
@@ -164,6 +170,22 @@ def with_vectors(path, slide):
         return slide
     print(f"{slide.sample}: {(~has_vector).sum()} spots without a vector are left out")
     return slide.subset(has_vector)
+
+
+def is_of_one_slide(path):
+    """Whether a path names the same file for every slide."""
+    return "{slice}" not in path and "{sample}" not in path
+
+
+def refuse_shared_vectors(path, slides):
+    """Raise DataError where one file of vectors would serve two spots of one barcode: Visium slides
+    share most of their barcodes."""
+    barcodes = np.concatenate([s.barcodes for s in slides])
+    if is_of_one_slide(path) and len(np.unique(barcodes)) < len(barcodes):
+        raise DataError(
+            f"{path} cannot hold the vectors of {', '.join(s.sample for s in slides)}, which share "
+            "barcodes: give one file a slide, --embedding with {slice} in its name"
+        )
 
 
 def refuse_one_slide(config):
@@ -282,7 +304,7 @@ class Task:
         # of all genes of a slide, as in `scaled_slide`, not of those that all slides share
         sizes = np.concatenate([library_sizes(s, self.library)[rows] for s, rows in parts])
         counts = [s.select_genes(genes).counts[rows] for s, rows in parts if rows.any()]
-        return data.Expression(c.n_top_genes, c.hvg).fit(sp.vstack(counts).tocsr(), genes, sizes)
+        return data.Expression(c.n_top_genes).fit(sp.vstack(counts).tocsr(), genes, sizes)
 
     @cached_property
     def x(self):
@@ -347,10 +369,12 @@ class Task:
             tiles = list(self.tiles(size, device))
         return batches, tiles
 
-    def arrays(self):
-        """{name: array} of the scored slide for the record."""
+    def arrays(self, baseline_prob):
+        """{name: array} of the scored slide for the record: what it is, and the class that each
+        baseline says, pred_<name> (n,); baseline_prob {name: (N, C)}."""
         rows = self.is_scored_slide
-        return {
+        arrays = {f"pred_{name}": prob[rows].argmax(1) for name, prob in baseline_prob.items()}
+        return arrays | {
             "barcodes": self.slides[0].barcodes,
             "xy": self.slides[0].xy,
             "labels": self.labels[rows],
@@ -528,7 +552,7 @@ def score_baselines(task):
 
 def score_row(name, scores):
     """One row of the printed table."""
-    return f"{name:<14}" + "  ".join(f"{k} {scores[k]:.3f}" for k in SHOWN)
+    return f"{name:<22}" + "  ".join(f"{k} {scores[k]:.3f}" for k in SHOWN)
 
 
 def gains(scores, others):

@@ -53,6 +53,13 @@ def read_checkpoint(config, check, modes):
             raise ValueError("a class has no name")
     if mode.image and saved["image_scale"] is None:
         raise DataError(f"{path} has mode {known.mode} but no image_scale: train it again")
+    is_elsewhere = (config.data, config.slice) != (known.data, known.slice)
+    is_given = "embedding" in typed or not layers.is_of_one_slide(known.embedding)
+    if is_frozen and is_elsewhere and not is_given:
+        raise DataError(
+            f"{path} was trained on the vectors {known.embedding}, which are of its own slide: "
+            "name those of the new one with --embedding"
+        )
     flags = {name: getattr(config, name) for name in OF_THIS_RUN}
     from_typed = ("scale", "embedding", "encoder", *config.columns())
     flags |= {name: getattr(config, name) for name in from_typed if name in typed}

@@ -19,6 +19,8 @@ BASELINES = (
     "coords_rbf",
     "expr_lr",
     "smoothed_lr",
+    "embedding_lr",
+    "embedding_smoothed_lr",
     "pca_gmm",
     "neighbour_mean_gmm",
 )
@@ -32,10 +34,11 @@ SHOWN_CELLS = (
     "annotation_macro_f1",
 )
 DOMAINS = "domains (unsupervised)"
+FACTS = ("n_params", "seconds")  # of a record, beside its scores
 # the settings on which the baselines of a kind of table depend, flags or facts of the record
 COLUMNS = ("label_key", "layer", "gene_key", "library_key")
 LAYER_SETTINGS = (*COLUMNS, "labels", "library", "scale", "hvg", "n_top_genes", "split_seed")
-LAYER_SETTINGS += ("n_blocks", "buffer")
+LAYER_SETTINGS += ("n_blocks", "buffer", "embedding")
 DOMAIN_SETTINGS = (*COLUMNS, "n_domains", "norm", "library", "hvg", "n_top_genes", "n_pcs")
 DOMAIN_SETTINGS += ("n_init", "diffusion_steps", "diffusion_k", "permutations", "root_gene")
 GENE_SETTINGS = ("method", "genes", "target", "min_counts", "encoder", "scale", "target_scale")
@@ -161,7 +164,8 @@ def rows_of(records, entry_of):
             observed[entry.group, baseline].append((place, settings, scores))
         if entry.name is not None:
             row = Row(entry.name, r["preset"], words_of(edition))
-            table[entry.group][row][r["part"]].append(r["metrics"])
+            facts = {name: r[name] for name in FACTS if name in r}
+            table[entry.group][row][r["part"]].append(facts | r["metrics"])
     for (group, baseline), runs in observed.items():
         names = settings_that_matter(runs)
         for place, settings, scores in runs:
@@ -270,17 +274,21 @@ def settings_of(record, names):
 
 def layer_entry(record):
     """The Entry of a run that predicts labels of held-out spots; its group is (split, leaks)."""
-    split = record["split"]
-    if split is None or "ari" not in record["metrics"]:
+    split, is_scored = record["split"], "ari" in record["metrics"]
+    if split is None or not (is_scored or trains_nothing(record)):
         return None
     return Entry(
         (split["name"], split.get("leaks_position", True)),
-        # a run of a baseline alone: its scores stand among the baselines already
-        None if record["row"] in BASELINES else record["row"],
+        record["row"] if is_scored else None,
         record["baselines"],
         (split.get("detail"),),
         settings_of(record, LAYER_SETTINGS),
     )
+
+
+def trains_nothing(record):
+    """Whether a run has baselines alone (`--mode none` of gat_fusion)."""
+    return record["config"].get("mode") == "none"
 
 
 def domain_entry(record):

@@ -34,6 +34,7 @@ from evaluation.records import (
     rows_of,
     scores_of,
     split_name,
+    trains_nothing,
 )
 from plainst.readers.checked import DataError
 from plainst.run import cli, write_atomically
@@ -53,7 +54,8 @@ PUBLISHED = {
 PUBLISHED_DOMAINS = {"multist": {"151673": ".620"}}
 # {method and flags: mean PCC}, arXiv 2506.08854, not comparable
 PUBLISHED_GENES = {"cmrcnet": ".3117", "cmrcnet reconstruction-none": ".2933"}
-SHOWN = ("accuracy", "macro_f1", "kappa_quadratic", "log_loss", "boundary_accuracy")
+SHOWN = ("nmi", "accuracy", "top2", "interior_accuracy", "boundary_accuracy", "log_loss")
+SHOWN += ("macro_f1", "kappa_quadratic")
 SHOWN_DOMAINS = ("ami", "completeness", "homogeneity")
 SHOWN_GENES = ("pcc_pooled", "variance_ratio_median", "slide_mean_rmse")
 PANELS_CELLS = {
@@ -164,6 +166,12 @@ def ordered(rows):
     return sorted(rows, key=lambda r: (not r.is_baseline, place.get(r.name, len(place)), r))
 
 
+def median_fact(runs, name):
+    """The median of a fact of the runs as a whole number, a dash where no run has it."""
+    values = scores_of(runs, name)
+    return f"{statistics.median(values):,.0f}" if values else "-"
+
+
 def spreads(runs, names):
     """The median of each named score over the runs that have it, with its spread."""
     return [cell(scores_of(runs, name)) for name in names]
@@ -200,6 +208,8 @@ def layer_table(split, leaks, rows):
             *(f"ARI {s}" for s in slices),
             *SHOWN,
             "ARI gain over coords_knn",
+            "parameters",
+            "seconds",
             "runs",
             "published ARI",
         ],
@@ -215,6 +225,8 @@ def layer_table(split, leaks, rows):
                 *columns,
                 *spreads(every, SHOWN),
                 cell(scores_of(every, "gain_over_coords_knn")),
+                median_fact(every, "n_params"),
+                median_fact(every, "seconds"),
                 str(len(every)),
                 published.get(row.name, ""),
             ]
@@ -304,6 +316,8 @@ def absent(records):
     # {(method, data, split): {variant: {(slice or fold, seed)}}}
     groups = defaultdict(lambda: defaultdict(set))
     for r in records:
+        if trains_nothing(r):
+            continue
         split, config = split_name(r), r["config"]
         row = str(Row(r["row"] or r["method"], r["preset"]))
         run = (r["part"], config.get("fold"), config.get("seed"))

@@ -10,7 +10,7 @@ from experiments import SEEDS, is_chosen, rules
 from plainst import run
 from plainst.readers.checked import DataError
 
-LISTS = ("dlpfc", "her2st", "ca1", "platforms", "ablations")
+LISTS = ("dlpfc", "layers", "vectors", "her2st", "ca1", "platforms", "ablations")
 
 
 def main(argv=None):
@@ -28,6 +28,7 @@ def main(argv=None):
         parser.add_argument(f"--{flag}", nargs="*", default=[], help=text)
     parser.add_argument("--data", default="", help="folder or file, the list's own without it")
     parser.add_argument("--encoder", default="", help="features of H&E patches, {sample} in it")
+    parser.add_argument("--vectors", default="", help="frozen vectors of spots, {slice} in it")
     parser.add_argument("--runs", default="runs", help="folder of the records")
     parser.add_argument("--python", default="python", help="interpreter that the rules call")
     parser.add_argument("--launch", default="", help="words before every command, e.g. srun")
@@ -36,7 +37,7 @@ def main(argv=None):
     make_jobs = importlib.import_module(f"experiments.{options.name}").jobs
     known = inspect.signature(make_jobs).parameters
     words = {}
-    for name in ("data", "encoder", "slices", "seeds", "folds"):
+    for name in ("data", "encoder", "vectors", "slices", "seeds", "folds"):
         value = getattr(options, name)
         if value and name not in known:
             raise DataError(f"--{name} means nothing for the list {options.name}: leave it out")

@@ -20,7 +20,7 @@ LAYERS = {  # model of gat_fusion: its flags
     "gcn_full-cross": "--mode gcn_full --fusion cross",
     "expr_only": "--mode expr_only",
 }
-FLOORS = {"coords_knn": "--mode coords_knn"}  # no gene; where MODELS and SPLITS name it
+FLOORS = {"none": "--mode none"}  # the baselines alone; where MODELS and SPLITS name it
 HELD_OUT = (
     "full-cross",
 )  # also on blocks and on another slice; others where MODELS and SPLITS name them
@@ -36,7 +36,7 @@ DOMAINS = {  # preset of multist: its variants
     "released": {"default": ""},
     "tuned": {"default": ""},
 }
-PRESETS = {"gat_fusion": ("tuned",)}
+PRESETS = {"gat_fusion": ("paper", "tuned")}
 
 
 def siblings(name, names):

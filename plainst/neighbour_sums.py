@@ -37,6 +37,10 @@ class Table:
         self.is_empty = is_empty if is_empty.any() else None
         self._bags = {}
 
+    def is_used(self):
+        """(N, k) bool: the places that count."""
+        return torch.ones_like(self.index, dtype=bool) if self.is_empty is None else ~self.is_empty
+
     def bag_index(self, heads):
         """The `BagIndex` of this table, made once per number of heads."""
         if heads not in self._bags:

@@ -173,6 +173,8 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.rank, self.world, self.device = join_processes(config.device)
+        if config.bf16 and self.device.type == "cpu":
+            say("--bf16 on a CPU: most are slower with it than without")
         self.figures, self.laps = {}, {}
         # what ran is what stood there when it began
         self.commit, self.files, self.checksum = git_commit(), {}, ""

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from plainst.readers.checked import DataError  # noqa: E402
-
 torch.set_num_threads(1)
 # a plugin may have loaded numpy before the line above
 threadpoolctl.threadpool_limits(1)
+
+from plainst import run, simulate  # noqa: E402 - the path is set above
+from plainst.readers.checked import DataError  # noqa: E402
 
 
 def in_processes(module, script, runs):
@@ -46,7 +47,7 @@ def without_idle_flags(module, words):
     words = [str(word) for word in words]
     while True:
         try:
-            module.check(module.run.parse(module.Config, words))
+            module.check(run.parse(module.Config, words))
         except DataError as error:
             idle = re.match(r"--(\w+) has no effect", str(error))
             if not idle:
@@ -64,6 +65,18 @@ def status_of(script, *words):
         patch.setattr(sys, "argv", [str(script), *map(str, words)])
         runpy.run_path(str(script), run_name="__main__")
     return stop.value.code
+
+
+def exit_status(main, command):
+    """Exit status of a script's `main`; command: the text that is typed behind its name."""
+    with pytest.raises(SystemExit) as stop:
+        run.cli(main, shlex.split(command))
+    return stop.value.code
+
+
+def printed_record(text):
+    """The record whose path is the last line of what a run printed."""
+    return json.loads(Path(text.strip().splitlines()[-1]).read_text())
 
 
 def pytest_addoption(parser):
@@ -101,3 +114,14 @@ def real_data():
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist (set PLAINST_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cortex(tmp_path_factory):
+    """Three simulated slices as Space Ranger folders: s1 and s2 of one donor, s3 of another."""
+    root = tmp_path_factory.mktemp("cortex") / "sim"
+    for i, donor in ((1, "A"), (2, "A"), (3, "B")):
+        names = {"sample": f"s{i}", "donor": donor, "donor_seed": ord(donor)}
+        slide = simulate.simulate_cortex(400, 300, 5, seed=i, **names)
+        simulate.write_visium(slide, root / f"s{i}")
+    return root

@@ -126,7 +126,7 @@ def test_layers_equal_torch_geometrics(table):
 def test_swapped_models_equal_ours(table):
     torch.manual_seed(0)
     x = torch.randn(150, 20)
-    ours = gat_fusion.GatFusion("full", 20, 4).eval()
+    ours = gat_fusion.GatFusion(gat_fusion.Config(), 20, 0, 4).eval()
     peer, graph = peers.peer_fusion(ours, table).eval(), Neighbours(table)
     x.requires_grad_()
     a, b = (m(x, graph)[0] for m in (ours, peer))

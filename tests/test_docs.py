@@ -253,7 +253,7 @@ def test_every_command_of_the_pages_runs(reader, monkeypatch, capsys):
         assert json.loads(made.read_text())["method"] == name, command
         # the short settings are part of the folder's name
         if command.endswith("--split random --mode full --seed 0"):
-            wanted = reader / "runs/gat_fusion/dlpfc/151673/tuned-random-full-cross/seed0"
+            wanted = reader / "runs/gat_fusion/dlpfc/151673/paper-random-full-cross/seed0"
             wanted.parent.mkdir(parents=True, exist_ok=True)
             made.parent.rename(wanted)
     assert METHODS <= set(ran) and len(ran) > 25 and METHODS <= {m for m in painted if painted[m]}

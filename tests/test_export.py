@@ -476,7 +476,7 @@ FAST_CMRCNET = (
     "--backbone features"
 )
 RUNS = {
-    "gat_fusion": "--data {made}/cortex --slice sim1 --epochs 1 --dim 8 --hidden 8 --heads 1",
+    "gat_fusion": "--data {made}/cortex --slice sim1 --epochs 1 --dim 8 --heads 1",
     "multist": f"--data {{made}}/cortex --slice sim1 {FAST_MULTIST}",
     "stformer": "--data {made}/hest --epochs 1 --folds 0 --members 1",
     "cmrcnet": f"--data {{made}}/hest {FAST_CMRCNET}",

@@ -154,7 +154,7 @@ def test_saved_flags(tmp_path):
 IDLE = {
     "gat_fusion": """
         --mode concat --fusion cross | fusion
-        --mode coords_knn --fusion gated | fusion
+        --mode none --fusion gated | fusion
         --split random --fold 1 | fold
         --n_blocks 4 | n_blocks
         --buffer 2 | buffer
@@ -163,26 +163,36 @@ IDLE = {
         --mode gcn_only --heads 4 | heads
         --mode gcn_full --fusion gated --heads 2 | heads
         --mode expr_only --layers 3 | layers
-        --mode img_expr --k 12 | k
-        --mode smoothed_lr --k 12 | k
+        --mode img_expr --fusion gated --k 12 | k
+        --mode none --k 12 | k
+        --mode none --split blocks --buffer 2 --k 12 | k
         --mode expr_only --split blocks --buffer 2 --k 12 | k
-        --mode gat_only --hidden 32 | hidden
-        --mode embedding --embedding e.npz --hidden 32 | hidden
+        --mode expr_only --no-fast | fast
+        --mode img_expr --fusion concat --no-fast | fast
         --embedding e.npz | embedding
         --encoder x.npz | encoder
-        --mode concat --crop_um 100 | crop_um
+        --mode embedding --embedding e.npz --encoder x.npz | encoder
         --hvg none --n_top_genes 50 | n_top_genes
-        --mode majority --n_top_genes 50 | n_top_genes
-        --mode coords_rbf --scale train | scale
-        --mode expr_lr --epochs 3 | epochs
-        --mode expr_lr --lr 0.1 | lr
-        --mode smoothed_lr --patience 5 | patience
-        --mode majority --tile 100 | tile
-        --mode majority --compile | compile
+        --mode embedding --embedding e.npz --n_top_genes 50 | n_top_genes
+        --mode embedding --embedding e.npz --hvg none | hvg
+        --mode embedding_only --embedding e.npz --scale train | scale
+        --mode embedding_only --embedding e.npz --library own | library
+        --mode none --dim 16 | dim
+        --mode none --dropout 0 | dropout
+        --mode none --heads 2 | heads
+        --mode none --epochs 3 | epochs
+        --mode none --lr 0.1 | lr
+        --mode none --patience 5 | patience
+        --mode none --compile | compile
+        --mode none --bf16 | bf16
+        --mode none --fast | fast
+        --mode none --h5ad | h5ad
+        --mode none --embedding e.npz | embedding
         --min_shared 0.2 | min_shared
         --predict model.pt --mode full | mode
         --predict model.pt --dim 64 | dim
         --predict model.pt --split random | split
+        --predict model.pt --library own | library
     """,
     "multist": """
         --image off --encoder x.npz | encoder
@@ -246,16 +256,18 @@ IDLE = {
 BUSY = {
     "gat_fusion": """
         --mode expr_only --split blocks --fold 1 --n_blocks 4 --k 12 --layers 3
-        --mode coords_knn --split blocks --k 12
+        --mode none --split blocks --k 12
         --mode concat --heads 2 --k 12 --layers 1
         --mode gcn_full --fusion cross --heads 2
-        --mode expr_lr --n_top_genes 50 --scale train --tile 100
-        --mode embedding --embedding e.npz --n_top_genes 50
+        --mode none --n_top_genes 50 --scale train --library own --tile 100 --seed 3
+        --mode embedding --embedding e.npz --tile 100 --fusion concat
+        --mode img_expr --k 12 --heads 2 --layers 1 --no-fast
         --mode expr_only --dim 6
-        --mode multimodal --encoder x.npz --crop_um 100 --fusion gated
+        --mode multimodal --encoder x.npz --fusion concat
         --split slice --train 151674
         --predict model.pt --embedding e.npz --encoder x.npz --min_shared 0.2 --labels l.csv
         --predict model.pt --tile 10 --label_key x --h5ad --bf16 --cache c --slice a
+        --predict model.pt --scale slice --no-fast --compile
     """,
     "multist": """
         --mask_mode none --mask_rate 0.3

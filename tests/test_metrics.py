@@ -406,6 +406,9 @@ def test_boundary_accuracy_by_hand():
             "accuracy_distance_2": 1,
             "accuracy_distance_3plus": 1,
             "boundary_share": 2 / 7,
+            "share_within_1": 4 / 7,
+            # the errors are at 0 and 1
+            "errors_within_1": 1,
         }
     )
     held_out = metrics.boundary_accuracy(
@@ -420,6 +423,8 @@ def test_boundary_accuracy_by_hand():
             "accuracy_distance_2": np.nan,
             "accuracy_distance_3plus": 1,
             "boundary_share": 1 / 3,
+            "share_within_1": 2 / 3,
+            "errors_within_1": 1,
         },
         nan_ok=True,
     )

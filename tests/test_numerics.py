@@ -188,20 +188,7 @@ def finite_record(folder):
 
 
 def test_gat_fusion_on_a_harsh_slide(harsh, tmp_path):
-    gat_fusion.main(
-        [
-            "--data",
-            str(harsh),
-            "--epochs",
-            "4",
-            "--dim",
-            "16",
-            "--hidden",
-            "16",
-            "--runs",
-            str(tmp_path),
-        ]
-    )
+    gat_fusion.main(f"--data {harsh} --epochs 4 --dim 16 --runs {tmp_path}".split())
     assert all(np.isfinite(v) for v in finite_record(tmp_path)["metrics"].values() if v is not None)
 
 

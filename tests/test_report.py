@@ -86,6 +86,52 @@ def test_median_and_spread_over_seeds(tmp_path):
     assert text.index("coords_knn") < text.index("full-cross") and "Split `slice`" in text
 
 
+def test_a_run_without_a_network_gives_its_baselines_only(tmp_path):
+    """No row of its own, and nothing that could be missing."""
+    write(tmp_path, "151673", "random-full-cross", 0, 0.8, mode="full")
+    write(tmp_path, "151674", "random-none", 0, 0.0, floor=0.75, mode="none")
+    path = next(tmp_path.rglob("random-none/seed0/run.json"))
+    record = json.loads(path.read_text()) | {"metrics": {}, "n_params": 0}
+    path.write_text(json.dumps(record))
+    every = report.read_runs(tmp_path)
+    text = report.markdown(every)
+    assert row(text, "coords_knn").split(" | ")[1:3] == ["0.900", "0.750"]
+    assert row(text, "full-cross").split(" | ")[1:3] == ["0.800", "-"]
+    assert "| none" not in text and "these rows lack" not in text
+    assert report.markdown(every[1:]).count("\n| coords_knn") == 1
+
+
+def test_parameters_and_seconds_stand_beside_the_scores(tmp_path):
+    write(tmp_path, "151673", "random-full-cross", 0, 0.8)
+    path = next(tmp_path.rglob("run.json"))
+    record = json.loads(path.read_text()) | {"n_params": 1_107_063, "seconds": 29.6}
+    path.write_text(json.dumps(record))
+    text = report.markdown(report.read_runs(tmp_path))
+    (head,) = (line for line in text.splitlines() if line.startswith("| model"))
+    columns = dict(zip(head.split(" | "), row(text, "full-cross").split(" | ")))
+    assert columns["parameters"] == "1,107,063" and columns["seconds"] == "30"
+    assert columns["nmi"] == "-" and columns["log_loss"] == "1.000"
+    columns = dict(zip(head.split(" | "), row(text, "coords_knn").split(" | ")))
+    assert columns["parameters"] == columns["seconds"] == "-"
+
+
+def test_baselines_of_frozen_vectors_stand_apart_by_their_file(tmp_path):
+    """The file of vectors changes the linear baselines, not those of coordinates."""
+    for i, name in enumerate(("a.npz", "b.npz")):
+        variant = f"random-embedding-cross-embedding-{name}"
+        write(tmp_path, "151673", variant, 0, 0.8, mode="embedding", embedding=name)
+        path = next(tmp_path.rglob(f"{variant}/seed0/run.json"))
+        record = json.loads(path.read_text())
+        scores = record["baselines"]["coords_knn"]
+        record["baselines"]["embedding_lr"] = scores | {"ari": 0.25 + i / 2}
+        record["split"]["detail"] = "seed 42"
+        path.write_text(json.dumps(record))
+    text = report.markdown(report.read_runs(tmp_path))
+    assert row(text, "embedding_lr [embedding a.npz]").split(" | ")[1] == "0.250"
+    assert row(text, "embedding_lr [embedding b.npz]").split(" | ")[1] == "0.750"
+    assert row(text, "coords_knn").split(" | ")[1] == "0.900"
+
+
 def test_program_writes_table_and_figure(tmp_path, capsys):
     write(tmp_path, "s", "blocks0-full-cross", 0, 0.5, "blocks", False, fold=0)
     assert report.main(["--runs", str(tmp_path)]) == 0

@@ -1,0 +1,1 @@
+"""The pages and the programs that build them: annotate.py (site), architecture.py (figures)."""
