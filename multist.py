@@ -28,6 +28,7 @@ where there is no image. Numbers of equations are the paper's where docs/multist
     python multist.py --data datasets/dlpfc --slice 151673 --seed 0
     python multist.py --data my_visium_folder --n_domains 8
     python multist.py --data my_section.h5ad --preset tuned --n_domains bic
+    python multist.py --data datasets/dlpfc --slice 151673,151674 --preset tuned
 """
 
 import time
@@ -94,7 +95,7 @@ class Config(run.SlideConfig):
     preset: str = "paper"
     "a named set of flags; what is typed beside it goes before it"
     n_domains: str = "oracle"
-    "number of domains: oracle (as many as the labels have), bic (2 to 20), or a number"
+    "number of domains: oracle (as many as the labels have), bic, stability, or a number"
     norm: Literal["log1p", "cpm"] = "log1p"
     "log1p of counts per 10,000, or counts per million without log"
     library: Literal["given", "own"] = "given"
@@ -107,6 +108,8 @@ class Config(run.SlideConfig):
     "principal components that are the input X"
     k: int = 6
     "spatial neighbours, symmetrised by union; 0: 6 on a lattice, 30 among cells"
+    embedding: str = ""
+    "frozen vectors instead of genes: .npy, .npz, or a key of obsm in the h5ad"
     mask_mode: Literal["additive", "replace", "zero", "none"] = "additive"
     "Eq. 1: add the learned vector m to masked spots; or put m, or 0, in their place; or nothing"
     mask_rate: float = 0.8
@@ -822,7 +825,7 @@ def main(argv=None):
     task = domains.Task(config)
     record = run.Run("multist", config, task.slide.sample, domains.variant(config), start)
     record.note_inputs(task.files())
-    components = domains.preprocess(task.slide, config)  # (N, P)
+    components = task.inputs()  # (N, P)
     record.lap("read")
     arrays, embeddings, baselines, k = train(task, components, record)
     facts = task.facts

@@ -55,6 +55,7 @@ TESTS = {
     "plainst/losses.py": ["multist"],
     "evaluation/clustering.py": ["multist"],
     "evaluation/domains.py": ["multist"],
+    "evaluation/joint.py": ["joint"],
     "evaluation/downstream.py": ["downstream"],
     "evaluation/signalling.py": ["downstream"],
     "evaluation/hest.py": ["stformer", "cmrcnet"],

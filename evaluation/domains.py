@@ -10,10 +10,11 @@ from torch import nn
 
 import data
 from data import DataError
-from evaluation import baselines, clustering, downstream, signalling
+from evaluation import baselines, clustering, downstream, joint, signalling
 from plainst import run, stain
 from plainst.features import input_files
 from plainst.graphs import Graph
+from plainst.readers.h5ad import read_obsm
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -28,12 +29,13 @@ FUSION = (
 )
 CROP_UM = 310.0  # side of a crop: 64 pixels of the hires image of DLPFC 151673
 DIFFUSION_K = 7  # neighbours of the label diffusion
+FEWEST_FOR_STABILITY = 200  # spots
 LATTICE_K, CELLS_K = 6, 30  # neighbours of --k 0
 
 
 def is_number_of_domains(text):
     """Whether --n_domains can be this."""
-    return text in ("oracle", "bic") or (text.isdigit() and int(text) > 0)
+    return text in ("oracle", "bic", "stability") or (text.isdigit() and int(text) > 0)
 
 
 def check(config):
@@ -50,7 +52,7 @@ def check(config):
     rules |= dict.fromkeys(("mask_rate", "alpha"), SHARE)
     rules |= dict.fromkeys(("n_top_genes", "n_pcs", "batch"), AT_LEAST_TWO)
     rules |= {
-        "n_domains": (is_number_of_domains, "oracle, bic or a positive number"),
+        "n_domains": (is_number_of_domains, "oracle, bic, stability or a positive number"),
         "fused_dim": (lambda v: v >= 8 and v % 8 == 0, "a positive multiple of 8, one for a head"),
     }
     run.check_flags(config, rules)
@@ -65,6 +67,7 @@ def idle_flags(config):
         (config.image == "zero", "with --image zero", ("encoder",)),
         (config.direction != "both", f"with --direction {config.direction}", ("alpha",)),
         (config.hvg == "none", "with --hvg none", ("n_top_genes",)),
+        (bool(config.embedding), "with --embedding", ("norm", "hvg", "n_top_genes", "n_pcs")),
         (config.mask_rate == 0, "with --mask_rate 0", ("mask_mode",)),
         (config.gan == "off", "with --gan off", ("lambda_gan",)),
         (not config.dec, "with --no-dec", ("dec_clusters", "dec_epochs")),
@@ -75,7 +78,9 @@ def idle_flags(config):
 
 def variant(config):
     """Folder name of a run: its preset, and the flags that differ from it."""
-    return run.variant(config, [], ["figures", "fast"], files=["encoder", "order", "lr_pairs"])
+    return run.variant(
+        config, [], ["figures", "fast"], files=["encoder", "embedding", "order", "lr_pairs"]
+    )
 
 
 def form_of(config, has_image):
@@ -90,10 +95,40 @@ def form_of(config, has_image):
 # --------------------------------------------------------------------------------------------------
 
 
-def preprocess(slide, config):
+def inputs(slide, config, part=None):
+    """X (N, P) float32: `preprocess` of the counts, or the vectors of --embedding, each column with
+    mean 0, the whole with variance 1. part (N,): number of the slice of each spot in a joint run,
+    of which each has mean 0."""
+    x = vectors(slide, config.embedding) if config.embedding else preprocess(slide, config, part)
+    for number in range(1 if part is None else part.max() + 1):
+        rows = slice(None) if part is None else part == number
+        if part is not None or config.embedding:
+            x[rows] -= x[rows].mean(0)
+    if config.embedding:
+        if not x.std() > 0:
+            raise DataError(f"the vectors of --embedding {config.embedding} are all the same")
+        x = x / x.std()
+    return x
+
+
+def vectors(slide, name):
+    """(N, D) float32 frozen vectors of the spots: of a .npy or .npz file, or of the obsm of the
+    slide's h5ad. Raises DataError for another number of spots or a key that is not there."""
+    if data.is_features_file(name):
+        return data.read_embedding(name, slide)
+    if not str(slide.source).endswith(".h5ad"):
+        raise DataError(
+            f"--embedding {name} is no .npy or .npz file, and slide {slide.sample} is no h5ad with "
+            "an obsm: give a file"
+        )
+    return read_obsm(slide.source, name, slide.barcodes)
+
+
+def preprocess(slide, config, part=None):
     """X (N, P) float32: principal components of the z-scored selected genes. They are not rescaled,
     so a mean square error over them is a variance-weighted one: the first components dominate.
-    Raises DataError where nothing varies."""
+    Genes are z-scored in each slice of a joint run, part (N,), by itself. Raises DataError where
+    nothing varies."""
     # genes seen in too few spots are noise
     is_seen = slide.counts.getnnz(axis=0) >= min(10, max(2, slide.n_spots // 50))
     counts = slide.counts[:, np.flatnonzero(is_seen)]
@@ -111,7 +146,9 @@ def preprocess(slide, config):
             "spots: domains need more"
         )
     x = x[:, chosen]
-    z = data.Standardise(clip).fit(x).scaled(x)
+    part = np.zeros(slide.n_spots, int) if part is None else part
+    slices = [x[part == number] for number in range(part.max() + 1)]
+    z = sp.vstack([data.Standardise(clip).fit(rows).scaled(rows) for rows in slices]).tocsr()
     x = data.truncated_pca(z, config.n_pcs, seed=0)  # (N, P)
     # a component without variance is round-off
     return x[:, x.std(0) > 1e-4 * x.std(0).max()]
@@ -212,7 +249,13 @@ class Task:
 
     def __init__(self, config):
         self.config = config
-        self.slide = data.load_slide(config.data, config.slice or None, **config.columns())
+        names = [name for name in config.slice.split(",") if name] or [None]
+        slides = [data.load_slide(config.data, name, **config.columns()) for name in names]
+        self.slide, self.part = slides[0], None
+        if len(slides) > 1:
+            self.slide, self.part = joint.join(slides)
+            if config.embedding:
+                raise DataError("--embedding is of one slide: leave it out of a joint run")
         self.has_image = has_image(self.slide, config)
         self.output = "fused" if self.has_image else "gene"
         if self.has_image and config.m > self.slide.n_spots:
@@ -227,13 +270,25 @@ class Task:
         self.pairs = signalling.PAIRS
         if config.lr_pairs:
             self.pairs = signalling.read_pairs(config.lr_pairs)
-        if config.n_domains != "bic":
+        if config.n_domains == "stability" and self.slide.n_spots < FEWEST_FOR_STABILITY:
+            raise DataError(
+                f"--n_domains stability needs at least {FEWEST_FOR_STABILITY} spots, slide "
+                f"{self.slide.sample} has {self.slide.n_spots}: give a number"
+            )
+        if config.n_domains not in ("bic", "stability"):
             clustering.number_of_domains(config.n_domains, self.slide)
 
     def files(self):
         """Paths of all files that can change a number of the run."""
         encoder = self.config.encoder if self.has_image else ""
-        return input_files([self.slide], encoder, [self.config.lr_pairs])
+        more = [self.config.lr_pairs]
+        if data.is_features_file(self.config.embedding):
+            more.append(self.config.embedding)
+        return input_files([self.slide], encoder, more)
+
+    def inputs(self):
+        """X (N, P) float32."""
+        return inputs(self.slide, self.config, self.part)
 
     def graph(self, device):
         """The `Graph` of the slide; what is in pieces is told."""
@@ -251,6 +306,10 @@ class Task:
     def number_of_domains(self, z):
         """Number of domains; z (N, d) is read by --n_domains bic."""
         choice, seed = self.config.n_domains, self.config.seed
+        if choice == "stability":
+            k, curve = clustering.stable_k(z, self.config.n_starts, seed)
+            self.facts |= {"k_chosen_by": choice, "stability": curve}
+            return k
         k, self.facts["k_chosen_by"] = clustering.number_of_domains(choice, self.slide, z, seed)
         return k
 
@@ -283,6 +342,16 @@ class Task:
         self.spread = clustering.spread_of(candidates, agreement, number, self.slide.labels)
         return chosen.model
 
+    def scores_by_slice(self, found):
+        """{<metric>_<slice>: value} of the domains (N,) of a joint run."""
+        scores = {}
+        for number, name in enumerate(self.slide.sample.split("+")):
+            rows = self.part == number
+            own = clustering.domain_scores(self.slide.subset(rows), found[rows])
+            print(clustering.score_row(name, own))
+            scores |= {f"{metric}_{name}": value for metric, value in own.items()}
+        return scores
+
     def evaluate(self, embeddings, components, k, record):
         """Domains of every embedding {name: (N, d)} and what is read off those of the output:
         arrays, metrics, and files {name: function that writes}. components (N, P)."""
@@ -292,6 +361,9 @@ class Task:
         )
         scores |= self.spread
         scores["r2_from_z"] = clustering.linear_r2(embeddings["gene"], embeddings[self.output])
+        if self.part is not None:
+            scores |= self.scores_by_slice(arrays[f"labels_{self.output}"])
+            arrays["slice"] = self.part
         record.lap("clustering")
         arrays |= {
             "domains": arrays[f"labels_{self.output}"],
