@@ -35,7 +35,6 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from torch import nn
@@ -757,22 +756,8 @@ def train_stage3(z, f, xy, config, rows):
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
         schedule.step()
-    h, entropy = fuse(model, z, f, batches)
+    h, entropy = domains.fuse(model, z, f, batches)
     return h, entropy, sum(p.numel() for p in model.parameters())
-
-
-@torch.no_grad()
-def fuse(model, z, f, batches):
-    """H (N, H) and entropy (N,) in evaluation mode, in pieces of spots that lie together."""
-    model.eval()
-    h = torch.empty(len(z), model.config.fused_dim, device=z.device)
-    entropy = torch.full((len(z),), float("nan"), device=z.device)
-    for spots in batches.compact(2048):
-        h[spots], _, _, attention = model(z, f, batches.view(spots))
-        if batches.m > 1:
-            surprise = -(attention * attention.clamp_min(1e-12).log()).sum(1)  # (B, heads)
-            entropy[spots] = surprise.mean(1) / np.log(batches.m)
-    return h, entropy.cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------

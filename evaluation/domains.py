@@ -204,6 +204,20 @@ def neighbourhood_size(xy):
     return min(CELLS_K, len(xy) - 1)
 
 
+@torch.no_grad()
+def fuse(model, z, f, batches):
+    """H (N, H) and entropy (N,) in evaluation mode, in pieces of spots that lie together."""
+    model.eval()
+    h = torch.empty(len(z), model.config.fused_dim, device=z.device)
+    entropy = torch.full((len(z),), float("nan"), device=z.device)
+    for spots in batches.compact(2048):
+        h[spots], _, _, attention = model(z, f, batches.view(spots))
+        if batches.m > 1:
+            surprise = -(attention * attention.clamp_min(1e-12).log()).sum(1)  # (B, heads)
+            entropy[spots] = surprise.mean(1) / np.log(batches.m)
+    return h, entropy.cpu().numpy()
+
+
 LATENT_SHARE = 0.7  # of Z in the read-out `latent`
 
 
@@ -316,8 +330,9 @@ class Task:
     def score_baselines(self, x, k):
         """{name: scores} of the baselines on the components x (N, P); prints a row each."""
         c, xy = self.config, self.slide.xy
-        scores = {}
-        for name, found in baselines.unsupervised_domains(x, xy, k, c.n_starts, c.seed).items():
+        scores, near = {}, self.facts["k_neighbours"]
+        found_by = baselines.unsupervised_domains(x, xy, k, c.n_starts, c.seed, near)
+        for name, found in found_by.items():
             scores[name] = clustering.domain_scores(self.slide, found)
             print(clustering.score_row(name, scores[name]))
         return scores

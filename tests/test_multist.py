@@ -638,7 +638,7 @@ def test_fused_in_pieces_equals_fused_at_once(toy, monkeypatch):
     whole, _, _, attention = model(x, f, batches.view(torch.arange(len(x))))
     compact = batches.compact
     monkeypatch.setattr(batches, "compact", lambda size: compact(size // 100))
-    h, entropy = M.fuse(model, x, f, batches)
+    h, entropy = domains.fuse(model, x, f, batches)
     torch.testing.assert_close(h, whole, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(attention.sum(1), torch.ones(len(x), 8))
     assert ((entropy > 0.5) & (entropy <= 1 + 1e-6)).all()
