@@ -156,7 +156,7 @@ class Config(run.SlideConfig):
     readout: Literal["fused", "latent"] = "fused"
     "what is clustered: H, or .7 Z + .3 P H with an untrained P (released)"
     n_models: int = 1
-    "latents that are trained; of several one is chosen by coherence in space and agreement"
+    "latents that are trained; of several the coherent half of all starts votes on the domains"
     n_starts: int = 10
     "starts of the mixture; of one latent the likeliest is taken"
     diffusion_steps: int = 10

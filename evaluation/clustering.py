@@ -59,14 +59,12 @@ def fit_mixture(x, k, n_init, seed):
 
 class Candidate(NamedTuple):
     """One start of the mixture on one latent: the domains (N,) as it gives them and after label
-    diffusion, the mixture, and the share of spots whose neighbours are elsewhere (PAS) before
-    diffusion."""
+    diffusion, and the share of spots whose neighbours are elsewhere (PAS) before diffusion."""
 
     model: int
     start: int
     raw: np.ndarray
     smooth: np.ndarray
-    mixture: GaussianMixture
     pas: float
 
 
@@ -77,9 +75,8 @@ def candidates_of(latents, xy, k, n_starts, seed, diffuse):
     for model, latent in enumerate(latents):
         x = components(latent, max(1, min(30, (len(latent) - k) // 3)))
         for start in range(n_starts):
-            raw, mixture = fit_mixture(x, k, 1, seed * 1000 + model * n_starts + start)
-            pas = metrics.pas(raw, xy)
-            found.append(Candidate(model, start, raw, diffuse(raw), mixture, pas))
+            raw, _ = fit_mixture(x, k, 1, seed * 1000 + model * n_starts + start)
+            found.append(Candidate(model, start, raw, diffuse(raw), metrics.pas(raw, xy)))
     return found
 
 
@@ -94,17 +91,27 @@ def agreements(candidates):
     return out
 
 
-def choose_candidate(candidates):
-    """Row of the candidate that agrees most with the others of the half that is most coherent in
-    space (least PAS), and the agreements (n, n) of all. No label is read.
+def coherent_half(candidates):
+    """Rows of the half of the candidates that is most coherent in space (least PAS), the one that
+    agrees most with the others of the half first; and the agreements (n, n) of all. No label is
+    read.
 
     The least PAS alone often chooses a mixture that has left out a thin domain; the agreement alone
     may be won by a common mistake."""
     agreement = agreements(candidates)
     order = np.argsort([c.pas for c in candidates], kind="stable")
-    best = order[: max(2, len(candidates) // 2)]
-    mean = agreement[np.ix_(best, best)].mean(1)
-    return int(best[mean.argmax()]), agreement
+    half = order[: max(2, len(candidates) // 2)]
+    mean = agreement[np.ix_(half, half)].mean(1)
+    return half[np.argsort(-mean, kind="stable")], agreement
+
+
+def vote(labels):
+    """Domains (N,) that most of several labellings [(N,)] in 0..k-1 give, and the share (N,) of
+    them that do; each is renumbered first so that it overlaps most with the first."""
+    votes = np.zeros((len(labels[0]), max(found.max() for found in labels) + 1))
+    for found in labels:
+        votes[np.arange(len(found)), match_classes(found, labels[0])] += 1
+    return votes.argmax(1), votes.max(1) / len(labels)
 
 
 def spread_of(candidates, agreement, chosen, classes):
@@ -264,19 +271,25 @@ def score_row(name, scores):
 def domains_of(embeddings, slide, k, final, n_init=10, seed=0, diffuse=diffuse_labels, fitted=None):
     """Mixture and label diffusion on every embedding {name: (N, d)}; prints a row of scores each.
 
-    diffuse: function of labels and positions; fitted {name: (labels, mixture)}: those that are
-    known. Returns {labels_<name>_raw, labels_<name>: (N,)} and {<metric>_<name>_raw,
-    <metric>_<name>: value}; the scores of `final` + diffusion stand there without a suffix, too,
-    and `confidence` (N,), the probability that its mixture gives the domain of a spot before
-    diffusion.
+    diffuse: function of labels and positions; fitted {name: (labels, those after diffusion,
+    confidence)} of what is known. Returns {labels_<name>_raw, labels_<name>: (N,)} and
+    {<metric>_<name>_raw, <metric>_<name>: value}; the scores of `final` + diffusion stand there
+    without a suffix, too, and `confidence` (N,): the probability that its mixture gives the domain
+    of a spot before diffusion.
     """
     arrays, scores, fitted = {}, {}, fitted or {}
     for name, embedding in embeddings.items():
         # an image that is the same everywhere has no domains
         if not np.ptp(embedding, axis=0).any() and name != final:
             continue
-        raw, mixture = fitted.get(name) or gmm_tied(embedding, k, n_init, seed)
-        smooth = diffuse(raw, slide.xy)
+        if name in fitted:
+            raw, smooth, confidence = fitted[name]
+        else:
+            raw, mixture = gmm_tied(embedding, k, n_init, seed)
+            smooth = diffuse(raw, slide.xy)
+            # the columns that the mixture was fitted on
+            x = components(embedding, mixture.n_features_in_)
+            confidence = mixture.predict_proba(x).max(axis=1)
         raw_scores, smooth_scores = domain_scores(slide, raw), domain_scores(slide, smooth)
         print(score_row(name, raw_scores))
         print(score_row(f"{name} + diffusion", smooth_scores))
@@ -285,7 +298,5 @@ def domains_of(embeddings, slide, k, final, n_init=10, seed=0, diffuse=diffuse_l
         scores |= {f"{metric}_{name}": value for metric, value in smooth_scores.items()}
         if name == final:
             scores |= smooth_scores
-            # the columns that the mixture was fitted on
-            x = components(embedding, mixture.n_features_in_)
-            arrays["confidence"] = mixture.predict_proba(x).max(axis=1)
+            arrays["confidence"] = confidence
     return arrays, scores

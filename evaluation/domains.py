@@ -343,19 +343,21 @@ class Task:
         return clustering.diffuse_labels(labels, xy, c.diffusion_steps, DIFFUSION_K, c.self_weight)
 
     def choose(self, latents, k):
-        """Number of the latent [(N, d)] whose domains are taken. Of several, `choose_candidate`
-        chooses a latent and a start of its mixture; of one, the likeliest start is taken later."""
+        """Number of the latent [(N, d)] that is read further. Of several, `coherent_half` of the
+        starts of their mixtures votes on the domains, and the first of it names the latent; of one,
+        the likeliest start is taken later."""
         if len(latents) == 1:
             return 0
         c, xy = self.config, self.slide.xy
         candidates = clustering.candidates_of(
             latents, xy, k, c.n_starts, c.seed, lambda labels: self.diffuse(labels, xy)
         )
-        number, agreement = clustering.choose_candidate(candidates)
-        chosen = candidates[number]
-        self.fitted["gene"] = (chosen.raw, chosen.mixture)
-        self.spread = clustering.spread_of(candidates, agreement, number, self.slide.labels)
-        return chosen.model
+        half, agreement = clustering.coherent_half(candidates)
+        first = candidates[half[0]]
+        smooth, share = clustering.vote([candidates[i].smooth for i in half])
+        self.fitted["gene"] = (first.raw, smooth, share)
+        self.spread = clustering.spread_of(candidates, agreement, half[0], self.slide.labels)
+        return first.model
 
     def scores_by_slice(self, found):
         """{<metric>_<slice>: value} of the domains (N,) of a joint run."""

@@ -731,15 +731,28 @@ def test_the_chosen_candidate_is_coherent_and_agreed_upon():
     noisy = [np.where(rng.random(400) < 0.3, 1 - left, left) for _ in range(6)]
     found = [left, top, 1 - left, *noisy]
     candidates = [
-        clustering.Candidate(i, 0, raw, raw, None, metrics.pas(raw, xy))
-        for i, raw in enumerate(found)
+        clustering.Candidate(i, 0, raw, raw, metrics.pas(raw, xy)) for i, raw in enumerate(found)
     ]
-    chosen, agreement = clustering.choose_candidate(candidates)
-    assert chosen in (0, 2) and agreement[0, 2] == 1 and np.array_equal(agreement, agreement.T)
+    half, agreement = clustering.coherent_half(candidates)
+    chosen = half[0]
+    assert (
+        len(half) == 4
+        and {0, 1, 2} < set(half)
+        and chosen in (0, 2)
+        and agreement[0, 2] == 1
+        and np.array_equal(agreement, agreement.T)
+    )
     spread = clustering.spread_of(candidates, agreement, chosen, left)
     assert spread["ari_candidates_max"] == 1 > spread["ari_candidates_median"]
     unlabelled = clustering.spread_of(candidates, agreement, chosen, np.full(400, -1))
     assert set(unlabelled) == {"agreement_chosen", "agreement_pairs"}
+
+
+def test_vote_takes_what_most_say_whatever_they_call_it():
+    first = np.array([0, 0, 0, 1, 1, 1])
+    found, share = clustering.vote([first, 1 - first, np.array([0, 0, 1, 1, 1, 1])])
+    assert found.tolist() == first.tolist()
+    np.testing.assert_allclose(share, [1, 1, 2 / 3, 1, 1, 1])
 
 
 def test_neighbourhood_follows_the_density():

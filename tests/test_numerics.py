@@ -61,7 +61,7 @@ LOSSES = {
     ),
     "multist SDM": (lambda a, b: multist.sdm(a, b, 0.1), [drawn(8, 4), drawn(8, 4, seed=1)]),
     "multist contrast": (
-        lambda a, b: multist.info_nce(a, b, NEAR, 0.1),
+        lambda a, b: multist.info_nce(a, b, 0.1),
         [drawn(8, 4), drawn(8, 4, seed=1)],
     ),
     "cmrcnet contrast": (
