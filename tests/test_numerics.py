@@ -25,7 +25,6 @@ def drawn(*shape, seed=0):
 
 
 MASK = (drawn(2, 9, 5, seed=7) > -0.8).double()
-NEAR = torch.eye(8, dtype=torch.bool).roll(1, 0) | torch.eye(8, dtype=torch.bool).roll(-1, 0)
 MEMBER = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.float64)
 COUNTS = torch.tensor([0.0, 1, 7, 40, 300], dtype=torch.float64).expand(2, 9, 5)
 
