@@ -49,14 +49,17 @@ def hot_loops(options):
     )
     config = multist.Config()
     tiles = graphs.SpotBatches(xy, config.m, "cpu")
-    hand, own, near, offset = tiles.gather(tiles.batches(config.batch)[0])
-    wide, attend = config.fused_dim, multist.CrossAttention(config.fused_dim, config.heads)
-    tokens, b = torch.randn(len(hand), wide, generator=generator), len(own)
+    view = tiles.view(tiles.random(config.batch)[0])
+    wide, attend = config.fused_dim, multist.CrossAttention(config.fused_dim, multist.HEADS)
+    n_tokens, b = len(view.visible), len(view.queries)
+    tokens = torch.randn(n_tokens, wide, generator=generator)
     yield (
-        f"multist cross-attention, {b} queries, {len(hand)} tokens, m = {config.m}",
-        lambda: peers.forward_backward(lambda t: attend(t[own], t, near, offset)[0], tokens),
-        3 * 2 * (4 * (b + len(hand)) * wide**2 + 4 * b * config.m * wide),
-        4 * 2 * (8 * b * config.m * wide + 12 * (b + len(hand)) * wide),
+        f"multist cross-attention, {b} queries, {n_tokens} tokens, m = {config.m}",
+        lambda: peers.forward_backward(
+            lambda t: attend(t[view.queries], t, view.neighbours, view.offset)[0], tokens
+        ),
+        3 * 2 * (4 * (b + n_tokens) * wide**2 + 4 * b * config.m * wide),
+        4 * 2 * (8 * b * config.m * wide + 12 * (b + n_tokens) * wide),
     )
     m, q = (3000, 200) if options.quick else (200_000, 1_000)
     keys, queries = (torch.randn(rows, 256, generator=generator) for rows in (m, q))

@@ -36,7 +36,7 @@ METHODS = {
         "ari",
         "cortex/sim1",
         "--epochs 200 --dec_epochs 60 --fusion_epochs 10 --permutations 0",
-        "--epochs 4 --dec_epochs 2 --fusion_epochs 1 --n_init 1 --permutations 0 --n_pcs 20 "
+        "--epochs 4 --dec_epochs 2 --fusion_epochs 1 --n_starts 1 --permutations 0 --n_pcs 20 "
         "--no-figures",
     ),
     "stformer": ("pcc_mean", "hest", "--epochs 15 --members 1", "--epochs 2 --folds 0 --members 1"),

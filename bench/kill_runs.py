@@ -55,8 +55,8 @@ JOBS = {
     ),
     "multist": (
         "multist",
-        "--data {data}/cortex --slice sim1 --epochs 12 --dec_epochs 4 --dec_update 2 "
-        f"--fusion_epochs 1 --n_init 1 --permutations 20 {QUICK}",
+        "--data {data}/cortex --slice sim1 --epochs 12 --dec_epochs 4 "
+        f"--fusion_epochs 1 --n_starts 1 --permutations 20 {QUICK}",
         False,
     ),
     "stformer": (

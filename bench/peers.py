@@ -191,8 +191,8 @@ class PeerEncoder(multist.Encoder):
 
     def forward(self, x, graph):
         f = self.mlp(x)  # (N, 16)
-        h = self.convs[0](self.drop(f), graph.directed)  # (N, 64)
-        return torch.cat([f, self.convs[1](self.drop(F.relu(h)), graph.directed)], 1)
+        h = self.convs[0](self.dropout(f), graph.directed)  # (N, 64)
+        return torch.cat([f, self.convs[1](self.dropout(F.relu(h)), graph.directed)], 1)
 
 
 def directed(graph):
@@ -207,7 +207,7 @@ class PeerAutoEncoder(multist.AutoEncoder):
 
     def __init__(self, ours, config):
         super().__init__(len(ours.m), config)
-        self.encoder = PeerEncoder(len(ours.m), config.branches, config.dropout)
+        self.encoder = PeerEncoder(len(ours.m), config.branches)
         self.load_state_dict(ours.state_dict())
         self.encoder.convs = nn.ModuleList(
             copied_gcn(w.weight, cached=True) for w in (self.encoder.w1, self.encoder.w2)
@@ -215,7 +215,7 @@ class PeerAutoEncoder(multist.AutoEncoder):
         self.conv = copied_gcn(self.decoder.weight, cached=True)
 
     def decode(self, z, graph):
-        return self.conv(self.drop(z), graph.directed)
+        return self.conv(self.dropout(z), graph.directed)
 
 
 def visium_by_hand(folder):

@@ -37,7 +37,7 @@ from plainst.readers import convert  # noqa: E402
 # data, flags, which loops by number
 METHODS = {
     "gat_fusion": ("dlpfc", "--slice 151673 --cache CACHE", (0,)),
-    "multist": ("dlpfc", "--slice 151673 --dec_tol 0 --cache CACHE", (0, 1, 2)),
+    "multist": ("dlpfc", "--slice 151673 --cache CACHE", (0, 1, 2)),
     # the linear baseline's first fold, the model's first fold
     "stformer": ("her2st", "--folds 2 --members 1 --cache CACHE", (0, 5)),
     "cmrcnet": ("her2st", "--cache CACHE", (0,)),

@@ -50,8 +50,8 @@ MAKERS = {  # name of what is made: (old script, new command, words)
 
 GAT = "--data {made}/cortex --slice sim1 --epochs 4 --dim 16 --heads 2"
 MULTIST = (
-    "--data {made}/cortex --slice sim1 --epochs 6 --dec_epochs 4 --dec_update 2 --fusion_epochs 1 "
-    "--n_init 2 --n_pcs 20 --permutations 20 --no-figures"
+    "--data {made}/cortex --slice sim1 --epochs 6 --dec_epochs 4 --fusion_epochs 1 "
+    "--n_starts 2 --n_pcs 20 --permutations 20 --no-figures"
 )
 STFORMER = "--data {made}/hest --preset tuned --epochs 3 --folds 2 --members 2"
 CMRCNET = (
@@ -77,17 +77,17 @@ JOBS = {
         "--data {real}/dlpfc --slice 151674 --split slice --train 151673 --epochs 2 --dim 32",
     ],
     "multist": [
-        MULTIST,
-        *(f"{MULTIST} --gan {gan}" for gan in ("fisher", "mean")),
-        f"{MULTIST} --branches parallel --norm cpm --weight_decay 0.01",
+        *(f"{MULTIST} --preset {preset}" for preset in ("paper", "released", "tuned")),
+        *(f"{MULTIST} --gan {gan}" for gan in ("off", "mean")),
+        f"{MULTIST} --branches serial --norm cpm --weight_decay 0.01",
         f"{MULTIST} --mask_mode replace --hvg seurat_v3",
         f"{MULTIST} --mask_mode zero --library own --k 9",
-        f"{MULTIST} --attention global --m 1",
-        f"{MULTIST} --readout fused --n_domains bic",
+        f"{MULTIST} --direction gene_reads_image --m 1",
+        f"{MULTIST} --n_domains bic --image noise --k 0",
         f"{MULTIST} --image permuted --no-dec --tile 100",
         f"{MULTIST} --image off --n_domains 5 --root_gene none",
-        "--data {real}/dlpfc --slice 151673 --epochs 4 --dec_epochs 2 --fusion_epochs 1 --n_init 1 "
-        "--permutations 10",
+        "--data {real}/dlpfc --slice 151673 --epochs 4 --dec_epochs 2 --fusion_epochs 1 "
+        "--n_starts 1 --permutations 10",
     ],
     "stformer": [
         STFORMER,

@@ -32,7 +32,7 @@ import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
 import stformer  # noqa: E402
-from evaluation import clustering, downstream, layers, samples  # noqa: E402
+from evaluation import clustering, domains, downstream, layers, samples  # noqa: E402
 from plainst import graphs, run, simulate, tiles  # noqa: E402
 
 SIZES = {
@@ -129,42 +129,43 @@ def one_multist(folder, n, n_genes=1000):
     clock.lap("simulation, or nothing")
     config = multist.Config(
         data=str(path),
+        branches="serial",
+        gan="off",
         epochs=EPOCHS,
         dec_epochs=EPOCHS,
         fusion_epochs=1,
-        n_init=1,
+        n_starts=1,
         permutations=20,
         runs=str(folder),
         tile=TILE if n > 100_000 else 0,
     )
     slide = clock.median("load", lambda: data.load_slide(config.data))
-    x = clock.median("inputs", lambda: torch.as_tensor(multist.preprocess(slide, config)))
+    x = clock.median("inputs", lambda: torch.as_tensor(domains.preprocess(slide, config)))
     graph = clock.median("graph", lambda: graphs.Graph(slide.xy, config.k))
     run.seed_everything(0)
-    model, step, adversary = multist.train_stage1(x, graph, config, [])
+    model, optimiser, adversary = multist.train_stage1(x, graph, config, [])
     clock.lap("Stage I, epoch", EPOCHS)
     clock.median("inference", lambda: model.embed(x, graph))
-    centres, target, epochs = multist.train_stage2(model, step, adversary, x, graph, 7, config, [])
+    epochs = multist.train_stage2(model, optimiser, adversary, x, graph, 7, config, [])
     clock.lap("Stage II with k-means, epoch", epochs)
-    h = multist.fused_embedding(
-        slide, model.embed(x, graph), target, centres, config, torch.device("cpu"), []
-    )[0]
+    z = model.embed(x, graph)
+    # random batches read most of the image embeddings of a small slide, and 128 each of a large one
+    if n <= 10_000:
+        f = torch.as_tensor(domains.image_features(slide, config, "cpu"))
+        multist.train_stage3(z, f, slide.xy, config, [])
+    h = z.numpy()
     clock.lap("image features, Stage III, epoch")
-    domains = clock.median(
+    labels = clock.median(
         "clustering",
-        lambda: clustering.diffuse_labels(clustering.gmm_tied(h, 7, config.n_init)[0], slide.xy),
+        lambda: clustering.diffuse_labels(clustering.gmm_tied(h, 7, config.n_starts)[0], slide.xy),
+    )
+    log = domains.log_matrix(slide, config)
+    times, _ = downstream.compared_times(
+        slide, log, {"gene": h}, "gene", x.numpy(), labels, config.root_gene
     )
     clock.median(
         "downstream",
-        lambda: downstream.downstream(
-            slide,
-            multist.log_matrix(slide, config),
-            h,
-            domains,
-            None,
-            root_gene=config.root_gene,
-            permutations=config.permutations,
-        ),
+        lambda: downstream.downstream(slide, log, times, labels, None, draws=20),
     )
     return clock
 
@@ -277,7 +278,7 @@ def one_hd(folder, n):
         EPOCHS,
         "--dec_epochs",
         EPOCHS,
-        "--n_init",
+        "--n_starts",
         1,
         "--permutations",
         20,

@@ -37,6 +37,7 @@ from bench import peers  # noqa: E402
 from bench.ceilings import ceilings  # noqa: E402
 from bench.timing import compare, markdown, shown, timed  # noqa: E402
 from data import DataError  # noqa: E402
+from evaluation import domains  # noqa: E402
 from plainst import graphs, neighbour_sums, run, simulate  # noqa: E402
 from plainst.retrieval import TILE, InvertedFile, exact_topk  # noqa: E402
 
@@ -142,7 +143,7 @@ def fusion_epochs(x, labels, table):
 
 def stage1_epochs(x, xy):
     """{name: one epoch} of multist Stage I, which has no evaluation pass."""
-    config = multist.Config()
+    config = multist.Config(branches="serial", gan="off")
     graph, ours = (
         peers.directed(graphs.Graph(xy, config.k)),
         multist.AutoEncoder(x.shape[1], config),
@@ -172,7 +173,7 @@ def training(options, scratch):
             slide.labels,
         )
     )
-    components = torch.as_tensor(multist.preprocess(slide, multist.Config()))
+    components = torch.as_tensor(domains.preprocess(slide, multist.Config()))
     for method, n, epochs in (
         (
             "gat_fusion",

@@ -245,16 +245,20 @@ def pca_gmm(components, k, n_init=10, seed=0):
     return gmm_tied(components[:, :20], k, n_init, seed)[0]
 
 
-def neighbour_mean_gmm(components, xy, k, n_init=10, seed=0):
-    """The tied mixture on the mean of 20 principal components over a spot and its 6 nearest, with
-    one vote of the 18 nearest. Needs more than 18 spots."""
-    mean = data.neighbour_mean(components[:, :20], data.knn_table(xy, 6))
+def neighbour_mean_gmm(components, xy, k, n_init=10, seed=0, n_near=6):
+    """The tied mixture on the mean of 20 principal components over a spot and its `n_near` nearest,
+    with one vote of the 18 nearest. Needs more than 18 spots, and than n_near."""
+    mean = data.neighbour_mean(components[:, :20], data.knn_table(xy, n_near))
     return majority_vote(gmm_tied(mean, k, n_init, seed)[0], data.knn_table(xy, 18))
 
 
-def unsupervised_domains(components, xy, k, n_init=10, seed=0):
-    """{name: domains (N,)} of every baseline that so many spots allow."""
+def unsupervised_domains(components, xy, k, n_init=10, seed=0, n_near=6):
+    """{name: domains (N,)} of every baseline that so many spots allow. n_near: neighbours that the
+    method averages over; where these are not 6, a neighbour mean of as many stands beside."""
     out = {"pca_gmm": pca_gmm(components, k, n_init, seed)}
     if len(xy) > 18:
         out["neighbour_mean_gmm"] = neighbour_mean_gmm(components, xy, k, n_init, seed)
+        if n_near != 6:
+            mean = neighbour_mean_gmm(components, xy, k, n_init, seed, n_near)
+            out["neighbour_mean_same_k_gmm"] = mean
     return out

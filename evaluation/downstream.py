@@ -1,17 +1,19 @@
-"""What is read off domains and embeddings: pseudotime and ligand-receptor scores."""
+"""What is read off domains and embeddings: pseudotime with its baselines, marker genes, and
+ligand-receptor scores (evaluation/signalling.py), with their tables."""
 
 import csv
+import io
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.stats import false_discovery_control
+from scipy.stats import false_discovery_control, norm, rankdata
 from sklearn.neighbors import NearestNeighbors
 
 import data
 import metrics
 from data import DataError
+from evaluation import signalling
 from evaluation.clustering import components
-from plainst import run
 
 # --------------------------------------------------------------------------------------------------
 # Pseudotime
@@ -126,149 +128,132 @@ def diffusion_time(graph, at_root, n_components):
     return distance / max(distance.max(), 1e-12)
 
 
-# --------------------------------------------------------------------------------------------------
-# Ligand-receptor scores between neighbouring domains
-# --------------------------------------------------------------------------------------------------
-
-PAIRS = [
-    ("APOE", "LRP1"),
-    ("BDNF", "NTRK2"),
-    ("CCK", "CCKBR"),
-    ("CNTN1", "NRCAM"),
-    ("CX3CL1", "CX3CR1"),
-    ("CXCL12", "CXCR4"),
-    ("CXCL14", "CXCR4"),
-    ("EFNA5", "EPHA4"),
-    ("FGF1", "FGFR2"),
-    ("GAS6", "AXL"),
-    ("IGF1", "IGF1R"),
-    ("JAG1", "NOTCH1"),
-    ("NRG1", "ERBB4"),
-    ("NRXN1", "NLGN1"),
-    ("NRXN3", "NLGN2"),
-    ("NTF3", "NTRK3"),
-    ("PDGFA", "PDGFRA"),
-    ("PENK", "OPRM1"),
-    ("PSAP", "GPR37"),
-    ("PTN", "PTPRZ1"),
-    ("RELN", "LRP8"),
-    ("SEMA3A", "NRP1"),
-    ("SLIT2", "ROBO1"),
-    ("SPP1", "CD44"),
-    ("SST", "SSTR2"),
-    ("TAC1", "TACR1"),
-    ("VEGFA", "FLT1"),
-    ("VIP", "VIPR1"),
-    ("APP", "CD74"),
-    ("MIF", "CD74"),
-    ("COL1A1", "CD44"),
-    ("FN1", "ITGB1"),
-    ("TGFB1", "TGFBR2"),
-    ("WNT5A", "FZD3"),
-]
+def order_scores(times, ranks):
+    """{pseudotime_spearman_<name>: correlation of a time (N,) with the ranks (N,) of the classes},
+    nan where fewer than three spots have both. Names of the dictionary `times`: '' for the one that
+    counts."""
+    scores = {}
+    for name, time in times.items():
+        has_both = np.isfinite(ranks) & np.isfinite(time)
+        value = float("nan")
+        if has_both.sum() > 2:
+            value = metrics.spearman(time[has_both], ranks[has_both])
+        scores[f"pseudotime_spearman_{name}".removesuffix("_")] = value
+    return scores
 
 
-def read_pairs(path):
-    """[(ligand, receptor)] from a two-column CSV, a header line `ligand,receptor` allowed. Raises
-    DataError for another shape."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [
-                [cell.strip() for cell in row]
-                for row in csv.reader(file, strict=True)
-                if any(cell.strip() for cell in row)
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{path} cannot be read as a ligand-receptor CSV ({error}): give two columns "
-            "ligand,receptor"
-        ) from error
-    if any(len(row) < 2 for row in rows):
-        raise DataError(
-            f"{path} has a row with fewer than two columns: give ligand,receptor in each"
-        )
-    rows = rows[1:] if rows and rows[0][0].lower() == "ligand" else rows
-    if not rows:
-        raise DataError(f"{path} holds no ligand-receptor pair: give two columns ligand,receptor")
-    return list(dict.fromkeys((row[0], row[1]) for row in rows))
-
-
-def ligand_receptor(x, genes, pairs, labels, near, permutations=1000, seed=0):
-    """Domain-to-domain ligand-receptor scores over spatial neighbours (spots hold several cells, so
-    not cell-to-cell).
-
-    s(a, b) = mean of x_iL x_jR over neighbour pairs i in a, j in b; null: the domain labels
-    permuted over spots; p = (1 + #(null >= s)) / (1 + permutations), Benjamini-Hochberg over all
-    pairs and domain pairs. x (N, G) CSR log expression, near (N, k), labels (N,). Returns (pairs
-    that the panel holds, score (n, K, K), p (n, K, K), q (n, K, K)); domain pairs that never touch
-    are nan.
-    """
-    column = {g: i for i, g in reversed(list(enumerate(genes)))}
-    pairs = [pair for pair in pairs if pair[0] in column and pair[1] in column]
-    names, code = np.unique(labels, return_inverse=True)
-    k, i, j = len(names), np.repeat(np.arange(len(near)), near.shape[1]), near.ravel()
-    if not pairs:
-        return [], *(np.zeros((0, k, k)) for _ in range(3))
-    x = x.tocsc()
-    # (N, n) each
-    ligand, receptor = (x[:, [column[pair[side]] for pair in pairs]].toarray() for side in (0, 1))
-    # (E, n)
-    product = (ligand[i] * receptor[j]).astype(np.float64)
-
-    def means(code):
-        cell = code[i] * k + code[j]
-        gather = sp.csr_matrix(
-            (np.ones(len(cell)), (cell, np.arange(len(cell)))), shape=(k * k, len(cell))
-        )
-        count = np.bincount(cell, minlength=k * k)[:, None]
-        # (K K, n)
-        return np.divide(
-            gather @ product, count, out=np.full((k * k, len(pairs)), np.nan), where=count > 0
-        )
-
-    score, above, drawn = means(code), 0, 0
-    rng = np.random.default_rng(seed)
-    for _ in run.progress(range(permutations), "ligand-receptor"):
-        null = means(rng.permutation(code))
-        above, drawn = above + (null >= score - 1e-12), drawn + np.isfinite(null)
-    p = np.where(np.isfinite(score), (1 + above) / (1 + drawn), np.nan)
-    q = np.full_like(p, np.nan)
-    q[np.isfinite(p)] = false_discovery_control(p[np.isfinite(p)])
-    return pairs, *(a.T.reshape(len(pairs), k, k) for a in (score, p, q))
-
-
-# --------------------------------------------------------------------------------------------------
-# Both, for a record
-# --------------------------------------------------------------------------------------------------
-
-
-def downstream(slide, x, h, domains, ranks, pairs=PAIRS, root_gene="MBP", permutations=1000):
-    """Pseudotime, its root, its Spearman correlation with the order of the classes, and the
-    ligand-receptor scores: (arrays, metrics, texts).
-
-    x (N, G) CSR log expression, embedding h (N, d), domains (N,), ranks (N,) as `class_ranks` gives
-    them or None. No pseudotime under 20 spots; no scores with 0 permutations.
-    """
-    arrays, scores = {}, {}
+def compared_times(slide, x, embeddings, output, components, domains, root_gene):
+    """Pseudotimes {name: (N,)} from one root: '' of the embedding that counts, the others by name,
+    and what a method has to beat: the same function on the mean of 20 components over a spot and
+    its 6 nearest, and the mean of the root gene there, without any pseudotime. And a text that
+    tells the root."""
     root, text = root_domain(x, slide.genes, domains, root_gene)
-    print(f"pseudotime starts in: {text}")
-    if slide.n_spots >= 20:
-        arrays["pseudotime"] = pseudotime(h, None if root is None else domains == root)
+    is_root = None if root is None else domains == root
+    near = data.knn_table(slide.xy, min(6, slide.n_spots - 1))
+    times = {"": pseudotime(embeddings[output], is_root)}
+    times |= {name: pseudotime(h, is_root) for name, h in embeddings.items() if name != output}
+    times["neighbour_mean"] = pseudotime(data.neighbour_mean(components[:, :20], near), is_root)
+    if root is not None:
+        column = np.flatnonzero(np.char.upper(slide.genes.astype(str)) == root_gene.upper())[0]
+        mean = data.neighbour_mean(x[:, [column]], near)
+        # high at the root, where time is 0
+        times["root_gene"] = -np.asarray(mean.todense()).ravel()
+    return times, text
+
+
+# --------------------------------------------------------------------------------------------------
+# Marker genes
+# --------------------------------------------------------------------------------------------------
+
+
+def rank_sums(x, code, k):
+    """Wilcoxon's rank sum of every gene in every domain, ties at their mean rank, and the variance
+    of a rank: (K, G), (G,).
+
+    x (N, G) CSC, not negative; code (N,) in 0..k-1. Only the stored values are sorted: the zeros
+    share one rank.
+    """
+    n, sizes = len(code), np.bincount(code, minlength=k)
+    sums, variance = np.empty((k, x.shape[1])), np.empty(x.shape[1])
+    for gene in range(x.shape[1]):
+        part = slice(x.indptr[gene], x.indptr[gene + 1])
+        values, rows = x.data[part], x.indices[part]
+        n_zero = n - len(values)
+        rank_of_zero = (n_zero + 1) / 2
+        ranks = n_zero + rankdata(values)
+        more = np.bincount(code[rows], ranks - rank_of_zero, minlength=k)
+        sums[:, gene] = sizes * rank_of_zero + more
+        square = n_zero * rank_of_zero**2 + (ranks**2).sum()
+        variance[gene] = square / n - ((n + 1) / 2) ** 2
+    return sums, variance
+
+
+def marker_genes(x, genes, domains, n_top=50, min_spots=10):
+    """Genes that a domain has more of than all other spots: Wilcoxon's rank-sum test with the
+    normal approximation, two-sided, Benjamini-Hochberg over all genes and domains.
+
+    x (N, G) CSR log expression, domains (N,). Returns rows (domain, gene, difference of mean log
+    expression, z, p, q), of each domain the `n_top` largest z. Domains were found on the same
+    counts, so p is a way to order genes, not the chance of a false one.
+    """
+    seen = np.flatnonzero(x.getnnz(axis=0) >= min_spots)
+    names, code = np.unique(domains, return_inverse=True)
+    x, k, n = x[:, seen].tocsc(), len(names), len(domains)
+    if k < 2 or not len(seen):
+        return []
+    x.eliminate_zeros()
+    sums, variance = rank_sums(x, code, k)
+    sizes = np.bincount(code, minlength=k)[:, None]  # (K, 1)
+    spread = np.sqrt(sizes * (n - sizes) / max(n - 1, 1) * variance)
+    expected = sizes * (n + 1) / 2
+    z = np.divide(sums - expected, spread, out=np.zeros_like(sums), where=spread > 0)  # (K, G)
+    p = 2 * norm.sf(np.abs(z))
+    q = false_discovery_control(p.ravel()).reshape(p.shape)
+    one_hot = np.eye(k)[code]
+    inside = (x.T @ one_hot).T / sizes  # (K, G)
+    outside = (np.asarray(x.sum(0)) - inside * sizes) / (n - sizes)
+    rows = []
+    for i, name in enumerate(names):
+        for j in np.argsort(-z[i], kind="stable")[:n_top]:
+            more = inside[i, j] - outside[i, j]
+            rows.append((name, genes[seen[j]], more, z[i, j], p[i, j], q[i, j]))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# All of it, for a record
+# --------------------------------------------------------------------------------------------------
+
+
+def write_table(rows, file):
+    """Write rows as a CSV to an open binary file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    file.write(text.getvalue().encode())
+
+
+def downstream(slide, x, times, domains, ranks, pairs=signalling.PAIRS, draws=10_000):
+    """What is read off domains (N,): arrays, metrics, and files {name: function that writes}.
+
+    x (N, G) CSR log expression; times {name: (N,)} of `compared_times`, empty for none; ranks (N,)
+    as `class_ranks` gives them or None; no ligand-receptor score with 0 draws.
+    """
+    arrays, scores, files = {}, {}, {}
+    if times:
+        arrays["pseudotime"] = times[""]
         if ranks is not None:
-            use = np.isfinite(ranks) & np.isfinite(arrays["pseudotime"])
-            scores["pseudotime_spearman"] = (
-                metrics.spearman(arrays["pseudotime"][use], ranks[use])
-                if use.sum() > 2
-                else float("nan")
-            )
-    if permutations:
+            scores |= order_scores(times, ranks)
+    markers = marker_genes(x, slide.genes, domains)
+    shown = [(*row[:2], *(f"{value:.4g}" for value in row[2:])) for row in markers]
+    header = ("domain", "gene", "difference", "z", "p", "q")
+    files["markers.csv"] = lambda file: write_table([header, *shown], file)
+    if draws:
         near = data.knn_table(slide.xy, min(6, slide.n_spots - 1))
-        pairs, score, p, q = ligand_receptor(x, slide.genes, pairs, domains, near, permutations)
-        arrays |= {
-            "lr_score": score,
-            "lr_p": p,
-            "lr_q": q,
-            "lr_pairs": np.array([f"{a}-{b}" for a, b in pairs], dtype=str),
-        }
+        pairs, score, p, q = signalling.ligand_receptor(x, slide.genes, pairs, domains, near, draws)
+        names = np.array([f"{a}>{b}" for a, b in pairs], dtype=str)
+        arrays |= {"lr_score": score, "lr_p": p, "lr_q": q, "lr_pairs": names}
         scores |= {"lr_pairs": len(pairs), "lr_significant": int((q < 0.05).sum())}
-    return arrays, scores, {"pseudotime_root": text}
+        scores["lr_pairs_significant"] = int((q < 0.05).any((1, 2)).sum())
+        table = signalling.pairs_table(arrays | {"domains": domains})
+        files["ligand_receptor.csv"] = lambda file: write_table(table, file)
+    return arrays, scores, files

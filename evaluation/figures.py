@@ -337,7 +337,10 @@ def draw_multist(record, slide, arrays, log, final):
             record.figure(name, draw_values(slide, arrays[name], label))
     if len(arrays.get("lr_pairs", [])):
         names = domain_names(slide, arrays["domains"])
-        record.figure("ligand_receptor", draw_pairs(arrays, names))
+        best = np.nanmin(arrays["lr_p"], axis=(1, 2), initial=1.0)
+        rows = np.sort(np.argsort(best, kind="stable")[:40])
+        shown = {name: arrays[name][rows] for name in ("lr_score", "lr_q", "lr_pairs")}
+        record.figure("ligand_receptor", draw_pairs(shown, names))
     record.figure("losses", draw_losses(log))
     plt.close("all")
 

@@ -11,16 +11,15 @@ from experiments.ca1 import DATA as CA1
 from experiments.ca1 import DOWNLOAD
 
 SLICES = ("151673", "151674")
-MULTIST = [
+MULTIST = [  # of the preset paper; each part switched off, then the source's open question 3
     "",
-    *("--image off", "--image permuted", "--image zero"),
+    *("--image off", "--image permuted", "--image noise", "--image zero"),
     *("--mask_mode none", "--mask_mode replace", "--mask_mode zero"),
-    *("--mask_rate 0.3", "--mask_rate 0.5", "--mask_rate 0.95"),
-    *("--alpha 0.0", "--alpha 0.3", "--alpha 0.5", "--alpha 0.9", "--alpha 1.0"),
+    *("--gan off", "--gan mean", "--no-dec", "--diffusion_steps 0", "--diffusion_steps 3"),
+    *("--m 1", "--direction gene_reads_image", "--branches serial"),
+    *("--mask_rate 0.5", "--mask_rate 0.65", "--mask_rate 0.95"),
+    *("--alpha 0.3", "--alpha 0.5", "--alpha 0.9"),
     *("--k 3", "--k 12", "--k 18"),
-    *("--gan mean", "--gan fisher"),
-    *("--no-dec", "--m 1", "--readout fused"),
-    *("--diffusion_steps 0", "--diffusion_steps 10"),
 ]
 CMRCNET = [
     "",
@@ -62,7 +61,7 @@ def multist_jobs(data, slices, seed):
         download = f"download dlpfc --slices {name} --out {data}" if is_lacking else ""
         for flags in MULTIST:
             model, text = f"multist/{label(flags)}", f"--slice {name} {flags}"
-            yield Job("multist", data, name, text, seed, model, "tuned", "", download)
+            yield Job("multist", data, name, text, seed, model, "paper", "", download)
 
 
 def hest_jobs(data, slices, seed, encoder):

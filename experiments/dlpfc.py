@@ -26,8 +26,17 @@ HELD_OUT = (
 )  # also on blocks and on another slice; others where MODELS and SPLITS name them
 SPLITS = ("random", "blocks", "slice")
 FOLDS = (0, 1, 2, 3, 4)  # of the blocks
-DOMAINS = {"default": "", "image-off": "--image off", "image-permuted": "--image permuted"}
-PRESETS = {"gat_fusion": ("paper", "tuned"), "multist": ("tuned",)}
+DOMAINS = {  # preset of multist: its variants
+    "paper": {
+        "default": "",
+        "image-off": "--image off",
+        "image-permuted": "--image permuted",
+        "direction-gene_reads_image": "--direction gene_reads_image",
+    },
+    "released": {"default": ""},
+    "tuned": {"default": ""},
+}
+PRESETS = {"gat_fusion": ("paper", "tuned")}
 
 
 def siblings(name, names):
@@ -53,9 +62,9 @@ def jobs(data=DATA, slices=(), seeds=SEEDS, splits=SPLITS, folds=FOLDS):
                 run = ("gat_fusion", data, name, text, seed, what)
                 for preset in PRESETS["gat_fusion"]:
                     yield Job(*run, preset, split, download, is_extra)
-            for variant, flags in DOMAINS.items():
-                model, text = f"multist/{variant}", f"--slice {name} {flags}"
-                for preset in PRESETS["multist"]:
+            for preset, variants in DOMAINS.items():
+                for variant, flags in variants.items():
+                    model, text = f"multist/{variant}", f"--slice {name} {flags}"
                     yield Job("multist", data, name, text, seed, model, preset, "", download)
 
 

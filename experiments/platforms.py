@@ -10,7 +10,7 @@ SLIDES = {  # folder/file: (key of the labels, flags)
     "osmfish/cortex.h5ad": "region",
     "pdac_st/pdac_a.h5ad": "region",
 }
-PRESETS = ("tuned",)
+PRESETS = ("paper", "released", "tuned")
 
 
 def jobs(data=DATA, slices=(), seeds=SEEDS):
@@ -21,5 +21,5 @@ def jobs(data=DATA, slices=(), seeds=SEEDS):
             continue
         for seed in seeds:
             for preset in PRESETS:
-                flags = f"--label_key {key} --image off"
+                flags = f"--label_key {key}"
                 yield Job("multist", f"{data}/{path}", name, flags, seed, "multist/default", preset)

@@ -2,13 +2,21 @@
 spots that lie together."""
 
 import copy
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch.nn import functional as F
 
-from plainst.neighbours import knn_table, lattice_pitch, median_tiles, normalised_knn_graph, reach
+from plainst.neighbours import (
+    knn_table,
+    lattice_pitch,
+    median_tiles,
+    normalised_knn_graph,
+    reach,
+    smoothing_table,
+)
 
 
 class Graph:
@@ -44,6 +52,22 @@ class Graph:
         # (E,) to look edges up
         self.edge_keys = (self.edges[0] * n_own + self.edges[1]).sort().values
         self.n_own = n_own
+
+    @property
+    def rows(self):
+        """(nnz,) row of every entry of A_hat, beside `columns` and `weights`."""
+        ends = torch.cat([self.starts[1:], self.starts.new_tensor([len(self.columns)])])
+        return torch.repeat_interleave(ends - self.starts)
+
+    def random_non_edges(self):
+        """As many random pairs (2, <= E) as there are edges, without self-pairs and edges; drawn
+        anew at every call."""
+        i, j = torch.randint(self.n_own, (2, self.edges.shape[1]), device=self.edges.device)
+        low, high = torch.minimum(i, j), torch.maximum(i, j)
+        key = low * self.n_own + high  # (E,)
+        place = torch.searchsorted(self.edge_keys, key).clamp(max=len(self.edge_keys) - 1)
+        is_free = (low != high) & (self.edge_keys[place] != key)
+        return torch.stack([low[is_free], high[is_free]])
 
     def without_halo(self, values):
         """The rows of the own spots; the whole is left as it is, since a slice of it would add up
@@ -97,54 +121,73 @@ class GraphProduct(torch.autograd.Function):
 
 graph_product = GraphProduct.apply
 
+# spots at a time in evaluation mode
+ROWS = 20_000
 
-class SpotBatches:
-    """A slide in tiles of about `size` spots that lie together (a KD-tree's leaves), drawn in
-    batches, and the m nearest spots of each spot, itself first.
 
-    near (N, m) rows; offset (N, m, 2) of their places, in lattice pitches; adjacent (N, m) or
-    (N, k) rows: at least the k nearest.
+def in_blocks(module, x):
+    """module(x) of what sees one spot at a time; in evaluation mode ROWS spots at a time, so that a
+    million of them need no tiles. Compiled code takes all: it would hold a copy of the layers for
+    every block. x (N, a) -> (N, b)."""
+    if module.training or torch.compiler.is_compiling():
+        return module(x)
+    return torch.cat([module(rows) for rows in x.split(ROWS)])
+
+
+class View(NamedTuple):
+    """What B queries see: T visible spots, their own and those they attend to; and M >= T spots
+    whose image embeddings the smoothing of the visible ones reads.
+
+    visible (T,), smoothed (M,) rows of the slide; queries (B,) and neighbours (B, m) places among
+    the visible; offset (B, m, 2) from query to neighbour, in
+    lattice pitches; own (T,) and near (T, 7) places of the visible among the smoothed, weights
+    (T, 7).
     """
 
-    def __init__(self, xy, m, device, size=64, k=6):
-        near = (
-            np.arange(len(xy))[:, None]
-            if m == 1
-            else np.concatenate([np.arange(len(xy))[:, None], knn_table(xy, m - 1)], 1)
-        )
-        # (N, m)
+    visible: torch.Tensor
+    queries: torch.Tensor
+    neighbours: torch.Tensor
+    offset: torch.Tensor
+    smoothed: torch.Tensor
+    own: torch.Tensor
+    near: torch.Tensor
+    weights: torch.Tensor
+
+
+class SpotBatches:
+    """A slide in batches of spots, and what each batch sees.
+
+    table (N, m) rows of the m nearest spots, the spot itself first; offset (N, m, 2) of their
+    places, in lattice pitches; near (N, 7) and weights (N, 7) of the smoothing.
+    """
+
+    def __init__(self, xy, m, device):
+        self.xy, self.m, self.device = xy, m, device
+        near, weights = smoothing_table(xy, min(7, len(xy) - 1))
         self.near = torch.as_tensor(near, device=device)
-        self.adjacent = self.near if m > k else torch.as_tensor(knn_table(xy, k), device=device)
-        offset = (xy[near] - xy[:, None]) / max(lattice_pitch(xy), 1e-9)
-        # (N, m, 2)
+        self.weights = torch.as_tensor(weights, device=device)
+        table = np.arange(len(xy))[:, None]
+        if m > 1:
+            table = np.concatenate([table, knn_table(xy, m - 1)], 1)  # (N, m)
+        offset = (xy[table] - xy[:, None]) / max(lattice_pitch(xy), 1e-9)
+        self.table = torch.as_tensor(table, device=device)
         self.offset = torch.as_tensor(offset.astype(np.float32), device=device)
-        self.tiles = [torch.as_tensor(rows, device=device) for rows in median_tiles(xy, size)]
 
-    def batches(self, n_spots):
-        """Lists of rows, each of about `n_spots` spots: tiles from anywhere on the slide, in random
-        order."""
-        tiles = [self.tiles[i] for i in torch.randperm(len(self.tiles)).tolist()]
-        per = max(1, round(n_spots / max(1, np.mean([len(t) for t in tiles]))))
-        return [torch.cat(tiles[i : i + per]) for i in range(0, len(tiles), per)]
+    def random(self, size):
+        """All spots in random batches of `size`, the last one smaller."""
+        return torch.randperm(len(self.xy)).to(self.device).split(size)
 
-    def gather(self, rows):
-        """For queries `rows` (B,): the visible spots (T,) = queries and their neighbours, the
-        places of the queries (B,) and of the neighbours (B, m) among them, offsets (B, m, 2)."""
-        # (B, m)
-        near = self.near[rows]
-        # (T,), (B, 1 + m)
-        visible, place = torch.unique(torch.cat([rows[:, None], near], 1), return_inverse=True)
-        return visible, place[:, 0], place[:, 1:], self.offset[rows]
+    def compact(self, size):
+        """All spots in batches of at most `size` that lie together."""
+        return [torch.as_tensor(rows, device=self.device) for rows in median_tiles(self.xy, size)]
 
-
-def neighbours_in_batch(rows, near):
-    """(B, B) bool: True where the spot of the column is one of the m nearest of the spot of the
-    row, or the reverse; never the spot itself. rows (B,), near (N, m)."""
-    ordered, order = rows.sort()
-    # (B, m)
-    wanted = near[rows]
-    place = torch.searchsorted(ordered, wanted).clamp(max=len(rows) - 1)
-    is_near = torch.zeros(len(rows), len(rows), dtype=torch.bool, device=rows.device)
-    i, j = torch.nonzero(ordered[place] == wanted, as_tuple=True)
-    is_near[i, order[place[i, j]]] = True
-    return (is_near | is_near.T).fill_diagonal_(False)
+    def view(self, rows):
+        """The `View` of the queries `rows` (B,)."""
+        wanted = torch.cat([rows[:, None], self.table[rows]], 1)  # (B, 1 + m)
+        visible, place = torch.unique(wanted, return_inverse=True)
+        queries, neighbours, offset = place[:, 0], place[:, 1:], self.offset[rows]
+        wanted = torch.cat([visible[:, None], self.near[visible]], 1)  # (T, 8)
+        smoothed, place = torch.unique(wanted, return_inverse=True)
+        own, near = place[:, 0], place[:, 1:]
+        weights = self.weights[visible]
+        return View(visible, queries, neighbours, offset, smoothed, own, near, weights)

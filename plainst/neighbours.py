@@ -182,14 +182,18 @@ def distances(xy, table):
     return np.linalg.norm(xy[table] - xy[:, None], axis=2)
 
 
-def smoothing_matrix(xy, k=7):
-    """(N, N) CSR, rows sum to 1: w_ij ~ exp(-d_ij^2 / (2 sigma^2)) over the k nearest spots (self
-    excluded), sigma = 2 x their median distance."""
+def smoothing_table(xy, k=7):
+    """Rows (N, k) of the k nearest spots, self excluded, and weights (N, k) float32 that sum to 1:
+    w_ij ~ exp(-d_ij^2 / (2 sigma^2)), sigma = 2 x their median distance."""
     near = knn_table(xy, k)
     d = distances(xy, near)  # (N, k)
     w = np.exp(-(d**2) / (2 * (2 * max(np.median(d), 1e-9)) ** 2))
-    w /= w.sum(1, keepdims=True)
-    return table_to_csr(near, w.astype(np.float32))
+    return near, (w / w.sum(1, keepdims=True)).astype(np.float32)
+
+
+def smoothing_matrix(xy, k=7):
+    """`smoothing_table` as (N, N) CSR, rows sum to 1."""
+    return table_to_csr(*smoothing_table(xy, k))
 
 
 def lattice_pitch(xy):

@@ -136,8 +136,8 @@ def test_swapped_models_equal_ours(table):
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
     x = x.detach()
     graph = peers.directed(graphs.Graph(np.random.default_rng(0).random((150, 2)), 6))
-    ours = multist.AutoEncoder(20, multist.Config()).eval()
-    peer = peers.PeerAutoEncoder(ours, multist.Config()).eval()
+    ours = multist.AutoEncoder(20, multist.Config(branches="serial")).eval()
+    peer = peers.PeerAutoEncoder(ours, multist.Config(branches="serial")).eval()
     a, b = ours.encoder(x, graph), peer.encoder(x, graph)
     assert torch.allclose(a, b, atol=1e-5) and torch.allclose(
         ours.decode(a, graph), peer.decode(b, graph), atol=1e-5

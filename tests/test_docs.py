@@ -24,7 +24,8 @@ from plainst import run, simulate
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 METHODS = {"gat_fusion", "multist", "stformer", "cmrcnet", "spatia"}
 SHORT = {
-    "multist": "--epochs 4 --dec_epochs 2 --fusion_epochs 1 --n_init 1 --permutations 5 --n_pcs 20",
+    "multist": "--epochs 4 --dec_epochs 2 --fusion_epochs 1 --n_starts 1 --permutations 5 "
+    "--n_pcs 20",
     "gat_fusion": "--epochs 3",
     "stformer": "--epochs 2 --folds 0 --members 1",
     "cmrcnet": "--epochs 2 --val none --k 5",

@@ -145,17 +145,21 @@ def test_make_runs_what_is_lacking(folder, tmp_path):
     status, out = commands(folder, *words, runs, "SLICES=151673 151675")
     assert status == 0, out
     n_presets = len(dlpfc.PRESETS["gat_fusion"])
-    assert out.count("gat_fusion.py") == 2 * n_presets and out.count("multist.py") == 6
+    n_domains = 3 * 2 * len(dlpfc.PRESETS["multist"])
+    assert out.count("gat_fusion.py") == 2 * n_presets
+    assert out.count("multist.py") == n_domains
     assert out.count("plainst download dlpfc --slices 151675") == 1  # the other slice is there
     assert "slices 151673 --out" not in out and "evaluation.report" in out
     record = re.search(
-        r"^  (\S*151673/tuned/seed0/run.json)", (tmp_path / "runs/dlpfc.mk").read_text(), re.M
+        r"^  (\S*multist\S*151673/tuned/seed0/run.json)",
+        (tmp_path / "runs/dlpfc.mk").read_text(),
+        re.M,
     )
     path = folder / record[1]
     path.parent.mkdir(parents=True)
     path.touch()
     _, out = commands(folder, *words, runs, "SLICES=151673")
-    assert out.count("multist.py") == 2  # one record is there
+    assert out.count("multist.py") == 5  # one record is there
 
 
 @needs_make

@@ -468,7 +468,7 @@ def test_full_disk_leaves_the_old_files(visium, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 
 FAST_MULTIST = (
-    "--epochs 2 --dec_epochs 2 --dec_update 2 --fusion_epochs 1 --n_init 1 --n_pcs 10 "
+    "--epochs 2 --dec_epochs 2 --fusion_epochs 1 --n_starts 1 --n_pcs 10 "
     "--permutations 10 --no-figures"
 )
 FAST_CMRCNET = (

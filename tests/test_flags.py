@@ -193,19 +193,19 @@ IDLE = {
     """,
     "multist": """
         --image off --encoder x.npz | encoder
-        --image off --colour none | colour
+        --image off --direction both | direction
         --image off --m 4 | m
         --image off --alpha 0.5 | alpha
         --image off --fusion_epochs 3 | fusion_epochs
-        --image off --readout fused | readout
-        --image zero --smooth 0.1 | smooth
-        --encoder x.npz --crop_um 100 | crop_um
+        --preset tuned --readout fused | readout
+        --image zero --encoder x.npz | encoder
+        --direction gene_reads_image --alpha 0.3 | alpha
         --hvg none --n_top_genes 50 | n_top_genes
         --mask_rate 0 --mask_mode zero | mask_mode
-        --lambda_gan 0.3 | lambda_gan
+        --gan off --lambda_gan 0.3 | lambda_gan
         --no-dec --dec_epochs 3 | dec_epochs
-        --no-dec --lambda_dec 1 | lambda_dec
-        --diffusion_steps 0 --diffusion_k 5 | diffusion_k
+        --no-dec --dec_clusters 4 | dec_clusters
+        --diffusion_steps 0 --self_weight 0 | self_weight
         --permutations 0 --lr_pairs p.csv | lr_pairs
     """,
     "stformer": """
@@ -270,10 +270,10 @@ BUSY = {
     """,
     "multist": """
         --mask_mode none --mask_rate 0.3
-        --attention global --m 4
-        --image zero --encoder x.npz
+        --image noise --encoder x.npz
         --gan mean --lambda_gan 0.3
         --image off --dec_epochs 3 --permutations 0
+        --preset tuned --image real --m 4 --k 0
     """,
     "stformer": """
         --rings 3 --h2h whole

@@ -16,6 +16,7 @@ import gat_fusion
 import multist
 import spatia
 import stformer
+from evaluation import domains
 from plainst import simulate
 
 
@@ -24,7 +25,6 @@ def drawn(*shape, seed=0):
 
 
 MASK = (drawn(2, 9, 5, seed=7) > -0.8).double()
-NEAR = torch.eye(8, dtype=torch.bool).roll(1, 0) | torch.eye(8, dtype=torch.bool).roll(-1, 0)
 MEMBER = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.float64)
 COUNTS = torch.tensor([0.0, 1, 7, 40, 300], dtype=torch.float64).expand(2, 9, 5)
 
@@ -60,7 +60,7 @@ LOSSES = {
     ),
     "multist SDM": (lambda a, b: multist.sdm(a, b, 0.1), [drawn(8, 4), drawn(8, 4, seed=1)]),
     "multist contrast": (
-        lambda a, b: multist.info_nce(a, b, NEAR, 0.1),
+        lambda a, b: multist.info_nce(a, b, 0.1),
         [drawn(8, 4), drawn(8, 4, seed=1)],
     ),
     "cmrcnet contrast": (
@@ -202,7 +202,7 @@ def test_multist_on_a_harsh_slide(harsh, tmp_path):
             "4",
             "--fusion_epochs",
             "1",
-            "--n_init",
+            "--n_starts",
             "1",
             "--permutations",
             "5",
@@ -223,10 +223,10 @@ def test_inputs_of_a_harsh_slide_stay_within_their_bounds(harsh):
     slide = data.load_visium(harsh)
     z = data.Expression(100).fit(slide.counts, slide.genes).transform(slide.counts, slide.genes)
     assert np.isfinite(z).all() and abs(z).max() <= 10.0
-    x = multist.preprocess(slide, dataclasses.replace(multist.Config(), n_pcs=20))
+    x = domains.preprocess(slide, dataclasses.replace(multist.Config(), n_pcs=20))
     assert (
         np.isfinite(x).all()
-        and np.isfinite(multist.preprocess(slide, multist.Config(norm="cpm", n_pcs=20))).all()
+        and np.isfinite(domains.preprocess(slide, multist.Config(norm="cpm", n_pcs=20))).all()
     )
 
 

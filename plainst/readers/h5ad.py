@@ -450,3 +450,25 @@ def _h5ad_patient(handle: h5py.File, names: list[str], column) -> str:
     keys = ("patient", "subject", "donor", "sce.subject")
     key = next((key for key in keys if key in names), None)
     return patient or (label_names(column(key))[0] if key else "")
+
+
+def read_obsm(path, key, barcodes):
+    """(N, D) float32 vectors of an h5ad's obsm for the spots `barcodes` (N,), joined by name.
+    Raises DataError, naming the keys there are, where it has no such key."""
+    with open_h5(path, "an h5ad file") as handle:
+        keys = sorted(handle["obsm"]) if "obsm" in handle else []
+        if key not in keys:
+            raise DataError(
+                f"{path} has no obsm[{key!r}] for --embedding: give one of {', '.join(keys)}, or a "
+                ".npy or .npz file"
+            )
+        row = {name: i for i, name in enumerate(_index(handle, handle["obs"]).astype(str))}
+        if not isinstance(handle["obsm"][key], h5py.Dataset):
+            raise ValueError(f"obsm {key} is no array")
+        values = read_array(handle["obsm"][key], "iuf").astype(np.float32)
+    if values.ndim != 2 or len(values) != len(row) or not np.isfinite(values).all():
+        raise DataError(
+            f"{path} has obsm[{key!r}] of shape {values.shape} or with NaN values for {len(row)} "
+            "spots: an embedding is a finite (N, D) array"
+        )
+    return values[[row[str(barcode)] for barcode in barcodes]]
