@@ -178,19 +178,22 @@ class CellDataset:
         total = total.index_add(0, square_of, z[is_used.to(z.device)])
         return total / torch.bincount(square_of, minlength=len(total))[:, None]
 
-    def surroundings(self, z, squares, rows):
+    def surroundings(self, z, squares, rows, modality=None):
         """What the cells `rows` can read of z (N, d) and its `square_means`: of the niche z (B, k,
         d) and places (B, k, 2); of the tissue z (B, t, d), places (B, t, 2) and which squares exist
-        (B, t)."""
+        (B, t). With modality (B,), z (m, N, d) and squares (m, n, d) hold several embeddings, and a
+        row reads the one of its number."""
         rows, device = torch.as_tensor(rows), z.device
-        tissue = self.tissue[rows]
-        return (
-            z[self.niche[rows].to(device)],
-            self.niche_places[rows].to(device),
-            squares[tissue.clamp(min=0).to(device)],
-            self.tissue_places[rows].to(device),
-            (tissue >= 0).to(device),
-        )
+        niche, tissue = self.niche[rows].to(device), self.tissue[rows].to(device)
+        squares_of = tissue.clamp(min=0)
+        if modality is None:
+            near, far = z[niche], squares[squares_of]
+        else:
+            number = modality.to(device)[:, None]
+            near, far = z[number, niche], squares[number, squares_of]
+        near_places = self.niche_places[rows].to(device)
+        far_places = self.tissue_places[rows].to(device)
+        return near, near_places, far, far_places, tissue >= 0
 
 
 def random_orientation(x, which):

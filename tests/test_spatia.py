@@ -21,13 +21,14 @@ import metrics
 import spatia as sp
 from conftest import in_processes, status_of
 from data import DataError
+from evaluation import cell_runs
 from evaluation import cells as tasks
-from plainst import (
-    run,
-    simulate,
-)
+from plainst import run, simulate
+from plainst.cell_batches import CellBatch, ContextBatch, cell_batch, context_batch, picture_batch
 from plainst.cell_data import random_orientation
-from plainst.stages import Stages
+from plainst.patch_tokens import cut_patches, join_patches
+from plainst.stages import Stages, step_generator
+from plainst.transformer import Attention, Block, CrossBlock
 
 SMALL = dataclasses.replace(
     sp.SIZES["tiny"],
@@ -61,7 +62,7 @@ def small(request, monkeypatch):
     """Everything on a very small preset; figures only where the test is about them."""
     monkeypatch.setitem(sp.SIZES, "tiny", SMALL)
     if "figures" not in request.node.name:
-        monkeypatch.setattr(sp.figures, "draw_cells", lambda *args: None)
+        monkeypatch.setattr(cell_runs.figures, "draw_cells", lambda *args: None)
 
 
 def flags(path, tmp_path, *more):
@@ -92,10 +93,10 @@ def trained(cells, tmp_path_factory):
     """A field, a cell model, conditions, a generator with random (not zero) output layers: enough
     for the leak rules."""
     config = config_of(cells)
-    field = sp.load(config, SMALL, torch.device("cpu"))
+    field = cell_runs.load(config, SMALL, torch.device("cpu"))
     torch.manual_seed(0)
     cell = sp.CellModel(field.shape, field.cells.n_genes, SMALL).eval()
-    generator = sp.Generator(field.shape, field.cells.n_genes, SMALL, cell.gene).eval()
+    generator = sp.Generator(config, field.shape, field.cells.n_genes, SMALL, cell.gene).eval()
     for p in generator.parameters():
         torch.nn.init.normal_(p, std=0.1)
     context = sp.ContextModel(field.cells.n_genes, SMALL).eval()
@@ -175,14 +176,14 @@ def test_proportional_attention_equals_attention_on_copies():
     """Merged tokens that are equal weigh as much as their members: same output as plain
     attention."""
     torch.manual_seed(3)
-    attention = sp.Attention(8, 2)
+    attention = Attention(8, 2)
     x = torch.randn(2, 64, 8)[:, torch.arange(64) // 16 * 16]
     assert torch.allclose(sp.merged_attention(attention, x, 0.5), attention(x), atol=1e-5)
 
 
 def test_gradients_through_merging_are_finite_and_reach_every_token():
     x = torch.randn(2, 64, 8, requires_grad=True)
-    sp.merged_attention(sp.Attention(8, 2), x, 0.75).square().sum().backward()
+    sp.merged_attention(Attention(8, 2), x, 0.75).square().sum().backward()
     assert torch.isfinite(x.grad).all() and (x.grad.abs().sum(-1) > 0).all()
 
 
@@ -273,7 +274,7 @@ def test_the_generator_reads_expression_only(trained):
 
     def condition(f):
         with torch.no_grad():
-            return sp.Conditions(f, cell)(generator, [i])
+            return cell_runs.Conditions(f, cell)(generator, [i])
 
     base = condition(field)
     assert torch.equal(base, condition(changed_field(field, images=[i, near, far])))
@@ -289,8 +290,8 @@ def test_images_to_genes_never_reads_expression(trained):
     i, near = int(rows[0]), int(field.niche[rows[0], 0])
 
     def predicted(f, on=True):
-        z = sp.embed_all(cell, f, modality="img")["img"]
-        return torch.tensor(sp.context_genes(f, context, z[rows], z, rows, on)[0][0])
+        z = cell_runs.embed_all(cell, f, modality="img")["img"]
+        return torch.tensor(cell_runs.context_genes(f, context, z[rows], z, rows, on)[0][0])
 
     base = predicted(field)
     assert torch.equal(base, predicted(changed_field(field, counts=[i, near])))
@@ -311,7 +312,7 @@ def test_a_cell_is_no_member_of_its_surroundings(trained):
     rows = field.rows["test"][:5]
     moved = z.clone()
     moved[rows[0]] += 5
-    a, b = (sp.context_genes(field, context, None, v, rows[:1])[0] for v in (z, moved))
+    a, b = (cell_runs.context_genes(field, context, None, v, rows[:1])[0] for v in (z, moved))
     assert np.array_equal(a, b)
     assert not (
         field.niche.numpy()[np.concatenate(list(field.rows.values()))]
@@ -378,10 +379,10 @@ def test_fitted_on_training_cells_only(trained, cells, tmp_path):
     state = []
     for path in (cells, tmp_path / "cells.h5"):
         config = config_of(path)
-        f = sp.load(config, SMALL, torch.device("cpu"))
+        f = cell_runs.load(config, SMALL, torch.device("cpu"))
         torch.manual_seed(0)
         model = sp.CellModel(f.shape, f.cells.n_genes, SMALL)
-        sp.stage_a(config, SMALL, stages_of(config, tmp_path), f, model)
+        sp.train_cells(config, SMALL, stages_of(config, tmp_path), f, model)
         state.append((f.normalise.state(), model.state_dict()))
     assert all(torch.equal(state[0][1][k], state[1][1][k]) for k in state[0][1])
     assert (
@@ -396,23 +397,23 @@ def test_fitted_on_training_cells_only(trained, cells, tmp_path):
 def test_evaluation_sees_the_whole_image_and_is_deterministic(trained):
     _, field, cell, *_ = trained
     rows = field.rows["test"][:6]
-    a, b = (sp.embed(cell, field, rows) for _ in range(2))
+    a, b = (cell_runs.embed(cell, field, rows) for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a)
     with torch.no_grad():
         x = field.images(rows)
-        assert cell.image(x).shape == (6, 1 + cell.tokens, SMALL.dim)
-        for patch in range(cell.tokens):  # every patch counts
-            y = sp.patches(x, SMALL.patch).clone()
+        assert cell.image(x).shape == (6, 1 + cell.n_patches, SMALL.dim)
+        for patch in range(cell.n_patches):  # every patch counts
+            y = cut_patches(x, SMALL.patch).clone()
             y[:, patch] = -y[:, patch] + 0.3
             assert not torch.equal(
-                cell.image(sp.unpatches(y, SMALL.patch, 2))[:, 0], cell.image(x)[:, 0]
+                cell.image(join_patches(y, SMALL.patch, 2))[:, 0], cell.image(x)[:, 0]
             )
 
 
 def test_patches_and_their_inverse():
     x = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
-    p = sp.patches(x, 4)
-    assert torch.equal(sp.unpatches(p, 4, 3), x) and torch.equal(
+    p = cut_patches(x, 4)
+    assert torch.equal(join_patches(p, 4, 3), x) and torch.equal(
         p[0, 1].view(3, 4, 4), x[0, :, :4, 4:]
     )
 
@@ -424,7 +425,7 @@ def test_gene_tokens_start_at_the_principal_components():
     x = rng.standard_normal((400, 8)) @ rng.standard_normal((8, 48)) + 2 * rng.standard_normal(
         (400, 48)
     )
-    plain = sp.GeneTok(48, SMALL)
+    plain = sp.GeneTokenizer(48, SMALL)
     gene, z = copy.deepcopy(plain).init_from_pca(x), torch.tensor(x, dtype=torch.float32)
     assert torch.equal(gene.latents, plain.latents)
     scores = (x - x.mean(0)) @ np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:8].T
@@ -487,11 +488,171 @@ def test_info_nce_is_the_symmetric_cross_entropy():
     score = torch.tensor([[float(torch.cosine_similarity(x, y, 0)) / 0.5 for y in b] for x in a])
     want = -(score.log_softmax(1).diagonal().sum() + score.T.log_softmax(1).diagonal().sum()) / 2
     assert torch.allclose(sp.info_nce(a, b, log_tau, slice(0, 5)), want, atol=1e-5)
-    assert torch.allclose(
-        sp.info_nce(a, b, log_tau, slice(0, 2)) + sp.info_nce(a, b, log_tau, slice(2, 5)),
-        want,
-        atol=1e-5,
+    halves = [sp.info_nce(a, b, log_tau, rows) for rows in (slice(0, 2), slice(2, 5))]
+    assert torch.allclose(sum(halves), want, atol=1e-5)
+
+
+def softmax_read(attention, x, y, bias=0.0):
+    """One picture's attention, head by head: x (n, d) reads y (m, d)."""
+    heads, width = attention.heads, x.shape[1] // attention.heads
+    q, kv, outs = attention.q(x), attention.kv(y), []
+    k, v = kv[:, : x.shape[1]], kv[:, x.shape[1] :]
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        weights = (q[:, part] @ k[:, part].T / width**0.5 + bias).softmax(1)
+        outs.append(weights @ v[:, part])
+    return attention.out(torch.cat(outs, 1))
+
+
+def test_attention_equals_its_equation():
+    torch.manual_seed(0)
+    attention, x, y, bias = (
+        Attention(8, 2),
+        torch.randn(2, 5, 8),
+        torch.randn(2, 3, 8),
+        torch.randn(2, 3),
     )
+    found = attention(x, y, bias[:, None, None])
+    for b in range(2):
+        torch.testing.assert_close(found[b], softmax_read(attention, x[b], y[b], bias[b]))
+        torch.testing.assert_close(attention(x)[b], softmax_read(attention, x[b], x[b]))
+        # one set of queries for all
+        shared = attention(x[:1], y)[b]
+        torch.testing.assert_close(shared, softmax_read(attention, x[0], y[b]))
+
+
+def test_blocks_equal_their_equations():
+    torch.manual_seed(0)
+    block, cross = Block(8, 2, 3), CrossBlock(8, 2, 3, 0.1)
+    torch.nn.init.normal_(cross.scale)
+    x, y = torch.randn(5, 8), torch.randn(3, 8)
+    h = x + softmax_read(block.attention, block.norm(x), block.norm(x))
+    torch.testing.assert_close(block(x[None])[0], h + block.ffn(h))
+    h = x + cross.scale * softmax_read(cross.attention, cross.norm(x), cross.norm_y(y))
+    torch.testing.assert_close(cross(x[None], y[None])[0], h + cross.ffn(h))
+    linear1, linear2 = block.ffn[1], block.ffn[3]
+    want = linear2(torch.nn.functional.gelu(linear1(block.ffn[0](x))))
+    torch.testing.assert_close(block.ffn(x), want)
+
+
+def test_the_cell_equals_its_equations(trained):
+    """Fusion, the joined vector and the head of the genes, for one cell, written out."""
+    _, field, cell, *_ = trained
+    rows = field.rows["train"][:2]
+    with torch.no_grad():
+        x_img, x_gene = cell.image(field.images(rows)), cell.gene(*field.expression(rows))
+        z, img, gene = cell.fuse(x_img, x_gene)
+        genes = cell.genes(z, img, gene)
+        for b in range(2):
+            (to_img,), (to_gene,), (old_img, old_gene) = (
+                cell.to_img,
+                cell.to_gene,
+                (x_img[b], x_gene[b]),
+            )
+            read = softmax_read(to_img.attention, to_img.norm(old_img), to_img.norm_y(old_gene))
+            new_img = old_img + to_img.scale * read
+            read = softmax_read(to_gene.attention, to_gene.norm(old_gene), to_gene.norm_y(old_img))
+            new_gene = old_gene + to_gene.scale * read
+            new_img, new_gene = new_img + to_img.ffn(new_img), new_gene + to_gene.ffn(new_gene)
+            torch.testing.assert_close(img[b], new_img, rtol=1e-4, atol=1e-5)
+            want = cell.norm(cell.join(torch.cat([new_img[0], new_gene.mean(0)])))
+            torch.testing.assert_close(z[b], want, rtol=1e-4, atol=1e-5)
+            read = softmax_read(cell.query, cell.gene.name, torch.cat([new_img, new_gene]))
+            for g in (0, 17, 47):
+                value = cell.gene.name[g] @ cell.hidden(want)
+                value = value + cell.to_value(read[g])[0] + cell.bias[g]
+                torch.testing.assert_close(genes[b, g], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_union_equals_its_equation(trained):
+    _, field, _, _, context = trained
+    z, rows = torch.randn(field.cells.n_cells, SMALL.dim), field.rows["test"][:3]
+    near, near_places, far, far_places, exists = field.surroundings(z, field.square_means(z), rows)
+    with torch.no_grad():
+        z_niche = context.niche(near, near_places)
+        z_tissue = context.tissue(far, far_places, exists)
+        gate_n, gate_t = context.gates
+        union = (
+            z[rows] + gate_n * context.from_niche(z_niche) + gate_t * context.from_tissue(z_tissue)
+        )
+        has_context = torch.tensor([True, False, True])
+        found = context(z[rows], near, near_places, far, far_places, exists, has_context)
+    want = torch.where(has_context[:, None], context.norm(union), context.norm(z[rows]))
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("path", ["flow", "ddpm"])
+def test_the_target_follows_from_the_painted_picture(trained, path):
+    """The network's target is the one of a path that ends in the picture it paints: from x_t and
+    the target that picture can be computed, and it lies within +-1.05."""
+    _, field, _, generator, _ = trained
+    generator = copy.deepcopy(generator)
+    generator.path = path
+    x, t = torch.randn(3, 2, 16, 16), torch.tensor([0.1, 0.5, 0.8])
+    y = torch.randn(3, *generator.null.shape)
+    with torch.no_grad():
+        u, s = generator(x, t, y), t[:, None, None, None]
+    if path == "flow":
+        picture = x + (1 - s) * u
+        noise = (x - s * picture) / (1 - s)
+    else:
+        sine, cosine = torch.sin(torch.pi * s / 2), torch.cos(torch.pi * s / 2)
+        picture, noise = sine * x - cosine * u, cosine * x + sine * u
+    assert 0.01 < picture.std() and picture.abs().max() < 1.0501
+    on_path, target = sp.on_path(path, t, noise, picture)
+    torch.testing.assert_close(on_path, x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(target, u, rtol=1e-3, atol=1e-3)
+
+
+def test_the_losses_of_the_stages_are_their_parts(trained):
+    """Stage A: hidden genes, hidden patches and contrast, summed row by row; stage B: the genes
+    that are not shown, and the cosine where nothing is."""
+    config, field, cell, _, context = trained
+    with torch.no_grad():
+        batch = cell_batch(field, step_generator(0, 0, 0), 12, cell.n_patches, 0.3, 0.5, 0.3)
+        assert isinstance(batch, CellBatch) and not (batch.has_img & batch.has_gene).all()
+        x_img = cell.image(batch.picture, batch.keep)
+        x_gene = cell.gene(batch.expression, batch.depth, batch.hidden)
+        z, img, gene = cell.fuse(x_img, x_gene, batch.has_img, batch.has_gene)
+        guess, painted = cell.genes(z, img, gene), cell.mae_decode(img, batch.keep)
+        target = cut_patches(batch.picture, SMALL.patch)
+        want = sp.info_nce(
+            cell.fuse(x_img)[0], cell.fuse(None, x_gene)[0], cell.log_tau, batch.rows
+        )
+        want = 0.1 * want
+        for b in range(12):
+            lost = [p for p in range(cell.n_patches) if p not in batch.keep[b].tolist()]
+            genes = batch.hidden[b] if batch.has_gene[b] else torch.ones(48, dtype=torch.bool)
+            want = want + (guess[b] - batch.target[b])[genes].square().mean()
+            if batch.has_img[b]:
+                want = want + (painted[b] - target[b])[lost].square().mean()
+        torch.testing.assert_close(sp.cell_loss(config, cell, batch), want, rtol=1e-4, atol=1e-4)
+
+        cached = torch.stack(list(cell_runs.embed_all(cell, field).values()))
+        squares = torch.stack([field.square_means(v) for v in cached])
+        batch = context_batch(field, step_generator(0, 1, 0), 12, 0.2, 0.5)
+        assert isinstance(batch, ContextBatch) and len(batch.shown.unique()) == 4
+        losses = []
+        for b in range(12):
+            row, shown, modality = (
+                batch.rows[b : b + 1],
+                int(batch.shown[b]),
+                int(batch.modality[b]),
+            )
+            z = context.absent[None]
+            if shown:
+                mask = batch.hidden[b : b + 1] if shown > 1 else None
+                name = ("img", "gene", "fused")[shown - 1]
+                z = cell_runs.embed(cell, field, row, mask, name)[name]
+            surroundings = field.surroundings(cached[modality], squares[modality], row)
+            genes, guess = context.heads(context(z, *surroundings, batch.has_context[b : b + 1]))
+            wanted = batch.hidden[b] if shown > 1 else torch.ones(48, dtype=torch.bool)
+            loss = (genes - field.expression(row)[0])[0, wanted].square().mean()
+            if not shown:
+                loss = loss + (1 - torch.cosine_similarity(guess[0], cached[2, row[0]], 0)) / 2
+            losses.append(loss)
+        found = sp.context_loss(field, cell, context, cached, squares, batch)
+        torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_eight_orientations():
@@ -531,14 +692,19 @@ def test_a_small_field_is_learned(cells, tmp_path, monkeypatch):
     )
     size = sp.SIZES["tiny"]
     config = config_of(cells)
-    shared = config, size, stages_of(config, tmp_path), sp.load(config, size, torch.device("cpu"))
+    shared = (
+        config,
+        size,
+        stages_of(config, tmp_path),
+        cell_runs.load(config, size, torch.device("cpu")),
+    )
     field = shared[-1]
     torch.manual_seed(0)
-    cell, a = sp.stage_a(*shared, sp.CellModel(field.shape, field.cells.n_genes, size))
-    context, b = sp.stage_b(*shared, cell, sp.ContextModel(field.cells.n_genes, size))
-    conditions = sp.Conditions(field, cell)
-    generator, c = sp.stage_c(
-        *shared, conditions, sp.Generator(field.shape, field.cells.n_genes, size, cell.gene)
+    cell, a = sp.train_cells(*shared, sp.CellModel(field.shape, field.cells.n_genes, size))
+    context, b = sp.train_context(*shared, cell, sp.ContextModel(field.cells.n_genes, size))
+    conditions = cell_runs.Conditions(field, cell)
+    generator, c = sp.train_decoder(
+        *shared, conditions, sp.Generator(config, field.shape, field.cells.n_genes, size, cell.gene)
     )
     for losses, factor in ((a, 0.85), (b, 0.98), (c, 0.85)):
         assert np.mean(losses[-20:]) < factor * np.mean(losses[:10]), (losses[:10], losses[-20:])
@@ -638,7 +804,7 @@ def test_same_seed_same_numbers_and_resume(cells, tmp_path, capsys, monkeypatch)
     not."""
     for name in ("task_generation", "task_imputation", "task_image_to_genes", "task_labels"):
         monkeypatch.setattr(tasks, name, lambda *args: tasks.TaskResult())
-    monkeypatch.setattr(sp.export, "files_of", lambda *args: {})
+    monkeypatch.setattr(cell_runs.export, "files_of", lambda *args: {})
     sp.main(flags(cells, tmp_path, "--save_every", "3"))
     path, _ = last_record(capsys)
     full = torch.load(path.with_name("model.pt"), weights_only=True)
@@ -712,7 +878,7 @@ def test_variants_run(cells, tmp_path, capsys, more):
 def test_generated_pictures_do_not_depend_on_what_is_generated_beside_them(trained, tmp_path):
     config, field, cell, generator, _ = trained
     config = dataclasses.replace(config, ode_steps=2, guidance=0.5)
-    shared = config, SMALL, field, sp.Conditions(field, cell), generator
+    shared = config, SMALL, field, cell_runs.Conditions(field, cell), generator
     rows = field.rows["test"]
     a = sp.generate(*shared, rows, 2, chunk=16)
     b = sp.generate(*shared, rows[:16], 1, chunk=16)
@@ -724,9 +890,9 @@ def test_generated_pictures_do_not_depend_on_what_is_generated_beside_them(train
 
 
 def test_guidance_acts_early_only(trained, tmp_path, monkeypatch):
-    """Velocities are (1 + w) v(Y) - w v(nothing) up to t = GUIDED, v(Y) after it."""
+    """Velocities are (1 + w) v(Y) - w v(nothing) up to t = .6, v(Y) after it."""
     config, field, cell, generator, _ = trained
-    conditions, rows, seen = sp.Conditions(field, cell), field.rows["test"][:8], []
+    conditions, rows, seen = cell_runs.Conditions(field, cell), field.rows["test"][:8], []
     monkeypatch.setattr(
         sp,
         "sample",
@@ -744,54 +910,58 @@ def test_guidance_acts_early_only(trained, tmp_path, monkeypatch):
     torch.testing.assert_close(three[0] - plain[0], 3 * (one[0] - plain[0]), rtol=1e-3, atol=1e-3)
 
 
-def test_decoder_channels_count_by_inverse_variance(trained, tmp_path, monkeypatch):
-    config, field, cell, generator, _ = trained
-    x = field.images(field.rows["train"])
-    var = x.var((0, 2, 3))
+def test_decoder_channels_count_by_inverse_variance(trained, monkeypatch):
+    _, field, cell, generator, _ = trained
+    var = field.images(field.rows["train"]).var((0, 2, 3))
     torch.testing.assert_close(
         field.channel_weight.flatten() * var,
         (field.channel_weight.flatten() * var).mean().expand(2),
     )
-    losses, conditions = [], sp.Conditions(field, cell)
-    monkeypatch.setattr(
-        sp,
-        "optimise",
-        lambda config, size, stages, number, model, groups, loss_of, ema=0: loss_of(
-            torch.Generator().manual_seed(0), 16
-        ).item(),
-    )
+    conditions, draw = cell_runs.Conditions(field, cell), torch.Generator().manual_seed(0)
+    batch = picture_batch(field, draw, 16, SMALL.decoder_layers, len(generator.place), 0.1)
+    losses = []
     for weight in ((2.0, 0.0), (0.0, 2.0), (1.0, 1.0)):
         monkeypatch.setattr(field, "channel_weight", torch.tensor(weight)[:, None, None])
-        losses.append(sp.stage_c(config, SMALL, None, field, conditions, generator))
-    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4) and losses[
-        0
-    ] != pytest.approx(losses[1], rel=1e-3)
+        losses.append(sp.decoder_loss(field, conditions, generator, 0.0, batch).item())
+    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
 def test_two_processes_sum_to_one(cells, tmp_path):
     """As torchrun starts two processes: the losses of A and C are those of one process."""
     script = tmp_path / "go.py"
-    script.write_text(
-        "import sys, json, dataclasses, torch, spatia as sp; from plainst import run\n"
-        f"size = dataclasses.replace(sp.SIZES['tiny'], dim=16, image_layers=1, "
-        "gene_layers=0, latents=3, niche=5, tissue=4, decoder_dim=16,"
-        f" decoder_layers=1, steps=(4, 4, 4), batch=(16, 16, 8))\n"
-        f"config = run.parse(sp.Config, ['--data', {str(cells)!r}, '--device', 'cpu', "
-        f"'--runs', {str(tmp_path)!r}, '--rho', '0.5'])\n"
-        f"record = run.Run('spatia', config, 'x', 'y'); f = sp.load(config, size, record.device)\n"
-        f"stages = sp.Stages(config, record.folder / 'latest.pt', 'checkpoint', '', 'cells')\n"
-        f"shared = config, size, stages, f; torch.manual_seed(0)\n"
-        f"cell, a = sp.stage_a(*shared, sp.CellModel(f.shape, f.cells.n_genes, size))\n"
-        f"context, b = sp.stage_b(*shared, cell, sp.ContextModel(f.cells.n_genes, size))\n"
-        f"conditions = sp.Conditions(f, cell); torch.manual_seed(1)\n"
-        f"g, c = sp.stage_c(*shared, conditions, sp.Generator(f.shape, f.cells.n_genes, size, "
-        "cell.gene))\n"
-        f"made = sp.generate(config, size, f, conditions, g, f.rows['test'][:20], 1, chunk=8)\n"
-        f"if record.rank == 0: open(sys.argv[1], 'w').write(json.dumps([a, b, c, "
-        "made.ravel().tolist()]))\n"
-        f"if record.world > 1: torch.distributed.barrier(); "
-        "torch.distributed.destroy_process_group()\n"
-    )
+    script.write_text(f"""
+import dataclasses, json, sys
+import torch
+import spatia as sp
+from evaluation import cell_runs
+from plainst import run
+
+size = dataclasses.replace(
+    sp.SIZES["tiny"], dim=16, image_layers=1, gene_layers=0, latents=3, niche=5, tissue=4,
+    decoder_dim=16, decoder_layers=1, steps=(4, 4, 4), batch=(16, 16, 8), rho=0.5,
+)
+config = run.parse(
+    sp.Config, ["--data", {str(cells)!r}, "--device", "cpu", "--runs", {str(tmp_path)!r}]
+)
+record = run.Run("spatia", config, "x", "y")
+f = cell_runs.load(config, size, record.device)
+stages = sp.Stages(config, record.folder / "latest.pt", "checkpoint", "", "cells")
+shared = config, size, stages, f
+torch.manual_seed(0)
+cell, a = sp.train_cells(*shared, sp.CellModel(f.shape, f.cells.n_genes, size))
+context, b = sp.train_context(*shared, cell, sp.ContextModel(f.cells.n_genes, size))
+conditions = cell_runs.Conditions(f, cell)
+torch.manual_seed(1)
+generator = sp.Generator(config, f.shape, f.cells.n_genes, size, cell.gene)
+generator, c = sp.train_decoder(*shared, conditions, generator)
+made = sp.generate(config, size, f, conditions, generator, f.rows["test"][:20], 1, chunk=8)
+if record.rank == 0:
+    open(sys.argv[1], "w").write(json.dumps([a, b, c, made.ravel().tolist()]))
+if record.world > 1:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+""")
     in_processes("spatia", script, [(1, [tmp_path / "one"]), (2, [tmp_path / "two"])])
     found = [json.loads((tmp_path / name).read_text()) for name in ("one", "two")]
     for one, two in zip(found[0][:3], found[1][:3]):
@@ -799,37 +969,24 @@ def test_two_processes_sum_to_one(cells, tmp_path):
     assert np.abs(np.subtract(found[0][3], found[1][3])).max() <= 1
 
 
-def test_gradients_are_summed_not_averaged(cells, tmp_path):
+def test_gradients_are_summed_not_averaged(trained, monkeypatch):
     """The losses of two half batches, as two processes compute them, add up to that of the whole
-    batch."""
-    config, losses = config_of(cells), []
-    field = sp.load(config, SMALL, torch.device("cpu"))
+    batch, for cells and for pictures."""
+    config, field, cell, generator, _ = trained
+    conditions, losses = cell_runs.Conditions(field, cell), []
     for rank, world in ((0, 1), (0, 2), (1, 2)):
-        seen = []
-
-        def once(config, size, stages, number, model, groups, loss_of, ema=0.0, seen=seen):
-            seen.append(loss_of(torch.Generator().manual_seed(5), 8).item())
-            return model, seen
-
-        conditions_cell = sp.CellModel(field.shape, field.cells.n_genes, SMALL)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sp, "optimise", once)
-            patch.setattr(run, "processes", lambda rank=rank, world=world: (rank, world))
-            torch.manual_seed(0)
-            cell = conditions_cell.eval()
-            torch.manual_seed(1)
-            generator = sp.Generator(field.shape, field.cells.n_genes, SMALL, cell.gene)
-            for p in generator.parameters():
-                torch.nn.init.normal_(
-                    p, std=0.1, generator=torch.Generator().manual_seed(p.numel())
-                )
-            for p in cell.parameters():
-                torch.nn.init.normal_(
-                    p, std=0.1, generator=torch.Generator().manual_seed(p.numel())
-                )
-            sp.stage_c(config, SMALL, None, field, sp.Conditions(field, cell), generator)
-        losses.append(seen[0])
-    assert abs(losses[0] - losses[1] - losses[2]) < 1e-5
+        monkeypatch.setattr(run, "processes", lambda rank=rank, world=world: (rank, world))
+        draw = torch.Generator().manual_seed(5)
+        batch = picture_batch(field, draw, 8, SMALL.decoder_layers, len(generator.place), 0.1)
+        pictures = sp.decoder_loss(field, conditions, generator, 0.5, batch)
+        batch = cell_batch(field, draw, 8, cell.n_patches, 0.3, 0.5, 0.15)
+        # the contrast needs the rows of the others
+        alone = batch._replace(rows=slice(0, 0))
+        monkeypatch.setattr(run, "gather", lambda x: x[:0])
+        losses.append((pictures.item(), sp.cell_loss(config, cell, alone).item()))
+        monkeypatch.undo()
+    for whole, first, second in zip(*losses):
+        assert abs(whole - first - second) < 1e-4 * abs(whole)
 
 
 # ---------------------------------------------------------------------------------------- baselines
@@ -912,7 +1069,7 @@ def test_corrupted_file(cells, tmp_path):
 def test_ca1_split_and_ridge_are_the_published_anchor(real_data, tmp_path):
     """645 test cells, and ridge from expression to the three probes near .35 / .75 / .57."""
     data.from_ca1(real_data / "ca1", tmp_path / "cells.h5")
-    field = sp.load(config_of(tmp_path / "cells.h5"), SMALL, torch.device("cpu"))
+    field = cell_runs.load(config_of(tmp_path / "cells.h5"), SMALL, torch.device("cpu"))
     fit, rows = field.rows["train"], field.rows["test"]
     assert (len(fit), len(rows)) == (1506, 645)
     x = [field.expression_matrix(part)[:, :-1] for part in ("train", "test")]
