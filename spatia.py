@@ -423,17 +423,17 @@ class ContextModel(nn.Module):
 
     def forward(self, z, near, near_places, far, far_places, far_exists, has_context=None):
         """z (B, d) or None (the cell itself is hidden), the five of `CellDataset.surroundings`,
-        has_context (B,) bool: rows that have surroundings -> (B, d)."""
+        has_context (B, 2) bool: rows that have a niche, a tissue; None: all -> (B, d)."""
         if z is None:
             z = self.absent.expand(len(near), -1)
-        on = 1.0
+        gates = self.gates.expand(len(z), -1)  # (B, 2)
         if has_context is not None:
-            on = has_context[:, None].to(z.dtype)  # (B, 1)
+            gates = gates * has_context
         if self.niche is not None:
-            z = z + on * self.gates[0] * self.from_niche(self.niche(near, near_places))
+            z = z + gates[:, :1] * self.from_niche(self.niche(near, near_places))
         if self.tissue is not None:
             tissue = self.tissue(far, far_places, far_exists)
-            z = z + on * self.gates[1] * self.from_tissue(tissue)
+            z = z + gates[:, 1:] * self.from_tissue(tissue)
         return self.norm(z)
 
     def heads(self, z):

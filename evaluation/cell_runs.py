@@ -17,7 +17,7 @@ from data import DataError
 from evaluation import cells as tasks
 from evaluation import figures
 from plainst import export, run
-from plainst.cell_data import CellDataset, Normaliser
+from plainst.cell_data import PARTS, CellDataset, Normaliser
 from plainst.stages import sum_over_processes
 
 MODALITIES = ("img", "gene", "fused")
@@ -76,6 +76,28 @@ def log_moments(counts, total):
     return data.mean_var(data.normalise_log1p(counts, target_sum=total))
 
 
+def without_small_sections(cells, split, least):
+    """The split without the cells of a section that has fewer than `least` of them in a part, too
+    few for a niche; says which. Raises DataError where a part is empty then."""
+    for part in PARTS:
+        mask = getattr(split, part).copy()
+        sizes = np.bincount(cells.section[mask], minlength=len(cells.sections))
+        small = np.flatnonzero((sizes > 0) & (sizes < least))
+        for section in small:
+            run.say(
+                f"{cells.source}: section {cells.sections[section]} has {sizes[section]} cells in "
+                f"the {part} part, fewer than a niche of {least}: they are left out"
+            )
+        mask &= ~np.isin(cells.section, small)
+        if len(small) and not mask.any():
+            raise DataError(
+                f"{cells.source}: no section has a niche of {least} cells in the {part} part: "
+                "make the blocks wider, or give a file with more cells"
+            )
+        split = replace(split, **{part: mask})
+    return split
+
+
 def load(config, size, device):
     """CellDataset with the split that is scored: as test cells the test part, or with --score val
     the validation part."""
@@ -94,6 +116,7 @@ def load(config, size, device):
     split = data.cell_split(cells, config.test_every, config.width, None, buffer, val, config.fold)
     if config.score == "val":
         split.test, split.val, split.name = split.val, np.zeros_like(split.val), f"{split.name}-val"
+    split = without_small_sections(cells, split, size.niche + 1)
     normalise = Normaliser().fit(cells.counts[np.flatnonzero(split.train)], log_moments)
     dataset = CellDataset(cells, split, normalise, size.niche, size.tissue, device)
     n_train, n_scored = len(dataset.rows["train"]), len(dataset.rows["test"])
@@ -143,15 +166,15 @@ def embed_all(model, dataset, hidden=None, modality=None):
 
 
 @torch.no_grad()
-def context_genes(dataset, model, z_own, z_all, rows, context=True, chunk=512):
+def context_genes(dataset, model, z_own, z_all, rows, level=(True, True), chunk=512):
     """What the context model says of `rows` from z_own (n, d) or None (shows nothing of itself) and
-    the surroundings' embeddings z_all (N, d): expression (n, G) of its head, and the head's hidden
-    layer (n, 2d), numpy."""
+    the surroundings' embeddings z_all (N, d), as far as `level` says (niche, tissue): expression
+    (n, G) of its head, and the head's hidden layer (n, 2d), numpy."""
     squares, genes, hidden = dataset.square_means(z_all), [], []
     for start in range(0, len(rows), chunk):
         part = rows[start : start + chunk]
         own = None if z_own is None else z_own[start : start + chunk]
-        has_context = torch.full((len(part),), context, device=z_all.device)
+        has_context = torch.tensor(level, device=z_all.device).expand(len(part), -1)
         u = model(own, *dataset.surroundings(z_all, squares, part), has_context)
         genes.append(model.heads(u)[0])
         hidden.append(model.trunk(u))
@@ -160,15 +183,36 @@ def context_genes(dataset, model, z_own, z_all, rows, context=True, chunk=512):
 
 @torch.no_grad()
 def representations(dataset, cell, context):
-    """Frozen embeddings of all cells: z (with surroundings), z_cell, z_img, z_gene, each (N, d)
-    numpy."""
+    """Frozen embeddings of all cells: z (with surroundings), z_niche and z_tissue (with one of
+    them), z_cell, z_img, z_gene, each (N, d) numpy."""
     embedded, rows = embed_all(cell, dataset), dataset.used_rows
     fused = embedded["fused"]
-    squares, z = dataset.square_means(fused), torch.zeros_like(fused)
-    for part in np.array_split(rows, -(-len(rows) // 512)):
-        z[part] = context(fused[part], *dataset.surroundings(fused, squares, part))
-    levels = {"z": z, "z_cell": fused, "z_img": embedded["img"], "z_gene": embedded["gene"]}
-    return {name: values.cpu().numpy() for name, values in levels.items()}
+    squares, out = dataset.square_means(fused), {}
+    for name, level in (("z", "all"), ("z_niche", "niche"), ("z_tissue", "tissue")):
+        z, reads = torch.zeros_like(fused), torch.tensor(tasks.LEVELS[level], device=fused.device)
+        for part in np.array_split(rows, -(-len(rows) // 512)):
+            surroundings = dataset.surroundings(fused, squares, part)
+            z[part] = context(fused[part], *surroundings, reads.expand(len(part), -1))
+        out[name] = z
+    out |= {"z_cell": fused, "z_img": embedded["img"], "z_gene": embedded["gene"]}
+    return {name: values.cpu().numpy() for name, values in out.items()}
+
+
+def learned_weights(models):
+    """How far the weights that begin at .1 have moved: gates of niche and tissue, mean absolute
+    scale of the fusion per direction; {name: float}."""
+    cell, context = models["cell"], models["context"]
+    scores = {}
+    for name, part, gate in zip(
+        ("niche", "tissue"), (context.niche, context.tissue), context.gates.tolist()
+    ):
+        if part is not None:
+            scores[f"gate_{name}"] = gate
+    for name, blocks in (("image", cell.to_img), ("genes", cell.to_gene)):
+        if len(blocks):
+            scales = [block.scale.detach().abs().mean().item() for block in blocks]
+            scores[f"fusion_scale_{name}"] = float(np.mean(scales))
+    return scores
 
 
 class Conditions:
@@ -220,8 +264,8 @@ def method_of(dataset, models, generate_images):
     def embed_modality(modality, hidden=None):
         return embed_all(cell, dataset, hidden, modality)[modality]
 
-    def predict_genes(z, rows, has_context):
-        return context_genes(dataset, context, z[rows], z, rows, has_context)
+    def predict_genes(z, rows, level):
+        return context_genes(dataset, context, z[rows], z, rows, level)
 
     return tasks.Method(embed_modality, predict_genes, generate_images)
 
@@ -247,6 +291,7 @@ def score(config, dataset, models, generate_images, record):
     ]
     record.lap("tasks")
     result = tasks.joined(results)
+    result.scores |= learned_weights(models)
     tasks.print_scores("spatia", result.scores, result.baselines)
     return result, z
 

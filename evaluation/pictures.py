@@ -69,7 +69,14 @@ class ImageFeatures:
     eight rings, gradient magnitude in eight orientations (both of the channels' mean).
 
     z is clipped to +-5, so that no feature that hardly varies in real pictures decides alone;
-    features constant in training are left out. Never fitted on scored or generated pictures."""
+    features constant in training are left out. Never fitted on scored or generated pictures.
+
+    has_grey False: of the pictures cut at the thresholds, black and white, so that no grey level
+    counts. Grey decides much where real pictures have none: masks times .99 are twice as far from
+    the masks as other masks are."""
+
+    def __init__(self, has_grey=True):
+        self.has_grey = has_grey
 
     def fit(self, images):
         """images (n, C, S, S) uint8 training pictures."""
@@ -89,6 +96,8 @@ class ImageFeatures:
         )
 
     def _part(self, x):
+        if not self.has_grey:
+            x = (x > np.array(self.thresholds)[:, None, None]).astype(np.float64)
         side = x.shape[-1]
         flat = x.mean(1)  # (n, S, S)
         at = np.arange(side) - (side - 1) / 2

@@ -49,7 +49,7 @@ def cell_batch(dataset, draw, batch, n_patches, hide_genes, hide_patches, drop):
 class ContextBatch(NamedTuple):
     """Cells of which a part is shown: rows (B,) and hidden (B, G) on the CPU; shown (B,): 0
     nothing, 1 picture, 2 genes, 3 both; modality (B,) of the surroundings: 0 picture, 1 genes, 2
-    both; has_context (B,) bool."""
+    both; has_context (B, 2) bool: a niche, a tissue, both or neither."""
 
     rows: torch.Tensor
     hidden: torch.Tensor
@@ -67,7 +67,8 @@ def context_batch(dataset, draw, batch, hide_genes, drop):
     has_context = (torch.rand(batch, generator=draw) >= drop) | (shown == 0)
     any_modality = torch.randint(3, (batch,), generator=draw)
     modality = torch.where(shown == 0, any_modality, shown - 1)
-    return ContextBatch(rows, hidden, shown, modality, has_context)
+    both = has_context[:, None].expand(-1, 2)
+    return ContextBatch(rows, hidden, shown, modality, both)
 
 
 class PictureBatch(NamedTuple):

@@ -41,7 +41,13 @@ GENES_IN_CSV = 200
 SPOT_OF_PITCH = 0.55
 
 
+# arrays of names
+TEXTS = {"barcodes", "ids", "slide", "genes", "classes", "gene_sets", "probes"}
 COUNTS, PREDICTED = "counts", "predicted expression"
+# of spatia: by the network alone, and its mean with a ridge
+EXPRESSION_LAYERS = (
+    *("imputed", "imputed_with_ridge", "image_to_genes", "image_to_genes_with_ridge"),
+)
 
 
 @dataclass
@@ -198,7 +204,8 @@ def _cells(arrays: dict) -> dict:
         columns["cluster"] = names_of(arrays["clusters"])
     if "probes_generated" in arrays:
         made, real = arrays["probes_generated"].mean(axis=0), arrays["probes_real"]
-        for i, probe in enumerate(("own_area", "other_area", "near_density")):
+        names = arrays.get("probes", ("own_area", "other_area", "near_density"))
+        for i, probe in enumerate(names):
             columns |= {f"{probe}_generated": made[:, i], f"{probe}_real": real[:, i]}
     return {
         "columns": columns | _labels(arrays),
@@ -206,7 +213,7 @@ def _cells(arrays: dict) -> dict:
         "x": arrays["expression"],
         "x_is": "measured expression, normalised",
         "genes": arrays["genes"],
-        "layers": {k: arrays[k] for k in ("imputed", "image_to_genes") if k in arrays},
+        "layers": {k: arrays[k] for k in EXPRESSION_LAYERS if k in arrays},
         "category": "cluster" if "clusters" in arrays else "",
     }
 
@@ -247,8 +254,8 @@ CONTENTS = {
         _cells,
         ("ids", "xy", "labels", "genes", "z", "expression"),
         (
-            *("imputed", "image_to_genes", "probes_generated", "probes_real"),
-            *("clusters", "classes"),
+            *EXPRESSION_LAYERS,
+            *("probes_generated", "probes_real", "probes", "clusters", "classes"),
         ),
         is_cells=True,
     ),
@@ -421,7 +428,7 @@ def read_arrays(path, method: str) -> dict[str, np.ndarray]:
     with _of_this_version(path), np.load(path, allow_pickle=False) as file:
         names = [*content.needed, *(name for name in content.optional if name in file.files)]
         arrays = {name: file[name] for name in names}
-        for name in {"barcodes", "ids", "slide", "genes", "classes", "gene_sets"} & set(arrays):
+        for name in TEXTS & set(arrays):
             is_text = arrays[name].dtype.kind == "U" or not arrays[name].size
             if arrays[name].ndim != 1 or not is_text:
                 raise ValueError(f"{name} is {arrays[name].dtype} of shape {arrays[name].shape}")

@@ -94,3 +94,22 @@ def test_scores_of_generated_discs(rng):
     assert pictures.generated_images(real, train[:300], train) == copies
     with pytest.raises(ValueError, match="row counts differ"):
         pictures.generated_images(real, train[:20], train)
+
+
+def test_grey_levels_count_only_where_they_are_asked_for(rng):
+    """Masks times .98: another distribution with grey levels, the same without."""
+    y, x = np.mgrid[:32, :32] - 15.5
+    radius = rng.uniform(3, 12, (400, 2, 1, 1))
+    masks = (255 * np.clip((radius - np.hypot(x, y)) / 3, 0, 1)).astype(np.uint8)
+    darker = np.rint(masks * 0.98).astype(np.uint8)
+    scores = {}
+    for has_grey in (True, False):
+        features = pictures.ImageFeatures(has_grey).fit(masks[:200])
+        real, made = features(masks[200:]), features(darker[200:])
+        scores[has_grey] = pictures.generated_images(real, made, features(masks[:200]))
+    assert scores[False]["fd"] < 1.2 * scores[False]["fd_floor"]
+    assert scores[True]["fd"] > 1.5 * scores[True]["fd_floor"], scores
+    # texture inside the cell counts with grey levels only
+    noisy = np.where(masks > 0, rng.integers(150, 255, masks.shape), 0).astype(np.uint8)
+    with_grey, without = (pictures.ImageFeatures(g).fit(noisy) for g in (True, False))
+    assert with_grey(noisy).shape[1] > without(noisy).shape[1]

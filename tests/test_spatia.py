@@ -23,6 +23,17 @@ from conftest import in_processes, status_of
 from data import DataError
 from evaluation import cell_runs
 from evaluation import cells as tasks
+from evaluation.cell_baselines import (
+    ALPHAS,
+    COUNTS,
+    density,
+    equal_blocks,
+    knn,
+    niche_means,
+    pca_impute,
+    ridge,
+    strips,
+)
 from plainst import run, simulate
 from plainst.cell_batches import CellBatch, ContextBatch, cell_batch, context_batch, picture_batch
 from plainst.cell_data import random_orientation
@@ -289,7 +300,7 @@ def test_images_to_genes_never_reads_expression(trained):
     rows = field.rows["test"][:3]
     i, near = int(rows[0]), int(field.niche[rows[0], 0])
 
-    def predicted(f, on=True):
+    def predicted(f, on=(True, True)):
         z = cell_runs.embed_all(cell, f, modality="img")["img"]
         return torch.tensor(cell_runs.context_genes(f, context, z[rows], z, rows, on)[0][0])
 
@@ -297,12 +308,19 @@ def test_images_to_genes_never_reads_expression(trained):
     assert torch.equal(base, predicted(changed_field(field, counts=[i, near])))
     assert not torch.allclose(base, predicted(changed_field(field, images=[near])), atol=1e-6)
     # without context: own picture only
-    assert torch.equal(
-        predicted(field, False), predicted(changed_field(field, images=[near]), False)
+    off, moved = (False, False), changed_field(field, images=[i])
+    assert torch.equal(predicted(field, off), predicted(changed_field(field, images=[near]), off))
+    assert not torch.allclose(predicted(field, off), predicted(moved, off), atol=1e-6)
+    # the niche alone: its pictures, not those of the tissue
+    far = next(
+        int(j)
+        for j in np.flatnonzero(np.isin(field.square, field.tissue[i]))
+        if j not in field.niche[i]
     )
-    assert not torch.allclose(
-        predicted(field, False), predicted(changed_field(field, images=[i]), False), atol=1e-6
-    )
+    niche, farther = (True, False), changed_field(field, images=[far])
+    assert torch.equal(predicted(field, niche), predicted(farther, niche))
+    assert not torch.equal(predicted(field), predicted(farther))
+    assert not torch.equal(predicted(field, niche), predicted(field, off))
 
 
 def test_a_cell_is_no_member_of_its_surroundings(trained):
@@ -433,7 +451,7 @@ def test_gene_tokens_start_at_the_principal_components():
     def explained(model):
         with torch.no_grad():
             token = model(z, torch.zeros(400, 1)).mean(1).numpy()
-        fit = make_pipeline(StandardScaler(), RidgeCV(tasks.ALPHAS)).fit(token[:300], scores[:300])
+        fit = make_pipeline(StandardScaler(), RidgeCV(ALPHAS)).fit(token[:300], scores[:300])
         return fit.score(token[300:], scores[300:])
 
     assert explained(gene) > 0.9 > explained(plain) + 0.2
@@ -575,10 +593,11 @@ def test_the_union_equals_its_equation(trained):
         union = (
             z[rows] + gate_n * context.from_niche(z_niche) + gate_t * context.from_tissue(z_tissue)
         )
-        has_context = torch.tensor([True, False, True])
+        has_context = torch.tensor([[True, True], [False, False], [True, False]])
         found = context(z[rows], near, near_places, far, far_places, exists, has_context)
-    want = torch.where(has_context[:, None], context.norm(union), context.norm(z[rows]))
-    torch.testing.assert_close(found, want)
+        niche_only = z[rows] + gate_n * context.from_niche(z_niche)
+        wanted = torch.stack([union[0], z[rows][1], niche_only[2]])
+    torch.testing.assert_close(found, context.norm(wanted))
 
 
 @pytest.mark.parametrize("path", ["flow", "ddpm"])
@@ -733,7 +752,8 @@ def test_end_to_end_record_and_figures(cells, tmp_path, capsys):
         / "run.json"
     )
     m, b = record["metrics"], record["baselines"]
-    assert {f"cond_pcc_{p}" for p in tasks.PROBES} | {
+    probes = ("own_area", "other_area", "near_density")
+    assert {f"cond_pcc_{p}" for p in probes} | {
         "fd_generated",
         "fd_floor",
         "fd_retrieval",
@@ -746,6 +766,18 @@ def test_end_to_end_record_and_figures(cells, tmp_path, capsys):
         "round_trip_pcc",
         "round_trip_pcc_ceiling",
         "program_pcc",
+        "fd_generated_shape",
+        "fd_floor_shape",
+        "gate_niche",
+        "gate_tissue",
+        "fusion_scale_image",
+        "fusion_scale_genes",
+        *(
+            f"{task}_{level}_pcc_mean"
+            for task in GENE_TASKS
+            for level in ("cell", "niche", "tissue")
+        ),
+        *(f"annotation_macro_f1_{z}" for z in ("z_cell", "z_niche", "z_tissue")),
     } <= set(m)
     assert {
         "ridge",
@@ -761,7 +793,17 @@ def test_end_to_end_record_and_figures(cells, tmp_path, capsys):
         "ridge_image_pca",
         "pca_expression",
         "pca_image",
+        "pca_both_niche",
+        "retrieval_context",
+        "knn_context",
     } <= set(b)
+    # the network alone is the row; its mean with a ridge, and what reads all it reads, are others
+    for task in GENE_TASKS:
+        for name in ("network_and_ridge", "ridge_all", "knn_all"):
+            assert b[name][f"{task}_pcc_mean"] != m[f"{task}_pcc_mean"]
+    for name in ("retrieval", "retrieval_context"):
+        assert {"fd_retrieval", "fd_floor", "fd_retrieval_shape", "fd_floor_shape"} <= set(b[name])
+    assert "fd_mean_image_shape" in b["mean_image"]
     assert (
         b["gene_mean"]["impute_pcc_mean"] == 0
         and b["retrieval"]["nearest_train"] == 0
@@ -783,7 +825,7 @@ def test_end_to_end_record_and_figures(cells, tmp_path, capsys):
         and arrays["z"].shape == (n, SMALL.dim)
     )
     want = metrics.pcc(arrays["probes_real"], arrays["probes_generated"].mean(0))
-    assert np.allclose(np.nan_to_num(want), [m[f"cond_pcc_{p}"] for p in tasks.PROBES], atol=1e-6)
+    assert np.allclose(np.nan_to_num(want), [m[f"cond_pcc_{p}"] for p in probes], atol=1e-6)
     saved = torch.load(path.with_name("model.pt"), weights_only=True)
     assert len(saved["genes"]) == 48 and {"cell", "context", "generator", "normaliser"} <= set(
         saved
@@ -996,20 +1038,148 @@ def test_low_rank_recovers_low_rank_data():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 3)) @ rng.normal(size=(3, 20)) + 0.05 * rng.normal(size=(400, 20))
     genes = np.arange(20) < 4
-    found = tasks.pca_impute(x[:300], np.where(genes, 0, x[300:]), genes, 3)
+    found = pca_impute(x[:300], np.where(genes, 0, x[300:]), genes, 3)
     assert metrics.pcc(x[300:, genes], found).min() > 0.98
 
 
-def test_every_value_is_hidden_once_and_neighbours_hide_others(trained):
+def test_every_value_is_hidden_once_and_most_neighbours_show_it(trained):
+    """A fifth a round, every value once; a neighbour hides the same genes in one of five cases."""
     _, field, *_ = trained
-    when, gene, cell = tasks.imputation_folds(field, 0)
-    assert when.shape == (240, 48) and when.min() == 0 and when.max() == tasks.ROUNDS - 1
-    share = torch.stack([(when == r).float().mean(1) for r in range(tasks.ROUNDS)])
-    assert (share - 0.2).abs().max() < 0.02
-    f = 2
-    assert (
-        when.numpy()[np.arange(240), np.flatnonzero(gene == f)[0]] == (f + cell) % tasks.ROUNDS
-    ).all()
+    folds = tasks.imputation_folds(field, 0)
+    hidden = torch.stack([tasks.hidden_in_round(*folds, r) for r in range(tasks.ROUNDS)])
+    assert hidden.shape == (5, 240, 48) and (hidden.sum(0) == 1).all()
+    assert (hidden.float().mean(2) - 0.2).abs().max() < 0.02
+    rows = torch.as_tensor(field.used_rows)
+    beside = hidden[:, field.niche[rows]]  # (5, n, k, G)
+    is_hidden = hidden[:, rows][:, :, None].expand_as(beside)
+    assert abs(beside[is_hidden].float().mean() - 0.2) < 0.03
+
+
+def test_what_is_visible_is_what_a_naive_loop_sees(trained):
+    _, field, *_ = trained
+    gene_fold, cell_fold = tasks.imputation_folds(field, 0)
+    own, beside, share = tasks.visible_inputs(field, gene_fold, cell_fold, 3)
+    for i in field.used_rows[::40]:
+        hidden = tasks.hidden_in_round(gene_fold, cell_fold, (3 + cell_fold[i]) % tasks.ROUNDS)
+        assert np.array_equal(np.flatnonzero(hidden[i]), np.flatnonzero(gene_fold == 3))
+        niche = field.niche[i]
+        values = [torch.cat(field.expression([j], hidden[[j]]), 1)[0] for j in [i, *niche.tolist()]]
+        np.testing.assert_allclose(own[i], values[0], atol=1e-6)
+        np.testing.assert_allclose(beside[i], torch.stack(values[1:]).mean(0), atol=1e-5)
+        shows = (~hidden[niche]).float().mean(0).numpy()[gene_fold == 3]
+        np.testing.assert_allclose(share[i], shows, atol=1e-6)
+
+
+def fake_method(field):
+    """A network that says the same of every cell, by the level that it reads."""
+
+    def predict(z, rows, level):
+        value = 1 + 2 * level[0] + 4 * level[1]
+        noise = np.random.default_rng(value).normal(0, 0.02, (len(rows), field.cells.n_genes))
+        return noise.astype(np.float32), np.zeros((len(rows), 2), np.float32)
+
+    return tasks.Method(lambda modality, hidden=None: None, predict)
+
+
+GENE_TASKS = ("impute", "image_to_genes")
+
+
+def run_gene_task(field, task):
+    if task == "impute":
+        return tasks.task_imputation(field, fake_method(field), 0)
+    return tasks.task_image_to_genes(field, fake_method(field))
+
+
+@pytest.mark.parametrize("task", GENE_TASKS)
+def test_the_network_alone_is_the_row(trained, task):
+    """The scores and the exported expression are the head's; its mean with a ridge stands apart;
+    every level has its own score."""
+    _, field, *_ = trained
+    result, true = run_gene_task(field, task), field.expression_matrix("test")[:, :-1]
+    key = {"impute": "imputed"}.get(task, task)
+    alone, mixed = result.arrays[key], result.arrays[f"{key}_with_ridge"]
+    detected = tasks.detected_genes(field)
+    for row, guess in ((result.scores, alone), (result.baselines["network_and_ridge"], mixed)):
+        want = tasks.gene_scores(true, guess, detected, task)
+        assert row[f"{task}_pcc_mean"] == pytest.approx(want[f"{task}_pcc_mean"], abs=1e-6)
+    assert abs(result.scores[f"{task}_pcc_mean"]) < 0.1  # noise
+    assert result.baselines["network_and_ridge"][f"{task}_pcc_mean"] > 0.1
+    levels = [result.scores[f"{task}_{level}_pcc_mean"] for level in ("cell", "niche", "tissue")]
+    assert len({*levels, result.scores[f"{task}_pcc_mean"]}) == 4
+
+
+@pytest.mark.parametrize("task", GENE_TASKS)
+def test_baselines_read_pictures_and_surroundings(trained, task, monkeypatch):
+    """Where the pictures of the surroundings tell the expression, the baselines that read all find
+    it, the others do not."""
+    _, field, *_ = trained
+    expression = field.all_expression()[:, :-1].numpy().astype(np.float64)
+    monkeypatch.setattr(tasks, "picture_features", lambda dataset: np.zeros((240, 3)))
+    niche = np.zeros_like(expression)
+    niche[field.used_rows] = expression[field.used_rows]
+    monkeypatch.setattr(tasks, "niche_means", lambda dataset, values: niche)
+    b = run_gene_task(field, task).baselines
+    pcc = {name: scores[f"{task}_pcc_mean"] for name, scores in b.items()}
+    assert pcc["ridge_all"] > 0.6 and pcc["knn_all"] > pcc["knn"] + 0.1, pcc
+    assert pcc["ridge_all"] > max(v for k, v in pcc.items() if not k.endswith(("_all", "context")))
+
+
+def test_penalty_and_number_of_neighbours_are_chosen_for_each_target_by_folds():
+    """Against scikit-learn, one target after the other, on the same folds."""
+    from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit
+    from sklearn.neighbors import KNeighborsRegressor
+
+    rng = np.random.default_rng(0)
+    x, query, fold = (
+        rng.normal(size=(150, 12)) * 3 + 1,
+        rng.normal(size=(7, 12)),
+        np.arange(150) % 5,
+    )
+    signal = x @ rng.normal(size=(12, 3))
+    y = np.column_stack([signal[:, 0], 0.2 * signal[:, 1] + rng.normal(size=150) * 5, x[:, 0] > 1])
+    split, chosen = PredefinedSplit(fold), []
+    for target in range(3):
+        score = "neg_mean_squared_error"
+        model = make_pipeline(StandardScaler(), Ridge())
+        search = GridSearchCV(model, {"ridge__alpha": ALPHAS}, cv=split, scoring=score)
+        search.fit(x, y[:, target])
+        chosen.append(search.best_params_["ridge__alpha"])
+        found = ridge(x, y, query, fold)[:, target]
+        np.testing.assert_allclose(found, search.predict(query), rtol=1e-6)
+        search = GridSearchCV(
+            KNeighborsRegressor(), {"n_neighbors": COUNTS}, cv=split, scoring=score
+        )
+        search.fit(x, y[:, target])
+        found = knn(x, y, query, fold)[:, target]
+        np.testing.assert_allclose(found, search.predict(query), rtol=1e-6)
+    assert len(set(chosen)) > 1
+
+
+def test_folds_are_strips_of_neighbours(trained):
+    _, field, *_ = trained
+    rows = field.rows["train"]
+    fold = strips(field.cells, rows)
+    for section in np.unique(field.cells.section[rows]):
+        order = np.argsort(field.cells.xy[rows, 0] + 1e9 * (field.cells.section[rows] != section))
+        runs = fold[order[: (field.cells.section[rows] == section).sum()]]
+        assert (np.diff(runs) != 0).sum() == 9 and np.bincount(runs).min() >= len(runs) // 5 - 2
+
+
+def test_blocks_of_inputs_weigh_alike():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(500, 3)) * 100, rng.normal(size=(500, 40))
+    x = equal_blocks([a, b], np.arange(400))
+    assert x[:400, :3].var(0).sum() == pytest.approx(1) == x[:400, 3:].var(0).sum()
+
+
+def test_niche_means_and_density(trained):
+    _, field, *_ = trained
+    values, i = np.random.default_rng(0).normal(size=(240, 2)), field.rows["test"][3]
+    found = niche_means(field, values)
+    np.testing.assert_allclose(found[i], values[field.niche[i]].mean(0))
+    far = np.hypot(*(field.cells.xy[field.niche[i]] - field.cells.xy[i]).T).max()
+    assert density(field, np.array([i]))[0, 1] == pytest.approx(-np.log(far + 1))
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -1044,12 +1214,22 @@ def test_bad_flags(cells, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_section_smaller_than_a_niche(tmp_path, monkeypatch):
-    path = simulate.simulate_cells(
-        tmp_path / "cells.h5", n_cells=80, n_genes=48, n_sections=3, size=16
-    )
-    monkeypatch.setitem(sp.SIZES, "tiny", dataclasses.replace(SMALL, niche=40))
-    fails(flags(path, tmp_path), "cells.h5", "section", "niche")
+def test_sections_smaller_than_a_niche_are_left_out(tmp_path, monkeypatch, capsys):
+    """One small section of four: a sentence, and the others train; all too small: an error."""
+    given = simulate.cells.cell_field(n_cells=200, n_genes=48, n_sections=4, size=16)
+    given["section"] = np.minimum(np.arange(200) // 65, 3)  # 65, 65, 65, 5
+    path = data.write_cells(tmp_path / "cells.h5", **given)
+    for fold in (0, 2, 3):
+        config = config_of(path, "--fold", str(fold))
+        field = cell_runs.load(config, SMALL, torch.device("cpu"))
+        assert (
+            "section sim4 has 5 cells in the train part, fewer than a niche of 6: they are left out"
+        ) in capsys.readouterr().out
+        assert sum(len(rows) for rows in field.rows.values()) == 195
+    # it alone is held out
+    fails(flags(path, tmp_path, "--fold", "1"), "cells.h5", "niche of 6 cells in the test part")
+    monkeypatch.setitem(sp.SIZES, "tiny", dataclasses.replace(SMALL, niche=70))
+    fails(flags(path, tmp_path), "cells.h5", "no section has a niche of 71 cells", "wider")
 
 
 def test_crops_that_patches_do_not_fit(cells, tmp_path, monkeypatch):
@@ -1074,7 +1254,7 @@ def test_ca1_split_and_ridge_are_the_published_anchor(real_data, tmp_path):
     assert (len(fit), len(rows)) == (1506, 645)
     x = [field.expression_matrix(part)[:, :-1] for part in ("train", "test")]
     p = [tasks.channel_coverage(field.cells.crops[r], field.cells.channels) for r in (fit, rows)]
-    found = metrics.pcc(p[1], tasks.ridge(x[0], p[0], x[1]))
+    found = metrics.pcc(p[1], ridge(x[0], p[0], x[1], strips(field.cells, fit)))
     assert np.allclose(found, [0.35, 0.75, 0.57], atol=0.03), found
 
 
@@ -1089,5 +1269,19 @@ def test_undefined_correlations_stay_undefined():
     assert scores["impute_pcc_mean"] == pytest.approx((r[0] + 0 + r[3]) / 3)
     nothing = tasks.gene_scores(true, guess, np.arange(4) == 1, "impute")
     assert np.isnan([nothing["impute_pcc_mean"], nothing["impute_pcc_median"]]).all()
-    own, other, near = tasks.probe_scores(true[:, :3], guess[:, :3]).values()
+    names = tasks.probe_names(["own", "other"])
+    own, other, near = tasks.probe_scores(true[:, :3], guess[:, :3], names).values()
     assert own == pytest.approx(r[0]) and np.isnan(other) and near == 0
+
+
+def test_probes_are_called_what_they_measure():
+    """A stain has a mean over the crop, which is no area of the cell; masks have areas."""
+    images = np.random.default_rng(0).integers(0, 255, (6, 3, 8, 8)).astype(np.uint8)
+    assert tasks.probe_names(["DAPI", "18S", "a/b"]) == ["mean_dapi", "mean_18s", "mean_a_b"]
+    found = tasks.channel_coverage(images, ["DAPI", "18S", "a/b"])
+    np.testing.assert_allclose(found, images.mean((2, 3)) / 255, rtol=1e-5)
+    channels = ["own", "other", "DAPI"]
+    assert tasks.probe_names(channels) == ["own_area", "other_area", "near_density", "mean_dapi"]
+    found = tasks.channel_coverage(images, channels)
+    np.testing.assert_allclose(found[:, 2], images[:, 1, 2:-2, 2:-2].mean((1, 2)) / 255, rtol=1e-5)
+    np.testing.assert_allclose(found[:, 3], images[:, 2].mean((1, 2)) / 255, rtol=1e-5)
