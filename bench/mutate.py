@@ -35,6 +35,8 @@ TESTS = {
     "plainst/neighbours.py": ["data", "gat_fusion"],
     "plainst/simulate/*": ["simulate"],
     "plainst/readers/convert.py": ["cells"],
+    "plainst/readers/xenium.py": ["cells"],
+    "plainst/readers/cut.py": ["cells"],
     "plainst/readers/crops.py": ["cells"],
     "plainst/readers/*": ["readers", "data"],
     "plainst/layers.py": ["gat_fusion"],

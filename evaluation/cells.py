@@ -39,7 +39,14 @@ from evaluation.cell_baselines import (
     ridge,
     strips,
 )
-from evaluation.pictures import ImageFeatures, generated_images, morphology
+from evaluation.pictures import (
+    N_SHAPES,
+    ImageFeatures,
+    generated_images,
+    morphology,
+    stain_channel,
+    stain_statistics,
+)
 from plainst import run
 
 # imputation hides 1/5 of the genes of a cell, each gene once
@@ -430,10 +437,30 @@ def coherence(dataset, rows, cluster):
     return float(np.average(values, weights=sizes))
 
 
-def label_scores(x_fit, x, y_fit, y, n_classes, seed):
+def classifier(x, y, fold):
+    """Logistic regression on z-scored inputs x (n, p), classes y (n,) weighted alike, fitted; its
+    penalty is the one of best balanced accuracy on the folds (n,) of the training rows."""
+
+    def fitted(strength, rows):
+        model = LogisticRegression(C=strength, class_weight="balanced", max_iter=500)
+        return make_pipeline(StandardScaler(), model).fit(x[rows], y[rows])
+
+    strengths, scores = (0.01, 0.1, 1.0), []
+    outs = [fold == number for number in np.unique(fold)]
+    outs = [is_out for is_out in outs if len(np.unique(y[~is_out])) > 1]
+    for strength in strengths:
+        guess = np.full(len(y), -1)
+        for is_out in outs:
+            guess[is_out] = fitted(strength, ~is_out).predict(x[is_out])
+        recall = [np.mean(guess[y == label] == label) for label in np.unique(y)]
+        scores.append(np.mean(recall))
+    return fitted(strengths[int(np.argmax(scores))], np.ones(len(y), bool))
+
+
+def label_scores(x_fit, x, y_fit, y, n_classes, seed, fold):
     """Scores of inputs x_fit (n_fit, p), x (n, p) by classes y_fit, y, and the clusters (n,) found
-    in x: logistic regression; k-means with K = number of classes (oracle)."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x_fit, y_fit)
+    in x: `classifier`; k-means with K = number of classes (oracle)."""
+    model = classifier(x_fit, y_fit, fold)
     prob = np.zeros((len(x), n_classes))
     prob[:, model.classes_] = model.predict_proba(x)
     annotation = metrics.classification(y, prob)
@@ -448,16 +475,17 @@ def label_scores(x_fit, x, y_fit, y, n_classes, seed):
 
 
 def task_labels(dataset, z, seed):
-    """Annotation (logistic regression on frozen embeddings) and clustering (k-means, K = number of
+    """Annotation (`classifier` on frozen embeddings) and clustering (k-means, K = number of
     classes: oracle) where the file has labels. z {name: (N, d) numpy}: embeddings; the scores of
     `z` bear no suffix, those of the others their name."""
     labels, train, test = dataset.cells.labels, dataset.rows["train"], dataset.rows["test"]
     fit, rows = train[labels[train] >= 0], test[labels[test] >= 0]
-    n_classes, result = len(dataset.cells.classes), TaskResult()
+    n_classes, result, fold = len(dataset.cells.classes), TaskResult(), strips(dataset.cells, fit)
     if not len(rows) or len(np.unique(labels[fit])) < 2:
         return result
     for name, x in (z | label_baselines(dataset)).items():
-        scores, cluster = label_scores(x[fit], x[rows], labels[fit], labels[rows], n_classes, seed)
+        parts = x[fit], x[rows], labels[fit], labels[rows]
+        scores, cluster = label_scores(*parts, n_classes, seed, fold)
         scores["clustering_coherence"] = coherence(dataset, rows, cluster)
         if name in z:
             suffix = "" if name == "z" else f"_{name}"
@@ -469,7 +497,9 @@ def task_labels(dataset, z, seed):
 
 def label_baselines(dataset):
     """{name: (N, p)} inputs of the same classifier: principal components of expression, of pixels,
-    both, and both with density and the niche's means."""
+    both, and both with density and the niche's means; of the picture alone `picture_shape`, the
+    shape of what its first channel shows, and where there is a stain `picture_stain`, eleven
+    numbers of it, and both."""
     fit, used = dataset.rows["train"], dataset.used_rows
     expression = components(dataset.all_expression().cpu().numpy(), fit, 30)
     crops = dataset.cells.crops
@@ -479,12 +509,24 @@ def label_baselines(dataset):
     crowding = np.zeros((len(both), 2))
     crowding[used] = density(dataset, used)
     surroundings = np.hstack([both, crowding, niche_means(dataset, both)])
-    return {
+    inputs = {
         "pca_expression": expression,
         "pca_image": image,
         "pca_both": both,
         "pca_both_niche": surroundings,
     }
+    threshold = ImageFeatures().fit(crops[fit]).thresholds[0]
+    shape = morphology(crops[used][:, 0] / 255, threshold)[:, :N_SHAPES]
+    pictures = {"picture_shape": shape}
+    stained = stain_channel(dataset.cells.channels)
+    if stained is not None:
+        inside = crops[used][:, 0] / 255 > threshold
+        pictures["picture_stain"] = stain_statistics(crops[used][:, stained] / 255, inside)
+        pictures["picture_shape_stain"] = np.hstack([shape, pictures["picture_stain"]])
+    for name, values in pictures.items():
+        inputs[name] = np.zeros((len(both), values.shape[1]))
+        inputs[name][used] = values
+    return inputs
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,6 +17,31 @@ MORPHOLOGY = (
 )
 
 
+# the first of them tell the shape, the others grey levels
+N_SHAPES = 7
+
+
+def stain_channel(channels):
+    """Number of the first channel that is no mask, or None."""
+    return next((i for i, name in enumerate(channels) if name not in ("own", "other")), None)
+
+
+def stain_statistics(images, inside):
+    """Eleven numbers of a stain in each cell: images (n, S, S) in [0, 1], inside (n, S, S) bool ->
+    (n, 11): inside the cell mean, s.d., quantiles 0, .1, .25, .5, .75, .9, 1 and the mean gradient
+    magnitude; the mean of the crop. Of a cell without a pixel all but the last are 0."""
+    out = np.zeros((len(images), 11))
+    for row, (image, mask) in enumerate(zip(images, inside)):
+        out[row, 10] = image.mean()
+        if not mask.any():
+            continue
+        values = image[mask]
+        gradient = np.hypot(*np.gradient(image))[mask].mean()
+        quantiles = np.quantile(values, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
+        out[row, :10] = [values.mean(), values.std(), *quantiles, gradient]
+    return out
+
+
 def morphology(images, threshold=0.5):
     """Ten numbers of the foreground (pixels above `threshold`) of each picture: images (n, S, S) in
     [0, 1] -> (n, 10) float64, names MORPHOLOGY.

@@ -113,3 +113,18 @@ def test_grey_levels_count_only_where_they_are_asked_for(rng):
     noisy = np.where(masks > 0, rng.integers(150, 255, masks.shape), 0).astype(np.uint8)
     with_grey, without = (pictures.ImageFeatures(g).fit(noisy) for g in (True, False))
     assert with_grey(noisy).shape[1] > without(noisy).shape[1]
+
+
+def test_statistics_of_a_stain(rng):
+    image, inside = rng.random((3, 16, 16)), np.zeros((3, 16, 16), bool)
+    inside[0, 4:9, 5:12], inside[1, 3, 3] = True, True
+    found = pictures.stain_statistics(image, inside)
+    values = image[0][inside[0]]
+    assert found.shape == (3, 11) and (found[2, :10] == 0).all()
+    np.testing.assert_allclose(
+        found[0, [0, 1, 2, 5, 8]],
+        [values.mean(), values.std(), values.min(), np.median(values), values.max()],
+    )
+    np.testing.assert_allclose(found[:, 10], image.mean((1, 2)))
+    assert pictures.stain_channel(["own", "other", "dapi"]) == 2
+    assert pictures.stain_channel(["own", "other"]) is None and pictures.stain_channel(["x"]) == 0

@@ -794,6 +794,7 @@ def test_end_to_end_record_and_figures(cells, tmp_path, capsys):
         "pca_expression",
         "pca_image",
         "pca_both_niche",
+        "picture_shape",
         "retrieval_context",
         "knn_context",
     } <= set(b)
@@ -1285,3 +1286,36 @@ def test_probes_are_called_what_they_measure():
     found = tasks.channel_coverage(images, channels)
     np.testing.assert_allclose(found[:, 2], images[:, 1, 2:-2, 2:-2].mean((1, 2)) / 255, rtol=1e-5)
     np.testing.assert_allclose(found[:, 3], images[:, 2].mean((1, 2)) / 255, rtol=1e-5)
+
+
+def test_the_penalty_of_a_classifier_and_the_weight_of_rare_classes():
+    """A class of five in a hundred is found; noise is shrunk by the folds."""
+    rng = np.random.default_rng(0)
+    y = (np.arange(400) % 20 == 0).astype(int)
+    x = rng.normal(size=(400, 30))
+    x[:, 0] += 2 * y
+    model = tasks.classifier(x, y, np.arange(400) // 8 % 5)
+    new = rng.normal(size=(400, 30))
+    new[:, 0] += 2 * y
+    guess = model.predict(new)
+    assert (guess[y == 1] == 1).mean() > 0.5 and model[-1].C == 0.01
+    clean = np.column_stack([y + 0.01 * rng.normal(size=400), rng.normal(size=400)])
+    assert (tasks.classifier(clean, y, np.arange(400) // 8 % 5).predict(clean) == y).all()
+
+
+def test_types_are_read_from_the_stain(tmp_path):
+    """Where a type is bright in the stain, and nothing else tells it, eleven numbers find it."""
+    given, rng = simulate.cells.cell_field(n_cells=300, n_genes=48, n_sections=3, size=16), None
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 300)
+    crops = np.concatenate(list(given["crops"]))
+    stain = rng.integers(0, 100, (300, 1, 16, 16)) + 100 * labels[:, None, None, None]
+    given |= {"crops": np.concatenate([crops, stain.astype(np.uint8)], 1), "masks": None}
+    given |= {"channels": ["own", "other", "dapi"], "labels": labels, "classes": ["a", "b"]}
+    path = data.write_cells(tmp_path / "cells.h5", **given)
+    field = cell_runs.load(config_of(path), SMALL, torch.device("cpu"))
+    result = tasks.task_labels(field, {"z_img": rng.normal(size=(300, 4))}, 0)
+    score = {k: v["annotation_balanced_accuracy"] for k, v in result.baselines.items()}
+    assert score["picture_stain"] > 0.95 < score["picture_shape_stain"]
+    assert score["picture_shape"] < 0.7
+    assert result.scores["annotation_balanced_accuracy_z_img"] < 0.7
