@@ -27,8 +27,7 @@ Phenotypes", arXiv 2507.04704 v1 (2025). The page beside this file is docs/spati
 | $Y$ | condition of the generator, counts only | (M+4, e) |
 | $\rho$ | share of the N decoder tokens that are merged | |
 
-Every run scores the network beside the predictors it has to beat (evaluation/cells.py). The blocks
-of a transformer are those of plainst/transformer.py.
+Every run scores the network beside the predictors it has to beat (evaluation/cells.py).
 
     python spatia.py --data datasets/ca1/cells.h5 --seed 0
     python spatia.py --data cells.h5 --score val --guidance 0
@@ -277,9 +276,9 @@ class CellModel(nn.Module):
     Test: test_the_cell_equals_its_equations
     """
 
-    def __init__(self, shape, n_genes, size, fusion=True):
+    def __init__(self, shape, n_genes, size, fusion=True, has_pictures=True):
         super().__init__()
-        d, layers = size.dim, size.fusion_layers if fusion else 0
+        d, layers, self.has_pictures = size.dim, size.fusion_layers if fusion else 0, has_pictures
         self.n_patches = (shape[1] // size.patch) ** 2
         self.image, self.gene = ImageTokenizer(shape, size), GeneTokenizer(n_genes, size)
         self.absent_img = nn.Parameter(torch.randn(4, d) * 0.02)
@@ -639,8 +638,7 @@ def on_path(path, t, x0, x1):
     $$x_t = \sin(\tfrac{\pi t}{2})\, x_1 + \cos(\tfrac{\pi t}{2})\, x_0, \qquad
     u = \sin(\tfrac{\pi t}{2})\, x_0 - \cos(\tfrac{\pi t}{2})\, x_1 \quad \text{(ddpm)} \tag{15}$$
 
-    Flow: Lipman et al. 2023, Liu et al. 2023; ddpm: the cosine schedule with v-prediction, Salimans
-    & Ho 2022.
+    Lipman et al. 2023, Liu et al. 2023; cosine schedule with v-prediction, Salimans & Ho 2022.
 
     Test: test_path_targets_are_the_derivatives
     """
@@ -705,6 +703,8 @@ def cell_loss(config, model, batch):
         target = cut_patches(batch.picture, model.image.patch)  # (b, P, C p p)
         error = (model.mae_decode(img, keep) - target).square().mean(-1)  # (b, P)
         loss = loss + (error * is_lost).sum() / (n_patches - keep.shape[1])
+    if not model.has_pictures:
+        return loss
     contrast = info_nce(run.gather(z_img), run.gather(z_gene), model.log_tau, batch.rows)
     return loss + 0.1 * contrast
 
@@ -852,7 +852,7 @@ def train(config, size, stages, dataset, record):
     conditions (None without it)."""
     n_genes, device, conditions = dataset.cells.n_genes, dataset.device, None
     models, losses = {}, {}
-    cell = CellModel(dataset.shape, n_genes, size, config.fusion)
+    cell = CellModel(dataset.shape, n_genes, size, config.fusion, dataset.has_pictures)
     cell.gene.init_from_pca(dataset.expression_matrix("train")[:, :-1])
     for part in (cell.to(device).image, cell.gene):
         run.compiled(part, config)

@@ -98,19 +98,33 @@ def without_small_sections(cells, split, least):
     return split
 
 
-def load(config, size, device):
-    """CellDataset with the split that is scored: as test cells the test part, or with --score val
-    the validation part."""
-    cells = data.load_cells(config.data)
-    case = f"on {config.data}: of three sections or more whole ones are held out"
-    run.refuse_idle_flags(config, [(len(cells.sections) >= 3, case, ("width", "buffer"))])
-    side = cells.crops.shape[2]
+def check_pictures(config, size, cells):
+    """What the crops of the file are, in words. A file without any switches off what needs them:
+    stage C and the reconstruction of patches. Raises DataError where patches do not fit the crops,
+    or a flag is about pictures that are not there."""
+    if cells.crops is None:
+        needs = ("generate", "mae", "path", "rho", "condition", "guidance", "draws", "ode_steps")
+        case = f"on {config.data}, which holds no pictures"
+        run.refuse_idle_flags(config, [(True, case, (*needs, "steps_c"))])
+        config.generate = config.mae = False
+        return "no pictures"
+    channels, side = cells.crops.shape[1:3]
     for patch in (size.patch, size.decoder_patch):
         if side % patch or side // patch % 2:
             raise DataError(
                 f"{config.data}: crops of {side} px cannot be cut into an even number of patches "
                 f"of {patch} px: convert with another crop size"
             )
+    return f"crops {channels} x {side} x {side}"
+
+
+def load(config, size, device):
+    """CellDataset with the split that is scored: as test cells the test part, or with --score val
+    the validation part."""
+    cells = data.load_cells(config.data)
+    case = f"on {config.data}: of three sections or more whole ones are held out"
+    run.refuse_idle_flags(config, [(len(cells.sections) >= 3, case, ("width", "buffer"))])
+    pictures = check_pictures(config, size, cells)
     val = 0 if config.score == "test" else 4
     buffer = None if config.buffer == -1 else config.buffer
     split = data.cell_split(cells, config.test_every, config.width, None, buffer, val, config.fold)
@@ -122,7 +136,7 @@ def load(config, size, device):
     n_train, n_scored = len(dataset.rows["train"]), len(dataset.rows["test"])
     run.say(
         f"{Path(config.data).name}: {n_train} cells train, {n_scored} are scored ({split.detail}); "
-        f"{cells.n_genes} genes, crops {cells.crops.shape[1]} x {side} x {side}"
+        f"{cells.n_genes} genes, {pictures}"
     )
     return dataset
 
@@ -135,20 +149,26 @@ def load(config, size, device):
 @torch.no_grad()
 def embed(model, dataset, rows, hidden=None, modality=None, chunk=512):
     """Embeddings of `rows` from the full view: {modality: (n, d)} for img, gene, fused, or the one
-    asked for. hidden (n, G) bool: genes that are hidden."""
+    asked for; img is 0 where the file has no pictures. hidden (n, G) bool: genes that are
+    hidden."""
     wanted = MODALITIES if modality is None else (modality,)
     out = {name: [] for name in wanted}
     for start in range(0, len(rows), chunk):
         part = rows[start : start + chunk]
         mask = None if hidden is None else hidden[start : start + chunk]
         x_img = x_gene = None
-        if set(wanted) & {"img", "fused"}:
+        if dataset.has_pictures and set(wanted) & {"img", "fused"}:
             x_img = model.image(dataset.images(part))
         if set(wanted) & {"gene", "fused"}:
             on_device = None if mask is None else mask.to(dataset.device)
             x_gene = model.gene(*dataset.expression(part, mask), on_device)
         seen = {"img": (x_img, None), "gene": (None, x_gene), "fused": (x_img, x_gene)}
         for name in wanted:
+            if seen[name] == (None, None):
+                out[name].append(
+                    torch.zeros(len(part), model.norm.bias.shape[0], device=dataset.device)
+                )
+                continue
             z, *_ = model.fuse(*seen[name])
             out[name].append(z.float())
     return {name: torch.cat(values) for name, values in out.items()}
@@ -284,11 +304,12 @@ def score(config, dataset, models, generate_images, record):
         results.append(tasks.task_generation(dataset, method, config.seed, config.draws))
         record.lap("generation")
     z = representations(dataset, models["cell"], models["context"])
-    results += [
-        tasks.task_imputation(dataset, method, config.seed),
-        tasks.task_image_to_genes(dataset, method),
-        tasks.task_labels(dataset, z, config.seed),
-    ]
+    results.append(tasks.task_imputation(dataset, method, config.seed))
+    if dataset.has_pictures:
+        results.append(tasks.task_image_to_genes(dataset, method))
+    else:
+        z.pop("z_img")
+    results.append(tasks.task_labels(dataset, z, config.seed))
     record.lap("tasks")
     result = tasks.joined(results)
     result.scores |= learned_weights(models)
@@ -299,7 +320,9 @@ def score(config, dataset, models, generate_images, record):
 def arrays_of(dataset, z, arrays):
     """The arrays of the record: those of the tasks, the scored cells and their embeddings."""
     cells, rows = dataset.cells, dataset.rows["test"]
-    out = arrays | {"genes": cells.genes, "crops": cells.crops[rows]}
+    out = arrays | {"genes": cells.genes}
+    if dataset.has_pictures:
+        out["crops"] = cells.crops[rows]
     out |= {"ids": cells.ids[rows], "xy": cells.xy[rows], "labels": cells.labels[rows]}
     return out | {name: values[rows] for name, values in z.items()}
 

@@ -94,10 +94,12 @@ class TaskResult:
 
 def picture_features(dataset):
     """Classical features of every cell's picture and its density, (N, p), zeros for cells in no
-    part; the features are fitted on training pictures."""
+    part; the features are fitted on training pictures. Without pictures the density alone."""
     rows, crops = dataset.used_rows, dataset.cells.crops
-    features = ImageFeatures().fit(crops[dataset.rows["train"]])
-    values = np.hstack([features(crops[rows]), density(dataset, rows)])
+    values = density(dataset, rows)
+    if dataset.has_pictures:
+        features = ImageFeatures().fit(crops[dataset.rows["train"]])
+        values = np.hstack([features(crops[rows]), values])
     out = np.zeros((dataset.cells.n_cells, values.shape[1]))
     out[rows] = values
     return out
@@ -497,24 +499,28 @@ def task_labels(dataset, z, seed):
 
 def label_baselines(dataset):
     """{name: (N, p)} inputs of the same classifier: principal components of expression, of pixels,
-    both, and both with density and the niche's means; of the picture alone `picture_shape`, the
+    both, and each with density and the niche's means; of the picture alone `picture_shape`, the
     shape of what its first channel shows, and where there is a stain `picture_stain`, eleven
     numbers of it, and both."""
     fit, used = dataset.rows["train"], dataset.used_rows
     expression = components(dataset.all_expression().cpu().numpy(), fit, 30)
-    crops = dataset.cells.crops
-    image = np.zeros((dataset.cells.n_cells, min(50, len(fit) - 1)))
+    crowding = np.zeros((len(expression), 2))
+    crowding[used] = density(dataset, used)
+    niche = np.hstack([expression, crowding, niche_means(dataset, expression)])
+    inputs = {"pca_expression": expression, "pca_expression_niche": niche}
+    if dataset.has_pictures:
+        inputs |= picture_baselines(dataset, expression, crowding)
+    return inputs
+
+
+def picture_baselines(dataset, expression, crowding):
+    """Those of `label_baselines` that read pictures; expression (N, q), crowding (N, 2)."""
+    fit, used, crops = dataset.rows["train"], dataset.used_rows, dataset.cells.crops
+    image = np.zeros((len(expression), min(50, len(fit) - 1, crops[:1].size)))
     image[used] = pixel_components(50, crops[fit], crops[used])[1]
     both = np.hstack([expression, image])
-    crowding = np.zeros((len(both), 2))
-    crowding[used] = density(dataset, used)
     surroundings = np.hstack([both, crowding, niche_means(dataset, both)])
-    inputs = {
-        "pca_expression": expression,
-        "pca_image": image,
-        "pca_both": both,
-        "pca_both_niche": surroundings,
-    }
+    inputs = {"pca_image": image, "pca_both": both, "pca_both_niche": surroundings}
     threshold = ImageFeatures().fit(crops[fit]).thresholds[0]
     shape = morphology(crops[used][:, 0] / 255, threshold)[:, :N_SHAPES]
     pictures = {"picture_shape": shape}

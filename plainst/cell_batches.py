@@ -15,7 +15,8 @@ from plainst.stages import rank_slice, sample_batch
 class CellBatch(NamedTuple):
     """Cells with hidden genes and patches: picture (b, C, S, S); expression (b, G) and depth (b, 1)
     of the visible genes; target (b, G) of all; hidden (b, G) bool; keep (b, K) visible patches;
-    has_img, has_gene (b,) bool; rows: the slice of this process."""
+    has_img, has_gene (b,) bool, no picture at all where the file has none; rows: the slice of this
+    process."""
 
     picture: torch.Tensor
     expression: torch.Tensor
@@ -43,6 +44,8 @@ def cell_batch(dataset, draw, batch, n_patches, hide_genes, hide_patches, drop):
     target, _ = dataset.expression(rows)
     hidden, u, keep = (a.to(dataset.device) for a in (hidden, u, keep))
     shown = expression, depth, target, hidden, keep
+    if not dataset.has_pictures:
+        return CellBatch(picture, *shown, torch.zeros_like(u, dtype=bool), u >= 0, mine)
     return CellBatch(picture, *shown, u >= drop, u < 1 - drop, mine)
 
 

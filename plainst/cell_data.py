@@ -17,6 +17,8 @@ PARTS = ("train", "val", "test")
 CHUNK = 4096
 # bytes of crops that are held in memory; larger files are read in every step
 IN_MEMORY = 2**31
+# channels and side that stand in for the crops of a file without pictures
+NO_PICTURE = (1, 16)
 
 
 class Normaliser:
@@ -111,7 +113,8 @@ class CellDataset:
 
     cells: a `Cells`; split: masks (N,) of the parts; normalise: a fitted `Normaliser`; k cells make
     a niche, t squares a tissue. rows {part: row numbers}; niche, square, tissue and their places:
-    see `neighbour_tables`; shape (C, S). Tensors come on `device`, tables stay on the CPU.
+    see `neighbour_tables`; shape (C, S); has_pictures: whether the file has crops. Tensors come on
+    `device`, tables stay on the CPU.
     """
 
     def __init__(self, cells, split, normalise, k, t, device):
@@ -125,10 +128,14 @@ class CellDataset:
             neighbour_tables(cells.xy, group, k, t, cells.source)
         )
         self.counts = cells.counts.tocsr().astype(np.float32)
+        self.has_pictures = cells.crops is not None
+        self.shape, self.stored = NO_PICTURE, None
+        if not self.has_pictures:
+            return
         n, c, s, _ = cells.crops.shape
         self.shape = (c, s)
-        is_small = n * c * s * s < IN_MEMORY
-        self.stored = torch.tensor(cells.crops[np.arange(n)]) if is_small else None
+        if n * c * s * s < IN_MEMORY:
+            self.stored = torch.tensor(cells.crops[np.arange(n)])
         train = self.rows["train"]
         sample = self.images(train[:: -(-len(train) // CHUNK)])
         # (C, 1, 1): a sparse channel counts as much as a full one
@@ -142,7 +149,9 @@ class CellDataset:
 
     def images(self, rows):
         """(B, C, S, S) float in [-1, 1]; from memory where all crops fit into 2 GB, else from the
-        file."""
+        file; black where the file has no pictures."""
+        if not self.has_pictures:
+            return torch.full((len(rows), *NO_PICTURE, NO_PICTURE[1]), -1.0, device=self.device)
         if self.stored is not None:
             x = self.stored[rows]
         else:

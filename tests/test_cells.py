@@ -155,6 +155,33 @@ def test_what_may_be_left_out(path):
     )
 
 
+def test_cells_without_pictures(tmp_path):
+    """Legal, with no channel and no mask; the split of them drops no cell for overlapping crops."""
+    words = table(400, crops=None, channels=[])
+    found = data.load_cells(data.write_cells(tmp_path / "c.h5", **words))
+    assert found.crops is None and found.channels == [] and found.n_cells == 400
+    assert "crops None" in repr(found)
+    split = data.cell_split(found, width=300.0, val=0)
+    assert (split.train | split.test).all() and not split.leaks_position
+    for changes in ({"channels": ["own"]}, {"masks": np.zeros((400, S, S), bool)}):
+        with pytest.raises(data.DataError, match="holds no crops: give a crop a cell"):
+            data.write_cells(tmp_path / "d.h5", **words | changes)
+
+
+def test_an_h5ad_becomes_cells_without_pictures(real_data, tmp_path, capsys):
+    source = real_data / "starmap_mpfc" / "BZ5.h5ad"
+    assert (
+        convert.main(["h5ad", str(source), str(tmp_path / "c.h5"), "--label_key", "cell_type"])
+        is None
+    )
+    found = data.load_cells(tmp_path / "c.h5")
+    assert (found.n_cells, found.n_genes, len(found.classes)) == (1049, 166, 15)
+    slide = data.load_slide(source, label_key="cell_type")
+    assert (found.counts != slide.counts).nnz == 0 and (found.labels == slide.labels).all()
+    np.testing.assert_array_equal(found.xy, slide.xy)
+    assert "no pictures, 15 classes; dropped 0 cells without a count" in capsys.readouterr().out
+
+
 def test_the_same_cells_give_the_same_bytes(path, tmp_path):
     """The data checksum of a record must not depend on when the file was made."""
     assert data.file_checksum(path) == data.file_checksum(

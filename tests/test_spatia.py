@@ -1319,3 +1319,38 @@ def test_types_are_read_from_the_stain(tmp_path):
     assert score["picture_stain"] > 0.95 < score["picture_shape_stain"]
     assert score["picture_shape"] < 0.7
     assert result.scores["annotation_balanced_accuracy_z_img"] < 0.7
+
+
+def test_cells_without_pictures_train_and_are_scored(tmp_path, capsys, monkeypatch):
+    """Expression alone: no generated picture, no score from pictures, and nothing of the image part
+    has learned; flags about pictures are refused."""
+    given = simulate.cells.cell_field(n_cells=240, n_genes=48, n_sections=3, size=16)
+    given |= {"crops": None, "masks": None, "channels": []}
+    path = data.write_cells(tmp_path / "cells.h5", **given)
+    sp.main(["--data", str(path), "--runs", str(tmp_path / "runs"), "--device", "cpu"])
+    out, record = last_record(capsys)
+    m = record["metrics"]
+    assert {"impute_pcc_mean", "annotation_macro_f1", "annotation_macro_f1_z_gene"} <= set(m)
+    assert not [k for k in m if k.startswith(("cond_pcc", "fd_", "image_to_genes")) or "z_img" in k]
+    assert "pca_expression_niche" in record["baselines"] and not record["config"]["generate"]
+    assert {"crops", "generated"}.isdisjoint(np.load(out.with_name("arrays.npz")).files)
+    saved = torch.load(out.with_name("model.pt"), weights_only=True)
+    assert "generator" not in saved
+    with pytest.raises(DataError, match="--draws has no effect on .*, which holds no pictures"):
+        sp.main(["--data", str(path), "--runs", str(tmp_path / "r"), "--draws", "3"])
+
+
+def test_the_image_part_learns_nothing_from_cells_without_pictures(tmp_path):
+    given = simulate.cells.cell_field(n_cells=240, n_genes=48, n_sections=3, size=16)
+    given |= {"crops": None, "masks": None, "channels": []}
+    config = config_of(data.write_cells(tmp_path / "cells.h5", **given))
+    field = cell_runs.load(config, SMALL, torch.device("cpu"))
+    cell = sp.CellModel(field.shape, 48, SMALL, has_pictures=False)
+    batch = cell_batch(field, step_generator(0, 0, 0), 8, cell.n_patches, 0.3, 0.5, 0.15)
+    assert batch.has_gene.all() and not batch.has_img.any()
+    loss = sp.cell_loss(config, cell, batch)
+    loss.backward()
+    grads = [p.grad for p in cell.image.parameters() if p.grad is not None]
+    assert torch.isfinite(loss) and all((g == 0).all() for g in grads)
+    z = cell_runs.embed_all(cell, field)
+    assert (z["img"] == 0).all() and torch.equal(z["fused"], z["gene"])

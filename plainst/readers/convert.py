@@ -16,6 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
+from plainst.readers import load_slide
 from plainst.readers.checked import NPZ_ERRORS, DataError
 from plainst.readers.crops import BLOCK, require, write_cells
 from plainst.readers.cut import (
@@ -207,6 +208,36 @@ def from_ca1(
     return Path(out)
 
 
+def from_h5ad(path, out, labels="", label_key: str = "") -> Path:
+    """Single cells of an h5ad (raw counts, obsm spatial) -> cell file without pictures. Labels are
+    those of the column `label_key` of obs, or of a CSV, see `read_cell_labels`; cells without a
+    count are dropped and counted in a printed line. Raises DataError."""
+    slide = load_slide(path, label_key=label_key or None)
+    keep = np.flatnonzero(np.diff(slide.counts.indptr) > 0)
+    require(len(keep) > 0, path, "has no cell with a count", "give raw counts")
+    codes, classes = slide.labels, slide.classes
+    if labels:
+        codes, classes = read_cell_labels(labels, slide.barcodes)
+    write_cells(
+        out,
+        counts=slide.counts[keep],
+        genes=slide.genes,
+        ids=slide.barcodes[keep],
+        xy=slide.xy[keep],
+        section=np.zeros(len(keep), int),
+        sections=[slide.sample],
+        labels=codes[keep],
+        classes=classes,
+        um_per_px=slide.um_per_px or float("nan"),
+    )
+    print(
+        f"{out}: {len(keep)} cells x {len(slide.genes)} genes, no pictures, {len(classes)} classes;"
+        f" dropped {slide.n_spots - len(keep)} cells without a count",
+        flush=True,
+    )
+    return Path(out)
+
+
 def main(argv=None):
     """Converters to the cell file; exit status 2 and one sentence on bad input."""
     parser = argparse.ArgumentParser(
@@ -223,14 +254,18 @@ def main(argv=None):
     xenium.add_argument(
         "--field_um", type=float, default=27.2, help="side of a crop in um (%(default)s)"
     )
+    h5ad = commands.add_parser("h5ad", help="cells of an h5ad: counts, places, no pictures")
+    h5ad.add_argument("folder", metavar="file", help="h5ad file")
+    h5ad.add_argument("--label_key", default="", help="column of obs with the labels")
     for command in (ca1, xenium):
-        command.add_argument("out", help="cell file to write, .h5")
         command.add_argument(
             "--size", type=int, default=32, help="side of a crop in the cell file (%(default)s)"
         )
+    for command in (ca1, xenium, h5ad):
+        command.add_argument("out", help="cell file to write, .h5")
         command.add_argument("--labels", default="", help="CSV with columns cell_id and label")
     options = vars(parser.parse_args(argv))
-    convert = {"ca1": from_ca1, "xenium": from_xenium}[options.pop("what")]
+    convert = {"ca1": from_ca1, "xenium": from_xenium, "h5ad": from_h5ad}[options.pop("what")]
     try:
         convert(options.pop("folder"), options.pop("out"), **options)
     except DataError as error:
