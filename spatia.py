@@ -46,7 +46,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 from torch.nn import functional as F
 
-from evaluation import cell_runs
+from evaluation import cell_runs, new_cells
 from plainst import run
 from plainst.cell_batches import cell_batch, context_batch, picture_batch
 from plainst.patch_tokens import cut_patches, grid_places, join_patches, sincos
@@ -132,8 +132,7 @@ class Config(run.Config):
     width: float = 600.0
     "width of the blocks in full-resolution px"
     buffer: float = -1.0
-    """training cells within so many um (px where the cell file has no um_per_px) of a held-out cell
-    are dropped; -1: the diagonal of a crop, beyond which no two crops overlap"""
+    "um (px where um_per_px is unknown) around held-out cells without training; -1: crop diagonal"
     fold: int = 0
     "which of the blocks or sections are held out"
     size: Literal["tiny", "base"] = "tiny"
@@ -172,6 +171,10 @@ class Config(run.Config):
     "steps between checkpoints (latest.pt in the run's folder); 0: none"
     resume: bool = False
     "go on from latest.pt"
+    predict: str = ""
+    "model.pt of a run: embed and cluster the cells of --data with it, train nothing"
+    min_shared: float = 0.5
+    "with --predict: the least share of the model's genes that the cells must have"
 
 
 check = cell_runs.check
@@ -242,8 +245,7 @@ class GeneTokenizer(nn.Module):
 
     @torch.no_grad()
     def init_from_pca(self, x):
-        """The linear map becomes the principal axes of x (n, G), as many as fit, over the first
-        one's standard deviation."""
+        """W becomes the principal axes of x (n, G), over the standard deviation of the first."""
         pca = PCA(min(len(self.linear.weight), *x.shape), random_state=0).fit(x)
         axes = pca.components_ / np.sqrt(pca.explained_variance_[0] + 1e-9)  # (<= d, G)
         self.linear.weight.zero_()[: len(axes)] = torch.tensor(axes, dtype=torch.float32)
@@ -325,8 +327,7 @@ class CellModel(nn.Module):
         return self.hidden(z) @ name.T + self.to_value(read)[..., 0] + self.bias
 
     def mae_decode(self, x_img, keep):
-        """X_img' of the kept patches -> all patches (B, P, C p p): mask tokens at the others, one
-        block (He et al. 2022)."""
+        """X_img' of the kept patches -> all (B, P, C p p): mask tokens and one block (MAE)."""
         h = self.mask_token.expand(len(keep), self.n_patches, -1)
         index = keep[..., None].expand(-1, -1, x_img.shape[-1])
         h = h.scatter(1, index, x_img[:, 1:]) + self.image.place  # (B, P, d)
@@ -759,8 +760,7 @@ def context_loss(dataset, cell, model, cached, squares, batch):
 
 
 def train_context(config, size, stages, dataset, cell, model):
-    """Stage B on cached embeddings -> the trained `ContextModel`, the losses. It is small: every
-    process computes the whole of it."""
+    """Stage B on cached embeddings -> the trained `ContextModel`, the losses; in every process."""
     n_steps, losses = size.steps[1], []
     cached = torch.stack(list(cell_runs.embed_all(cell, dataset).values()))  # (3, N, d)
     squares = torch.stack([dataset.square_means(z) for z in cached])  # (3, squares, d)
@@ -833,13 +833,12 @@ def generate(config, size, dataset, conditions, model, rows, draws, chunk=256):
 
     def paint(noise, rows):
         y = conditions(model, rows)
-        null = model.null.expand_as(y)
 
         def velocity(x, t):
             u = model(x, t, y, size.rho)
             if w == 0 or model.sees == "none" or t[0] > 0.6:
                 return u
-            return (1 + w) * u - w * model(x, t, null, size.rho)
+            return (1 + w) * u - w * model(x, t, model.null.expand_as(y), size.rho)
 
         with run.autocast(config, dataset.device):
             return sample(config.path, velocity, noise, config.ode_steps)
@@ -848,8 +847,7 @@ def generate(config, size, dataset, conditions, model, rows, draws, chunk=256):
 
 
 def train(config, size, stages, dataset, record):
-    """The three stages -> models {cell, context, generator}, losses {A, B, C}, the generator's
-    conditions (None without it)."""
+    """The three stages -> models by name, losses {A, B, C}, the generator's conditions or None."""
     n_genes, device, conditions = dataset.cells.n_genes, dataset.device, None
     models, losses = {}, {}
     cell = CellModel(dataset.shape, n_genes, size, config.fusion, dataset.has_pictures)
@@ -880,6 +878,8 @@ def main(argv=None):
     start = time.perf_counter()
     config = run.parse(Config, argv, __doc__.split("\n")[0])
     check(config)
+    if config.predict:
+        return new_cells.predict_cells(config, check, SIZES, CellModel, ContextModel, start)
     size = cell_runs.size_of(config, SIZES)
     record = run.Run("spatia", config, *cell_runs.place(config), start)
     checksum = record.note_inputs([config.data])

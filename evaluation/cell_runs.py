@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans
+from sklearn.preprocessing import StandardScaler
 
 import data
 from data import DataError
@@ -21,6 +23,8 @@ from plainst.cell_data import PARTS, CellDataset, Normaliser
 from plainst.stages import sum_over_processes
 
 MODALITIES = ("img", "gene", "fused")
+# clusters of cells without classes
+N_CLUSTERS = 8
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -40,11 +44,16 @@ def check(config):
     rules |= dict.fromkeys(("draws", "ode_steps"), one)
     at_least_zero = ("fold", "guidance", "steps_a", "steps_b", "steps_c", "weight_decay")
     rules |= dict.fromkeys((*at_least_zero, "save_every"), zero)
+    rules["min_shared"] = (lambda v: 0 <= v <= 1, "from 0 to 1")
     run.check_flags(config, rules)
+    if config.predict:
+        run.refuse_idle_flags(config, [run.idle_with_predict(config, ("min_shared",))])
+        return
     generator = ("path", "rho", "condition", "guidance", "draws", "ode_steps", "steps_c")
     idle = [
         (not config.generate, "with --no-generate", generator),
         (config.condition == "none", "with --condition none", ("guidance",)),
+        (True, "without --predict", ("min_shared",)),
     ]
     run.refuse_idle_flags(config, idle)
 
@@ -202,10 +211,10 @@ def context_genes(dataset, model, z_own, z_all, rows, level=(True, True), chunk=
 
 
 @torch.no_grad()
-def representations(dataset, cell, context):
+def representations(dataset, cell, context, hidden=None):
     """Frozen embeddings of all cells: z (with surroundings), z_niche and z_tissue (with one of
-    them), z_cell, z_img, z_gene, each (N, d) numpy."""
-    embedded, rows = embed_all(cell, dataset), dataset.used_rows
+    them), z_cell, z_img, z_gene, each (N, d) numpy. hidden (N, G) bool: genes that are hidden."""
+    embedded, rows = embed_all(cell, dataset, hidden), dataset.used_rows
     fused = embedded["fused"]
     squares, out = dataset.square_means(fused), {}
     for name, level in (("z", "all"), ("z_niche", "niche"), ("z_tissue", "tissue")):
@@ -317,14 +326,33 @@ def score(config, dataset, models, generate_images, record):
     return result, z
 
 
-def arrays_of(dataset, z, arrays):
-    """The arrays of the record: those of the tasks, the scored cells and their embeddings."""
+def clusters_of(cells, z, rows, seed):
+    """(N,) k-means clusters of the embeddings z (N, d) of the cells `rows`, -1 for the others; as
+    many as the file has classes, else N_CLUSTERS. Nobody's score reads them."""
+    out, x = np.full(cells.n_cells, -1), StandardScaler().fit_transform(z[rows])
+    n_clusters = min(len(cells.classes) or N_CLUSTERS, len(rows))
+    out[rows] = KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(x)
+    return out
+
+
+def every_cell(dataset, cell, context, seed, hidden=None):
+    """Arrays of all cells of the file, in its order, whatever part they are in: ids, xy, labels, z
+    (N, d) in their whole surroundings, clusters (N,). hidden (N, G) bool: genes that are hidden."""
+    whole, cells = dataset.unsplit(), dataset.cells
+    z = representations(whole, cell, context, hidden)["z"]
+    arrays = {"ids": cells.ids, "xy": cells.xy, "labels": cells.labels, "z": z}
+    return arrays | {"clusters": clusters_of(cells, z, whole.used_rows, seed)}
+
+
+def arrays_of(dataset, models, z, arrays, seed):
+    """The arrays of the record: those of `every_cell`; scored (n,), the rows of the scored cells,
+    and of these what the tasks left and their embeddings inside their part, z as z_held_out."""
     cells, rows = dataset.cells, dataset.rows["test"]
-    out = arrays | {"genes": cells.genes}
+    out = arrays | {"genes": cells.genes, "scored": rows}
     if dataset.has_pictures:
         out["crops"] = cells.crops[rows]
-    out |= {"ids": cells.ids[rows], "xy": cells.xy[rows], "labels": cells.labels[rows]}
-    return out | {name: values[rows] for name, values in z.items()}
+    out |= {"z_held_out" if name == "z" else name: v[rows] for name, v in z.items()}
+    return out | every_cell(dataset, models["cell"], models["context"], seed)
 
 
 def checkpoint(config, dataset, models):
@@ -333,6 +361,8 @@ def checkpoint(config, dataset, models):
         "config": run.resumable(config),
         "genes": [str(gene) for gene in dataset.cells.genes],
         "normaliser": dataset.normalise.state(),
+        "channels": list(dataset.cells.channels),
+        "shape": list(dataset.shape),
         **{name: model.state_dict() for name, model in models.items()},
     }
 
@@ -341,7 +371,7 @@ def finish(config, record, dataset, models, losses, result, z):
     """Write figures, model.pt, tables and the record of a run; losses {stage: every step's}, result
     and z as `score` gives them."""
     result.scores |= {f"loss_{k}": float(np.mean(v[-50:])) for k, v in losses.items()}
-    arrays = arrays_of(dataset, z, result.arrays)
+    arrays = arrays_of(dataset, models, z, result.arrays, config.seed)
     if record.rank == 0:
         figures.draw_cells(record, dataset, result.arrays, z["z"], losses)
     state = checkpoint(config, dataset, models)

@@ -5,6 +5,9 @@ Rows are those of the cell file everywhere; N cells, G genes, C channels, S pixe
 niche, t squares of the tissue.
 """
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
@@ -53,6 +56,14 @@ class Normaliser:
         x = torch.log1p(counts / total * self.median * share)
         z = ((x - self.mean) / self.std).clamp(-5, 5) * visible
         return z, ((total / share).log() - self.depth[0]) / self.depth[1]
+
+    @classmethod
+    def from_state(cls, state):
+        """The normaliser that `state` describes."""
+        self = cls()
+        self.median, self.depth = state["median"], tuple(state["depth"])
+        self.share, self.mean, self.std = (state[name] for name in ("share", "mean", "std"))
+        return self
 
     def state(self):
         """What a saved model needs to read new counts: numbers and tensors by name."""
@@ -118,15 +129,9 @@ class CellDataset:
     """
 
     def __init__(self, cells, split, normalise, k, t, device):
-        self.cells, self.split, self.normalise, self.device = cells, split, normalise, device
-        self.rows = {part: np.flatnonzero(getattr(split, part)) for part in PARTS}
-        group = np.full(cells.n_cells, -1)
-        for i, part in enumerate(PARTS):
-            rows = self.rows[part]
-            group[rows] = i * len(cells.sections) + cells.section[rows]
-        self.niche, self.niche_places, self.square, self.tissue, self.tissue_places = (
-            neighbour_tables(cells.xy, group, k, t, cells.source)
-        )
+        self.cells, self.normalise, self.device = cells, normalise, device
+        self.k, self.t = k, t
+        self.set_split(split)
         self.counts = cells.counts.tocsr().astype(np.float32)
         self.has_pictures = cells.crops is not None
         self.shape, self.stored = NO_PICTURE, None
@@ -141,6 +146,27 @@ class CellDataset:
         # (C, 1, 1): a sparse channel counts as much as a full one
         weight = 1 / sample.var((0, 2, 3)).clamp(min=1e-4)
         self.channel_weight = (weight / weight.mean())[:, None, None]
+
+    def set_split(self, split):
+        """Take masks of the parts, and make the tables of neighbours inside each."""
+        cells, self.split = self.cells, split
+        self.rows = {part: np.flatnonzero(getattr(split, part)) for part in PARTS}
+        group = np.full(cells.n_cells, -1)
+        for i, part in enumerate(PARTS):
+            rows = self.rows[part]
+            group[rows] = i * len(cells.sections) + cells.section[rows]
+        self.niche, self.niche_places, self.square, self.tissue, self.tissue_places = (
+            neighbour_tables(cells.xy, group, self.k, self.t, cells.source)
+        )
+
+    def unsplit(self):
+        """The same cells in one part, with neighbours wherever they are; without the sections that
+        have no niche of k + 1 cells."""
+        whole, sizes = copy.copy(self), self.cells.section_sizes
+        has_niche = (sizes > self.k)[self.cells.section]
+        nobody = np.zeros_like(has_niche)
+        whole.set_split(replace(self.split, train=nobody, val=nobody, test=has_niche))
+        return whole
 
     @property
     def used_rows(self):

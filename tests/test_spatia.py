@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse as sparse
 import torch
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
@@ -823,7 +824,9 @@ def test_end_to_end_record_and_figures(cells, tmp_path, capsys):
     assert (
         arrays["generated"].shape == (n, 2, 16, 16)
         and arrays["probes_generated"].shape == (2, n, 3)
-        and arrays["z"].shape == (n, SMALL.dim)
+        and arrays["z_held_out"].shape == (n, SMALL.dim)
+        and arrays["z"].shape == (240, SMALL.dim)
+        and len(arrays["scored"]) == n
     )
     want = metrics.pcc(arrays["probes_real"], arrays["probes_generated"].mean(0))
     assert np.allclose(np.nan_to_num(want), [m[f"cond_pcc_{p}"] for p in probes], atol=1e-6)
@@ -890,7 +893,7 @@ def test_bfloat16_products_stay_near_float32(cells, tmp_path, capsys):
     assert "bf16" not in name and "bf16-True" in name_near
     assert all(0 < abs(m_near[f"loss_{s}"] - m[f"loss_{s}"]) < 0.02 * m[f"loss_{s}"] for s in "ABC")
     assert (
-        0 < np.abs(near["z"] - exact["z"]).mean() < 0.03
+        0 < np.abs(near["z_held_out"] - exact["z_held_out"]).mean() < 0.03
         and np.abs(near["generated"].astype(int) - exact["generated"]).mean() < 3
     )
 
@@ -1354,3 +1357,79 @@ def test_the_image_part_learns_nothing_from_cells_without_pictures(tmp_path):
     assert torch.isfinite(loss) and all((g == 0).all() for g in grads)
     z = cell_runs.embed_all(cell, field)
     assert (z["img"] == 0).all() and torch.equal(z["fused"], z["gene"])
+
+
+@pytest.fixture(scope="module")
+def finished(cells, tmp_path_factory):
+    """model.pt of a short run, and its arrays."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sp.SIZES, "tiny", SMALL)
+        patch.setattr(cell_runs.figures, "draw_cells", lambda *args: None)
+        sp.main(flags(cells, folder, "--no-generate"))
+    path = next(folder.rglob("model.pt"))
+    return path, dict(np.load(path.with_name("arrays.npz")))
+
+
+def predicted(path, model, tmp_path, capsys, *more):
+    words = ["--data", str(path), "--predict", str(model), "--runs", str(tmp_path / "new")]
+    sp.main([*words, "--device", "cpu", *more])
+    out, record = last_record(capsys)
+    return dict(np.load(out.with_name("arrays.npz"))), record
+
+
+def rewritten(path, out, **changes):
+    """The cell file with some arguments of write_cells changed."""
+    c = data.load_cells(path)
+    words = {name: getattr(c, name) for name in ("counts", "genes", "ids", "xy", "section")}
+    words |= {name: getattr(c, name) for name in ("sections", "channels", "labels", "classes")}
+    return data.write_cells(out, **words | {"crops": c.crops[:]} | changes)
+
+
+def test_every_cell_has_an_embedding_and_a_cluster(finished, cells):
+    """In the order of the file, whatever part it is in; a scored cell's embedding inside its part
+    is that of the whole section, which is all held out here."""
+    _, arrays = finished
+    given = data.load_cells(cells)
+    assert arrays["ids"].tolist() == given.ids.tolist() and arrays["z"].shape == (240, SMALL.dim)
+    assert np.abs(arrays["z"]).sum(1).min() > 0
+    assert set(arrays["clusters"].tolist()) == set(range(len(given.classes)))
+    held_out = arrays["z_held_out"]
+    np.testing.assert_allclose(arrays["z"][arrays["scored"]], held_out, atol=1e-5)
+
+
+def test_a_saved_model_embeds_cells_as_its_run_did(finished, cells, tmp_path, capsys):
+    model, arrays = finished
+    # genes in another order, one gene more: aligned by name
+    given = data.load_cells(cells)
+    order = np.random.default_rng(0).permutation(48)
+    extra = given.counts[:, :1]
+    counts = sparse.hstack([given.counts[:, order], extra]).tocsr()
+    genes = [*given.genes[order], "NEW"]
+    path = rewritten(cells, tmp_path / "b.h5", counts=counts, genes=genes)
+    found, record = predicted(path, model, tmp_path, capsys)
+    np.testing.assert_allclose(found["z"], arrays["z"], atol=1e-4)
+    assert record["metrics"]["genes_shared"] == 1 and "clustering_ari" in record["metrics"]
+    assert (tmp_path / "new").rglob("cells.csv")
+    rows = next((tmp_path / "new").rglob("cells.csv")).read_text().splitlines()
+    assert len(rows) == 241 and "cluster" in rows[0]
+
+
+def test_absent_genes_are_hidden_and_too_few_are_refused(finished, cells, tmp_path, capsys):
+    model, arrays = finished
+    given = data.load_cells(cells)
+    part = rewritten(cells, tmp_path / "p.h5", counts=given.counts[:, :40], genes=given.genes[:40])
+    found, record = predicted(part, model, tmp_path, capsys)
+    assert record["metrics"]["genes_shared"] == pytest.approx(40 / 48)
+    assert 0 < np.abs(found["z"] - arrays["z"]).mean() < 1
+    few = rewritten(cells, tmp_path / "f.h5", counts=given.counts[:, :20], genes=given.genes[:20])
+    for path, words in (
+        (few, ("f.h5", "42%", "--min_shared 50%")),
+        (rewritten(cells, tmp_path / "n.h5", genes=[f"x{i}" for i in range(48)]), ("n.h5", "0%")),
+        (rewritten(cells, tmp_path / "c.h5", channels=["a", "b"]), ("c.h5", "channels a, b")),
+    ):
+        fails(["--data", str(path), "--predict", str(model), "--runs", str(tmp_path / "r")], *words)
+    more = ["--data", str(cells), "--predict", str(model), "--draws", "2"]
+    fails(more, "--draws has no effect with --predict")
+    fails(["--data", str(cells), "--min_shared", "0.2"], "--min_shared has no effect without")
+    fails(["--data", str(cells), "--predict", str(cells)], "is not a spatia checkpoint")
