@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -963,3 +964,41 @@ def test_xenium_without_its_packages(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(data.DataError, match="pip install tifffile imagecodecs pyarrow"):
         data.from_xenium(tmp_path, tmp_path / "c.h5")
+
+
+def test_a_simulated_xenium_folder_from_simulation_to_tables(tmp_path, capsys, monkeypatch):
+    """simulate -> convert -> spatia -> CSV and h5ad, as the reader types it; crops show the
+    simulated cells, masks have their areas."""
+    for name in ("tifffile", "imagecodecs", "pyarrow"):
+        pytest.importorskip(name)
+    anndata = pytest.importorskip("anndata")
+    import spatia
+    from plainst import simulate
+
+    monkeypatch.chdir(tmp_path)
+    simulate.main(["xenium", "bundle", "--n_cells", "400", "--n_genes", "48"])
+    with pytest.raises(data.DataError, match="exists already"):
+        simulate.simulate_xenium("bundle", 400, 48)
+    words = ["xenium", "bundle", "cells.h5", "--labels", "bundle/labels.csv", "--field_um", "27.2"]
+    convert.main([*words, "--size", "32"])
+    found, given = data.load_cells("cells.h5"), simulate.cell_field(400, 48, 1)
+    assert found.n_cells == 400 and found.channels == ["DAPI"] and len(found.classes) == 5
+    number = np.array([int(name[4:11]) for name in found.ids])
+    assert (found.counts != given["counts"][number]).nnz == 0
+    np.testing.assert_allclose(found.xy, given["xy"][number] * 4, atol=1e-6)
+    kinds = np.array(given["classes"])[given["labels"][number]]
+    assert [found.classes[i] for i in found.labels] == kinds.tolist()
+    # a crop px is 4 image px, one px of the simulated field
+    area, truth = found.masks[:].sum((1, 2)), given["truth"]["area"][number]
+    assert np.corrcoef(area, truth)[0, 1] > 0.95
+    # every pixel that an outline touches counts
+    np.testing.assert_allclose(np.median(area / truth), 1.1, atol=0.05)
+    crops, masks = found.crops[:][:, 0], found.masks[:]
+    assert crops[masks].mean() > 1.5 * crops[~masks].mean()
+    small = "--steps_a 2 --steps_b 2 --steps_c 2 --draws 1 --ode_steps 2 --h5ad"
+    spatia.main(["--data", "cells.h5", "--width", "400", "--runs", "runs", *small.split()])
+    folder = Path(capsys.readouterr().out.splitlines()[-1]).parent
+    written = anndata.read_h5ad(folder / "result.h5ad")
+    assert written.obs_names.tolist() == found.ids.tolist() and written.obs["cluster"].notna().all()
+    assert "mean_dapi_generated" in written.obs and "own_area_real" not in written.obs
+    assert (folder / "cells.csv").read_text().count("\n") == 401

@@ -110,6 +110,12 @@ class Cells:
         return len(self.genes)
 
     @property
+    def crop_diagonal(self) -> float:
+        """Diagonal of a crop in full-resolution px: no two crops overlap beyond it; 0 without."""
+        side = 0 if self.crops is None else self.crops.shape[-1]
+        return 2**0.5 * side * self.px_per_crop_px
+
+    @property
     def section_sizes(self) -> np.ndarray:
         """(n_sections,) cells of each section."""
         return np.bincount(self.section, minlength=len(self.sections))
