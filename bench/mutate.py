@@ -33,6 +33,7 @@ TESTS = {
     "plainst/download.py": ["download"],
     "plainst/features.py": ["data"],
     "plainst/neighbours.py": ["data", "gat_fusion"],
+    "plainst/simulate/xenium.py": ["cells"],
     "plainst/simulate/*": ["simulate"],
     "plainst/readers/convert.py": ["cells"],
     "plainst/readers/xenium.py": ["cells"],
