@@ -500,7 +500,7 @@ def cell_split(cells, test_every=4, width=600.0, offset=None, buffer=None, val=4
     is_val_unit = np.zeros(len(unit), bool)
     if val and len(others):
         is_val_unit = np.isin(unit, others[min(val // 2, len(others) - 1) :: val])
-    diagonal = 2**0.5 * cells.crops.shape[-1] * cells.px_per_crop_px
+    diagonal = cells.crop_diagonal
     radius, length = _buffer_of(cells, diagonal, buffer)
     if by_section:
         # sections have no distance

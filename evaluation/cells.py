@@ -7,7 +7,9 @@
     clustering     frozen embedding -> partition              task_labels
 
 Each task scores a method beside the predictors that it has to beat, on the same cells: everything
-is fitted on the cells of the part "train" and scored on those of the part "test". What the tasks
+is fitted on the cells of the part "train" and scored on those of the part "test". Its scores are
+those of its network alone; the mean of the network and a ridge is a row of its own,
+`network_and_ridge`. The baselines called `_all` read whatever the network reads. What the tasks
 need of a method they call through `Method`.
 
 N cells of the file, n scored, G genes, d wide; the dataset is a `plainst.cell_data.CellDataset`.
@@ -20,22 +22,42 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.neighbors import KNeighborsRegressor
+from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import metrics
-from evaluation.pictures import ImageFeatures, generated_images, morphology
+from evaluation.cell_baselines import (
+    average_with_ridge,
+    components,
+    density,
+    equal_blocks,
+    knn,
+    niche_means,
+    pca_impute,
+    pixel_components,
+    ridge,
+    strips,
+)
+from evaluation.pictures import (
+    N_SHAPES,
+    ImageFeatures,
+    generated_images,
+    morphology,
+    stain_channel,
+    stain_statistics,
+)
 from plainst import run
 
 # imputation hides 1/5 of the genes of a cell, each gene once
 ROUNDS = 5
-# ridge penalties, chosen by leave-one-out inside the training cells
-ALPHAS = np.logspace(-1, 5, 13)
-# columns of `channel_coverage`
-PROBES = ("own_area", "other_area", "near_density")
+# surroundings that a prediction reads: of the niche, of the tissue
+LEVELS = {
+    "cell": (False, False),
+    "niche": (True, False),
+    "tissue": (False, True),
+    "all": (True, True),
+}
 
 
 @dataclass
@@ -44,9 +66,9 @@ class Method:
 
     embed(modality, hidden=None) -> (N, d): embeddings of all cells, zeros for those in no part;
         modality "img" or "fused"; hidden (N, G) bool on the CPU: genes that are hidden.
-    predict_genes(z, rows, has_context) -> (n, G), (n, q) numpy: standardised expression of the
-        cells `rows` read from embeddings z (N, d) of them and, with `has_context`, of their
-        surroundings; and the hidden layer that it is read from.
+    predict_genes(z, rows, level) -> (n, G), (n, q) numpy: standardised expression of the cells
+        `rows` read from embeddings z (N, d) of them and of their surroundings, as far as `level`,
+        a value of LEVELS, says; and the hidden layer that it is read from.
     generate(rows, draws) -> (draws, n, C, S, S) uint8: pictures from counts, or None.
     """
 
@@ -66,58 +88,21 @@ class TaskResult:
 
 
 # --------------------------------------------------------------------------------------------------
-# Predictors to beat, and what is read from them
+# What several tasks read
 # --------------------------------------------------------------------------------------------------
 
 
-def ridge(x, y, query):
-    """Ridge with z-scored inputs, the penalty by leave-one-out on the training rows: fit on x (n,
-    p), y (n, m), predict query (q, p) -> (q, m)."""
-    return make_pipeline(StandardScaler(), RidgeCV(ALPHAS)).fit(x, y).predict(query)
-
-
-def knn(x, y, query, k=20):
-    """Mean of y over the k nearest training rows, shapes as in `ridge`."""
-    return KNeighborsRegressor(min(k, len(x))).fit(x, y).predict(query)
-
-
-def pca_impute(x, query, is_hidden, rank=15):
-    """Probabilistic reading of PCA: scores of `query` from the visible genes by ridge on the
-    loadings, hidden genes from the scores. x (n, G) complete, query (q, G), is_hidden (G,) bool ->
-    (q, hidden)."""
-    pca = PCA(min(rank, *x.shape), random_state=0).fit(x)
-    visible = pca.components_[:, ~is_hidden]  # (r, visible)
-    residual = x - pca.inverse_transform(pca.transform(x))
-    noise = max(float(np.mean(np.var(residual, axis=0))), 1e-6)
-    inner = visible @ visible.T + np.diag(noise / pca.explained_variance_)
-    centred = (query - pca.mean_)[:, ~is_hidden]
-    loadings = pca.components_[:, is_hidden]
-    return centred @ visible.T @ np.linalg.inv(inner) @ loadings + pca.mean_[is_hidden]
-
-
-def average_with_ridge(linear, inner, y, head, fit, rows):
-    """Mean of the network's head and of a ridge on [linear terms, the head's hidden layer], fitted
-    on training cells. Few cells make a network that is alone in finding the linear part lose to
-    ridge; the record has both parts. linear (N, p), inner (N, q), y (n_fit, m), head (n, m) -> (n,
-    m)."""
-    x = np.concatenate([linear, inner], 1)
-    return (ridge(x[fit], y, x[rows]) + head) / 2
-
-
-def pixel_components(n_components, fit, *others):
-    """Principal components of the pixels of pictures (n, C, S, S) uint8, fitted on `fit`: of `fit`
-    and of each of the others, (n, at most n_components)."""
-    pixels = [images.reshape(len(images), -1) / 255 for images in (fit, *others)]
-    pca = PCA(min(n_components, len(fit) - 1), random_state=0).fit(pixels[0])
-    return [pca.transform(x) for x in pixels]
-
-
-def density(dataset, part):
-    """-log distance to the 5th and the farthest neighbour of the niche, in px: (n, 2)."""
-    rows, xy = dataset.rows[part], dataset.cells.xy
-    # (n, k), ascending
-    apart = np.linalg.norm(xy[dataset.niche[rows].numpy()] - xy[rows][:, None], axis=-1)
-    return -np.log(apart[:, [min(4, apart.shape[1] - 1), -1]] + 1)
+def picture_features(dataset):
+    """Classical features of every cell's picture and its density, (N, p), zeros for cells in no
+    part; the features are fitted on training pictures. Without pictures the density alone."""
+    rows, crops = dataset.used_rows, dataset.cells.crops
+    values = density(dataset, rows)
+    if dataset.has_pictures:
+        features = ImageFeatures().fit(crops[dataset.rows["train"]])
+        values = np.hstack([features(crops[rows]), values])
+    out = np.zeros((dataset.cells.n_cells, values.shape[1]))
+    out[rows] = values
+    return out
 
 
 def detected_genes(dataset):
@@ -143,14 +128,15 @@ def gene_scores(true, pred, detected, prefix):
     }
 
 
-def gene_result(true, guesses, detected, prefix, arrays):
-    """TaskResult of predicted expression, guesses {predictor: (n, G)}: those of the method are
-    `model`, `model_own` (without surroundings) and `network` (its network part alone)."""
-    scored = {name: gene_scores(true, g, detected, prefix) for name, g in guesses.items()}
-    scores = scored.pop("model")
-    for name, key in (("model_own", "own"), ("network", "network")):
-        scores[f"{prefix}_{key}_pcc_mean"] = scored.pop(name)[f"{prefix}_pcc_mean"]
-    return TaskResult(scores, scored, arrays)
+def gene_result(true, levels, guesses, detected, prefix, arrays):
+    """TaskResult of predicted expression, each (n, G): levels {level: of the network alone},
+    guesses {predictor: of the others}."""
+    scores = gene_scores(true, levels["all"], detected, prefix)
+    for level in ("cell", "niche", "tissue"):
+        alone = gene_scores(true, levels[level], detected, prefix)
+        scores[f"{prefix}_{level}_pcc_mean"] = alone[f"{prefix}_pcc_mean"]
+    baselines = {name: gene_scores(true, g, detected, prefix) for name, g in guesses.items()}
+    return TaskResult(scores, baselines, arrays)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,71 +144,116 @@ def gene_result(true, guesses, detected, prefix, arrays):
 # --------------------------------------------------------------------------------------------------
 
 
+def probe_names(channels):
+    """Names of the columns of `channel_coverage`."""
+    names = []
+    for channel in channels:
+        if channel == "own":
+            names.append("own_area")
+        elif channel == "other":
+            names += ["other_area", "near_density"]
+        else:
+            word = "".join(c if c.isalnum() else "_" for c in channel.lower())
+            names.append(f"mean_{word}")
+    return names
+
+
 def channel_coverage(images, channels):
-    """Three numbers of pictures (n, C, S, S) uint8 that a generator should get right, PROBES:
-    covered area of the own cell, of the others, of the others in the central half. Channels `own`
-    and `other` by name, else the first and the last. -> (n, 3)."""
-    own = channels.index("own") if "own" in channels else 0
-    other = channels.index("other") if "other" in channels else -1
+    """Numbers of pictures (n, C, S, S) uint8 that a generator should get right, `probe_names`: of
+    the masks called `own` and `other` the covered area, of `other` that in the central half, too;
+    of a stain its mean over the crop, which is no area of the cell. -> (n, probes)."""
     quarter = images.shape[-1] // 4
     x = images.astype(np.float32) / 255
-    centre = x[:, other, quarter:-quarter, quarter:-quarter]
-    return np.stack([x[:, own].mean((1, 2)), x[:, other].mean((1, 2)), centre.mean((1, 2))], 1)
+    columns = []
+    for number, channel in enumerate(channels):
+        columns.append(x[:, number].mean((1, 2)))
+        if channel == "other":
+            columns.append(x[:, number, quarter:-quarter, quarter:-quarter].mean((1, 2)))
+    return np.stack(columns, 1)
 
 
-def probe_scores(real, guess):
-    """{cond_pcc_<probe>: PCC over cells} of a guess of the probes, both (n, 3): a plain correlation
-    of pixel means."""
+def probe_scores(real, guess, names):
+    """{cond_pcc_<probe>: PCC over cells} of a guess of the probes, both (n, probes): a plain
+    correlation of pixel means."""
     r = metrics.scored_pcc(real, guess)
-    return {f"cond_pcc_{probe}": value for probe, value in zip(PROBES, r)}
+    return {f"cond_pcc_{probe}": value for probe, value in zip(names, r)}
 
 
 def task_generation(dataset, method, seed, draws):
     """genes -> image: PCC of the probes over cells (mean of the draws, one draw, shuffled),
     distances of distributions, round trip."""
     fit, rows, channels = dataset.rows["train"], dataset.rows["test"], dataset.cells.channels
-    x_fit, x = dataset.expression_matrix("train"), dataset.expression_matrix("test")
     real_fit, real = dataset.cells.crops[fit], dataset.cells.crops[rows]
     made = method.generate(rows, draws)  # (draws, n, C, S, S)
+    names = probe_names(channels)
     probes_fit, probes = channel_coverage(real_fit, channels), channel_coverage(real, channels)
     probes_made = np.stack([channel_coverage(images, channels) for images in made])
-    nearest = cKDTree(x_fit).query(x, k=min(8, len(fit)))[1]  # (n, 8)
-    expression = dataset.all_expression()
-    niche_fit, niche = (expression[dataset.niche[r]].mean(1).cpu().numpy() for r in (fit, rows))
-    both_fit, both = np.concatenate([x_fit, niche_fit], 1), np.concatenate([x, niche], 1)
+    guesses, nearest = probe_guesses(dataset, probes_fit)
     shuffle = np.random.default_rng(seed).permutation(len(rows))
-    guesses = {
-        "ridge": ridge(x_fit, probes_fit, x),
-        "ridge_context": ridge(both_fit, probes_fit, both),
-        "retrieval": probes_fit[nearest].mean(1),
-        "knn": knn(x_fit, probes_fit, x),
-        "shuffled": probes_made.mean(0)[shuffle],
-    }
-    baselines = {name: probe_scores(probes, guess) for name, guess in guesses.items()}
-    scores = probe_scores(probes, probes_made.mean(0))
+    guesses["shuffled"] = probes_made.mean(0)[shuffle]
+    result = TaskResult(probe_scores(probes, probes_made.mean(0), names))
+    for name, guess in guesses.items():
+        result.baselines[name] = probe_scores(probes, guess, names)
     one = np.mean([metrics.scored_pcc(probes, p) for p in probes_made], 0)
-    scores |= {f"cond_pcc_{probe}_one_draw": r for probe, r in zip(PROBES, one)}
-    features = ImageFeatures().fit(real_fit)
-    f_fit, f_real, f_made = features(real_fit), features(real), features(made[0])
-    scores |= named_distances(generated_images(f_real, f_made, f_fit, seed), "generated")
-    retrieved = generated_images(f_real, f_fit[nearest[:, 0]], f_fit, seed)
-    baselines["retrieval"] |= named_distances(retrieved, "retrieval")
-    scores["fd_retrieval"] = retrieved["fd"]
-    mean = np.tile(np.rint(real_fit.mean(0)).astype(np.uint8), (len(rows), 1, 1, 1))
-    of_mean = generated_images(f_real, features(mean), f_fit, seed)
-    baselines["mean_image"] = {"fd_mean_image": of_mean["fd"]}
+    result.scores |= {f"cond_pcc_{probe}_one_draw": r for probe, r in zip(names, one)}
+    for suffix, has_grey in (("", True), ("_shape", False)):
+        features = ImageFeatures(has_grey).fit(real_fit)
+        f_fit, f_real, f_made = features(real_fit), features(real), features(made[0])
+        distances = named_distances(generated_images(f_real, f_made, f_fit, seed), "generated")
+        result.scores |= {f"{key}{suffix}": value for key, value in distances.items()}
+        for name, index in nearest.items():
+            copies = generated_images(f_real, f_fit[index[:, 0]], f_fit, seed)
+            distances = named_distances(copies, "retrieval")
+            result.baselines[name] |= {f"{key}{suffix}": v for key, v in distances.items()}
+        mean = np.tile(np.rint(real_fit.mean(0)).astype(np.uint8), (len(rows), 1, 1, 1))
+        of_mean = generated_images(f_real, features(mean), f_fit, seed)
+        result.baselines.setdefault("mean_image", {})[f"fd_mean_image{suffix}"] = of_mean["fd"]
+        if has_grey:
+            result.scores |= round_trip(dataset, f_fit, f_made, f_real)
+    result.scores["fd_retrieval"] = result.baselines["retrieval"]["fd_retrieval"]
     low_fit, low_real, low_made = pixel_components(32, real_fit, real, made[0])
     of_pixels = generated_images(low_real, low_made, low_fit, seed)
-    scores |= {f"{name}_pca": of_pixels[name] for name in ("fd", "fd_floor")}
-    # round trip: expression read back from the pictures, by what real pictures teach
-    back = ridge(f_fit, x_fit[:, :-1], np.concatenate([f_made, f_real]))
-    detected = detected_genes(dataset)
-    for name, guess in (("", back[: len(rows)]), ("_ceiling", back[len(rows) :])):
-        r = defined(metrics.scored_pcc(x[:, :-1], guess)[detected])
+    result.scores |= {f"{name}_pca": of_pixels[name] for name in ("fd", "fd_floor")}
+    result.scores |= truth_scores(dataset, rows, probes_made.mean(0)[:, 0], probes[:, 0])
+    result.arrays |= {"generated": made[0], "probes_generated": probes_made}
+    result.arrays |= {"probes_real": probes, "probes": np.array(names)}
+    return result
+
+
+def probe_guesses(dataset, probes_fit):
+    """{predictor: (n, probes)} of the predictors that read what the generator reads: the cell's own
+    expression, and with it the niche's mean (`_context`); and {name: (n, 8)} training cells of
+    nearest expression, whose pictures `retrieval` copies."""
+    fit, rows = dataset.rows["train"], dataset.rows["test"]
+    own = dataset.all_expression().cpu().numpy()  # (N, G + 1)
+    beside = niche_means(dataset, own)
+    near = equal_blocks([own, beside], fit)
+    fold = strips(dataset.cells, fit)
+    both = np.concatenate([own, beside], 1)
+    nearest = {}
+    for name, x in (("retrieval", own), ("retrieval_context", near)):
+        nearest[name] = cKDTree(x[fit]).query(x[rows], k=range(1, min(8, len(fit)) + 1))[1]
+    guesses = {
+        "ridge": ridge(own[fit], probes_fit, own[rows], fold),
+        "ridge_context": ridge(both[fit], probes_fit, both[rows], fold),
+        "knn": knn(own[fit], probes_fit, own[rows], fold),
+        "knn_context": knn(near[fit], probes_fit, near[rows], fold),
+    }
+    guesses |= {name: probes_fit[index].mean(1) for name, index in nearest.items()}
+    return guesses, nearest
+
+
+def round_trip(dataset, f_fit, f_made, f_real):
+    """Expression read back from generated pictures by what real training pictures teach, and from
+    the real ones (the ceiling): mean PCC over genes. f_*: features (n, p)."""
+    x_fit, x = (dataset.expression_matrix(part)[:, :-1] for part in ("train", "test"))
+    fold = strips(dataset.cells, dataset.rows["train"])
+    back = ridge(f_fit, x_fit, np.concatenate([f_made, f_real]), fold)
+    scores, detected = {}, detected_genes(dataset)
+    for name, guess in (("", back[: len(x)]), ("_ceiling", back[len(x) :])):
+        r = defined(metrics.scored_pcc(x, guess)[detected])
         scores[f"round_trip_pcc{name}"] = float(np.mean(r))
-    scores |= truth_scores(dataset, rows, probes_made.mean(0)[:, 0], probes[:, 0])
-    arrays = {"generated": made[0], "probes_generated": probes_made, "probes_real": probes}
-    return TaskResult(scores, baselines, arrays)
+    return scores
 
 
 def named_distances(scores, name):
@@ -260,102 +291,137 @@ def truth_scores(dataset, rows, made, real):
 
 
 def imputation_folds(dataset, seed):
-    """Which round hides which genes of a cell: (N, G) in 0 .. ROUNDS - 1; a fifth of a cell's genes
-    at a time, other fifths in its neighbours. Also the fold of every gene (G,) and cell (N,): a
-    gene is hidden in a cell in round (gene + cell) % ROUNDS."""
+    """The fold of every gene (G,) and of every cell (N,), in 0 .. ROUNDS - 1: a gene is hidden in a
+    cell in round (gene + cell) % ROUNDS, so each once. A cell's fold is drawn at random: of its
+    neighbours one in five hides the same genes in the same round, the others show them."""
     rng = np.random.default_rng([seed, 11])
     gene_fold = rng.permutation(dataset.cells.n_genes) % ROUNDS
     cell_fold = rng.permutation(dataset.cells.n_cells) % ROUNDS
-    return torch.tensor((gene_fold[None] + cell_fold[:, None]) % ROUNDS), gene_fold, cell_fold
+    return gene_fold, cell_fold
+
+
+def hidden_in_round(gene_fold, cell_fold, number):
+    """(N, G) bool tensor: what round `number` of `imputation_folds` hides."""
+    return torch.tensor((gene_fold[None] + cell_fold[:, None]) % ROUNDS == number)
+
+
+def visible_inputs(dataset, gene_fold, cell_fold, fold):
+    """What every cell and its niche show in the round that hides the genes of `fold` in the cell:
+    own (N, G + 1) expression and depth, hidden values count as the mean, 0; the niche's mean of the
+    same; (N, genes) share of the niche that shows a gene. Zeros for cells in no part."""
+    n, genes, rows = dataset.cells.n_cells, gene_fold == fold, dataset.used_rows
+    niche = dataset.niche.numpy()
+    own = np.zeros((n, dataset.cells.n_genes + 1), np.float32)
+    beside, share = np.zeros_like(own), np.zeros((n, genes.sum()), np.float32)
+    for number in range(ROUNDS):
+        hidden = hidden_in_round(gene_fold, cell_fold, number)
+        visible = np.zeros_like(own)
+        for part in np.array_split(rows, -(-len(rows) // 4096)):
+            seen = dataset.expression(part, hidden[part])
+            visible[part] = torch.cat(seen, 1).cpu().numpy()
+        members = rows[(fold + cell_fold[rows]) % ROUNDS == number]
+        own[members] = visible[members]
+        shows = ~hidden[:, genes].numpy()
+        for part in np.array_split(members, max(1, -(-len(members) // 4096))):
+            beside[part] = visible[niche[part]].mean(1)
+            share[part] = shows[niche[part]].mean(1)
+    return own, beside, share
 
 
 def task_imputation(dataset, method, seed):
-    """A fifth of a cell's genes is hidden, its neighbours hide other fifths; five rounds, so that
-    every value is predicted once."""
-    hidden_in, gene_fold, cell_fold = imputation_folds(dataset, seed)
-    fit, rows, (n, n_genes) = dataset.rows["train"], dataset.rows["test"], dataset.counts.shape
-    everyone, niche = np.concatenate([fit, rows]), dataset.niche.numpy()
+    """A fifth of the genes of a cell is hidden; five rounds, so that every value is predicted
+    once."""
+    gene_fold, cell_fold = imputation_folds(dataset, seed)
+    fit, rows, n_genes = dataset.rows["train"], dataset.rows["test"], dataset.cells.n_genes
+    everyone, n_fit = np.concatenate([fit, rows]), len(fit)
     full = {part: dataset.expression_matrix(part)[:, :-1] for part in ("train", "test")}
-    visible = np.zeros((ROUNDS, n, n_genes + 1), np.float32)
-    heads, inners = {}, {}  # with and without surroundings: (ROUNDS, N, G), (ROUNDS, N, q)
-    for r in range(ROUNDS):
-        seen = dataset.expression(everyone, hidden_in[everyone] == r)
-        visible[r, everyone] = torch.cat(seen, 1).cpu().numpy()
-        z = method.embed("fused", hidden_in == r)
-        for has_context in (True, False):
-            head, inner = method.predict_genes(z, everyone, has_context)
-            for store, values in ((heads, head), (inners, inner)):
-                shape = (ROUNDS, n, values.shape[1])
-                store.setdefault(has_context, np.zeros(shape, np.float32))[r, everyone] = values
-    names = (
-        *("model", "model_own", "network", "gene_mean", "knn", "neighbours"),
-        *("ridge", "ridge_context", "pca"),
-    )
+    # the network alone: every value in the round that hides it
+    levels = {level: np.zeros((len(rows), n_genes), np.float32) for level in LEVELS}
+    inner = []  # (n, q) of every round
+    for number in range(ROUNDS):
+        hidden = hidden_in_round(gene_fold, cell_fold, number)
+        z, is_asked = method.embed("fused", hidden), hidden[rows].numpy()
+        for level, reads in LEVELS.items():
+            asked = everyone if level == "all" else rows
+            head, layer = method.predict_genes(z, asked, reads)
+            levels[level][is_asked] = head[-len(rows) :][is_asked]
+        inner.append(layer)
+    pictures = picture_features(dataset)
+    pictures = [pictures, niche_means(dataset, pictures)]
+    names = ("network_and_ridge", "gene_mean", "knn", "knn_all", "neighbours")
+    names += ("ridge", "ridge_context", "ridge_all", "pca")
     guesses = {name: np.zeros((len(rows), n_genes)) for name in names}
-    # the genes of one fold; every cell in the round that hides them
+    strip, inner = strips(dataset.cells, fit), np.stack(inner)  # (n_fit,), (ROUNDS, n, q)
     for fold in range(ROUNDS):
-        genes, round_of = gene_fold == fold, (fold + cell_fold) % ROUNDS
-        # (N, G + 1); hidden values count as the mean, 0
-        own = visible[round_of, np.arange(n)]
-        beside = visible[round_of[:, None], niche].mean(1)
-        both, y = np.concatenate([own, beside], 1), full["train"][:, genes]
-        # (N, genes) share of the niche that shows a gene
-        shows = hidden_in.numpy()[niche] != round_of[:, None, None]
-        share = shows[..., genes].mean(1).clip(1 / niche.shape[1])
-        for name, has_context, linear in (("model", True, both), ("model_own", False, own)):
-            head = heads[has_context][round_of, np.arange(n)][rows][:, genes]
-            inner = inners[has_context][round_of, np.arange(n)]
-            guesses[name][:, genes] = average_with_ridge(linear, inner, y, head, fit, rows)
-            if has_context:
-                guesses["network"][:, genes] = head
-        guesses["neighbours"][:, genes] = beside[rows][:, :-1][:, genes] / share[rows]
-        guesses["ridge"][:, genes] = ridge(own[fit], y, own[rows])
-        guesses["ridge_context"][:, genes] = ridge(both[fit], y, both[rows])
-        guesses["knn"][:, genes] = knn(own[fit][:, :-1], y, own[rows][:, :-1])
+        genes = gene_fold == fold
+        own, beside, share = visible_inputs(dataset, gene_fold, cell_fold, fold)
+        y = full["train"][:, genes]
+        both = np.concatenate([own, beside], 1)
+        everything = np.concatenate([own, beside, *pictures], 1)
+        near = equal_blocks([own, beside, *pictures], fit)
+        linear = both[everyone]
+        layer = inner[(fold + cell_fold[everyone]) % ROUNDS, np.arange(len(everyone))]
+        i_fit, i_rows = np.arange(n_fit), np.arange(n_fit, len(everyone))
+        guesses["network_and_ridge"][:, genes] = average_with_ridge(
+            linear, layer, y, levels["all"][:, genes], i_fit, i_rows, strip
+        )
+        shown = beside[rows][:, :-1][:, genes]
+        guesses["neighbours"][:, genes] = shown / share[rows].clip(1 / dataset.niche.shape[1])
+        for name, x in (("ridge", own), ("ridge_context", both), ("ridge_all", everything)):
+            guesses[name][:, genes] = ridge(x[fit], y, x[rows], strip)
+        for name, x in (("knn", own), ("knn_all", near)):
+            guesses[name][:, genes] = knn(x[fit], y, x[rows], strip)
         guesses["pca"][:, genes] = pca_impute(full["train"], own[rows][:, :-1], genes)
-    arrays = {"imputed": guesses["model"].astype(np.float32), "expression": full["test"]}
-    return gene_result(full["test"], guesses, detected_genes(dataset), "impute", arrays)
+    arrays = {"imputed": levels["all"], "expression": full["test"]}
+    arrays["imputed_with_ridge"] = guesses["network_and_ridge"].astype(np.float32)
+    return gene_result(full["test"], levels, guesses, detected_genes(dataset), "impute", arrays)
 
 
 def task_image_to_genes(dataset, method):
     """image -> genes: from the cell's own picture, and with the pictures of its surroundings; never
     from anyone's expression."""
-    fit, rows = dataset.rows["train"], dataset.rows["test"]
-    everyone, n_fit = np.concatenate([fit, rows]), len(fit)
+    fit, rows, crops = dataset.rows["train"], dataset.rows["test"], dataset.cells.crops
+    everyone, n_fit, strip = np.concatenate([fit, rows]), len(fit), strips(dataset.cells, fit)
     y, true = (dataset.expression_matrix(part)[:, :-1] for part in ("train", "test"))
-    crops = [dataset.cells.crops[r] for r in (fit, rows)]
-    crowding = [density(dataset, part) for part in ("train", "test")]
-    features = ImageFeatures().fit(crops[0])
-    own = [np.hstack([features(c), d]) for c, d in zip(crops, crowding)]
-    of_cell = np.zeros((dataset.cells.n_cells, own[0].shape[1]))
-    of_cell[everyone] = np.concatenate(own)
-    beside = [of_cell[dataset.niche[r].numpy()].mean(1) for r in (fit, rows)]
-    both = [np.hstack(pair) for pair in zip(own, beside)]
-    z = method.embed("img")
-    i_fit, i_rows = np.arange(n_fit), np.arange(n_fit, len(everyone))
-    guesses = {}
-    for name, has_context, linear in (("model", True, both), ("model_own", False, own)):
-        head, inner = method.predict_genes(z, everyone, has_context)
-        guesses[name] = average_with_ridge(
-            np.concatenate(linear), inner, y, head[n_fit:], i_fit, i_rows
-        )
-        if has_context:
-            guesses["network"] = head[n_fit:]
-    shapes = [
-        np.hstack([morphology(c[:, 0] / 255.0, features.thresholds[0]), d])
-        for c, d in zip(crops, crowding)
-    ]
-    low = pixel_components(50, *crops)
-    guesses |= {
-        "ridge_morphology_density": ridge(shapes[0], y, shapes[1]),
-        "ridge_image_pca": ridge(low[0], y, low[1]),
-        "knn": knn(low[0], y, low[1]),
-        "ridge_features_density": ridge(own[0], y, own[1]),
-        "ridge_features_context": ridge(both[0], y, both[1]),
-        "gene_mean": np.zeros_like(true),
+    z, levels = method.embed("img"), {}
+    for level, reads in LEVELS.items():
+        head, layer = method.predict_genes(z, everyone, reads)
+        levels[level] = head[n_fit:]
+    own = picture_features(dataset)
+    beside = niche_means(dataset, own)
+    both = np.hstack([own, beside])
+    low = np.zeros((dataset.cells.n_cells, 50))
+    pixels = pixel_components(50, crops[fit], crops[dataset.used_rows])[1]
+    low = np.zeros((dataset.cells.n_cells, pixels.shape[1]))
+    low[dataset.used_rows] = pixels
+    low_beside = niche_means(dataset, low)
+    features = ImageFeatures().fit(crops[fit])
+    shape = np.zeros((dataset.cells.n_cells, 12))
+    shape[everyone] = np.hstack(
+        [
+            morphology(crops[everyone][:, 0] / 255, features.thresholds[0]),
+            density(dataset, everyone),
+        ]
+    )
+    inputs = {
+        "ridge_morphology_density": shape,
+        "ridge_image_pca": low,
+        "ridge_features_density": own,
+        "ridge_features_context": both,
+        "ridge_all": np.hstack([both, low, low_beside]),
     }
-    arrays = {"image_to_genes": guesses["model"].astype(np.float32)}
-    return gene_result(true, guesses, detected_genes(dataset), "image_to_genes", arrays)
+    guesses = {name: ridge(x[fit], y, x[rows], strip) for name, x in inputs.items()}
+    for name, x in (("knn", low), ("knn_all", equal_blocks([own, beside], fit))):
+        guesses[name] = knn(x[fit], y, x[rows], strip)
+    i_fit, i_rows = np.arange(n_fit), np.arange(n_fit, len(everyone))
+    guesses["network_and_ridge"] = average_with_ridge(
+        both[everyone], layer, y, levels["all"], i_fit, i_rows, strip
+    )
+    guesses["gene_mean"] = np.zeros_like(true)
+    arrays = {"image_to_genes": levels["all"].astype(np.float32)}
+    arrays["image_to_genes_with_ridge"] = guesses["network_and_ridge"].astype(np.float32)
+    detected = detected_genes(dataset)
+    return gene_result(true, levels, guesses, detected, "image_to_genes", arrays)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,10 +439,30 @@ def coherence(dataset, rows, cluster):
     return float(np.average(values, weights=sizes))
 
 
-def label_scores(x_fit, x, y_fit, y, n_classes, seed):
+def classifier(x, y, fold):
+    """Logistic regression on z-scored inputs x (n, p), classes y (n,) weighted alike, fitted; its
+    penalty is the one of best balanced accuracy on the folds (n,) of the training rows."""
+
+    def fitted(strength, rows):
+        model = LogisticRegression(C=strength, class_weight="balanced", max_iter=500)
+        return make_pipeline(StandardScaler(), model).fit(x[rows], y[rows])
+
+    strengths, scores = (0.01, 0.1, 1.0), []
+    outs = [fold == number for number in np.unique(fold)]
+    outs = [is_out for is_out in outs if len(np.unique(y[~is_out])) > 1]
+    for strength in strengths:
+        guess = np.full(len(y), -1)
+        for is_out in outs:
+            guess[is_out] = fitted(strength, ~is_out).predict(x[is_out])
+        recall = [np.mean(guess[y == label] == label) for label in np.unique(y)]
+        scores.append(np.mean(recall))
+    return fitted(strengths[int(np.argmax(scores))], np.ones(len(y), bool))
+
+
+def label_scores(x_fit, x, y_fit, y, n_classes, seed, fold):
     """Scores of inputs x_fit (n_fit, p), x (n, p) by classes y_fit, y, and the clusters (n,) found
-    in x: logistic regression; k-means with K = number of classes (oracle)."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x_fit, y_fit)
+    in x: `classifier`; k-means with K = number of classes (oracle)."""
+    model = classifier(x_fit, y_fit, fold)
     prob = np.zeros((len(x), n_classes))
     prob[:, model.classes_] = model.predict_proba(x)
     annotation = metrics.classification(y, prob)
@@ -391,31 +477,62 @@ def label_scores(x_fit, x, y_fit, y, n_classes, seed):
 
 
 def task_labels(dataset, z, seed):
-    """Annotation (logistic regression on frozen embeddings) and clustering (k-means, K = number of
+    """Annotation (`classifier` on frozen embeddings) and clustering (k-means, K = number of
     classes: oracle) where the file has labels. z {name: (N, d) numpy}: embeddings; the scores of
     `z` bear no suffix, those of the others their name."""
     labels, train, test = dataset.cells.labels, dataset.rows["train"], dataset.rows["test"]
-    is_fit, is_scored = labels[train] >= 0, labels[test] >= 0
-    fit, rows, n_classes = train[is_fit], test[is_scored], len(dataset.cells.classes)
+    fit, rows = train[labels[train] >= 0], test[labels[test] >= 0]
+    n_classes, result, fold = len(dataset.cells.classes), TaskResult(), strips(dataset.cells, fit)
     if not len(rows) or len(np.unique(labels[fit])) < 2:
-        return TaskResult()
-    inputs = {name: (values[fit], values[rows]) for name, values in z.items()}
-    x_fit, x = dataset.expression_matrix("train"), dataset.expression_matrix("test")
-    pca = PCA(min(30, x_fit.shape[1] - 1), random_state=0).fit(x_fit)
-    expression = pca.transform(x_fit[is_fit]), pca.transform(x[is_scored])
-    image = pixel_components(50, dataset.cells.crops[fit], dataset.cells.crops[rows])
-    both = [np.hstack(pair) for pair in zip(expression, image)]
-    inputs |= {"pca_expression": expression, "pca_image": image, "pca_both": both}
-    result = TaskResult()
-    for name, (a, b) in inputs.items():
-        scores, cluster = label_scores(a, b, labels[fit], labels[rows], n_classes, seed)
+        return result
+    for name, x in (z | label_baselines(dataset)).items():
+        parts = x[fit], x[rows], labels[fit], labels[rows]
+        scores, cluster = label_scores(*parts, n_classes, seed, fold)
         scores["clustering_coherence"] = coherence(dataset, rows, cluster)
-        if name.startswith("pca"):
-            result.baselines[name] = scores
-        else:
+        if name in z:
             suffix = "" if name == "z" else f"_{name}"
             result.scores |= {f"{key}{suffix}": value for key, value in scores.items()}
+        else:
+            result.baselines[name] = scores
     return result
+
+
+def label_baselines(dataset):
+    """{name: (N, p)} inputs of the same classifier: principal components of expression, of pixels,
+    both, and each with density and the niche's means; of the picture alone `picture_shape`, the
+    shape of what its first channel shows, and where there is a stain `picture_stain`, eleven
+    numbers of it, and both."""
+    fit, used = dataset.rows["train"], dataset.used_rows
+    expression = components(dataset.all_expression().cpu().numpy(), fit, 30)
+    crowding = np.zeros((len(expression), 2))
+    crowding[used] = density(dataset, used)
+    niche = np.hstack([expression, crowding, niche_means(dataset, expression)])
+    inputs = {"pca_expression": expression, "pca_expression_niche": niche}
+    if dataset.has_pictures:
+        inputs |= picture_baselines(dataset, expression, crowding)
+    return inputs
+
+
+def picture_baselines(dataset, expression, crowding):
+    """Those of `label_baselines` that read pictures; expression (N, q), crowding (N, 2)."""
+    fit, used, crops = dataset.rows["train"], dataset.used_rows, dataset.cells.crops
+    image = np.zeros((len(expression), min(50, len(fit) - 1, crops[:1].size)))
+    image[used] = pixel_components(50, crops[fit], crops[used])[1]
+    both = np.hstack([expression, image])
+    surroundings = np.hstack([both, crowding, niche_means(dataset, both)])
+    inputs = {"pca_image": image, "pca_both": both, "pca_both_niche": surroundings}
+    threshold = ImageFeatures().fit(crops[fit]).thresholds[0]
+    shape = morphology(crops[used][:, 0] / 255, threshold)[:, :N_SHAPES]
+    pictures = {"picture_shape": shape}
+    stained = stain_channel(dataset.cells.channels)
+    if stained is not None:
+        inside = crops[used][:, 0] / 255 > threshold
+        pictures["picture_stain"] = stain_statistics(crops[used][:, stained] / 255, inside)
+        pictures["picture_shape_stain"] = np.hstack([shape, pictures["picture_stain"]])
+    for name, values in pictures.items():
+        inputs[name] = np.zeros((len(both), values.shape[1]))
+        inputs[name][used] = values
+    return inputs
 
 
 # --------------------------------------------------------------------------------------------------

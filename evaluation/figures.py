@@ -37,7 +37,8 @@ def draw_generated(dataset, expression, probes, generated):
     expression (n, G), probes (n, 3) of the real pictures, generated (n, C, S, S) -> figure.
     """
     rows = dataset.rows["test"]
-    area = np.repeat(probes[:, 1:2], expression.shape[1], 1)
+    # of the others; of the only channel where there is one
+    area = np.repeat(probes[:, min(1, probes.shape[1] - 1)][:, None], expression.shape[1], 1)
     r = np.nan_to_num(metrics.pcc(expression, area))
     gene = int(np.argmax(np.where(detected_genes(dataset), np.abs(r), -1)))
     fifths = np.array_split(np.argsort(expression[:, gene], kind="stable"), 5)

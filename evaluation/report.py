@@ -59,11 +59,11 @@ SHOWN += ("macro_f1", "kappa_quadratic")
 SHOWN_DOMAINS = ("ami", "completeness", "homogeneity")
 SHOWN_GENES = ("pcc_pooled", "variance_ratio_median", "slide_mean_rmse")
 PANELS_CELLS = {
-    "cond_pcc_other_area": ("PCC of mean pixels, other nuclei", "ridge"),
-    "impute_pcc_mean": ("imputation, mean PCC over genes", "ridge_context"),
-    "image_to_genes_pcc_mean": ("image to genes, mean PCC over genes", "ridge_features_context"),
+    "cond_pcc_other_area": ("PCC of mean pixels, other nuclei", "ridge_context"),
+    "impute_pcc_mean": ("imputation, mean PCC over genes", "ridge_all"),
+    "image_to_genes_pcc_mean": ("image to genes, mean PCC over genes", "ridge_all"),
     # score: (axis, the baseline that is drawn as a dashed line)
-    "annotation_macro_f1": ("annotation, macro-F1", "pca_both"),
+    "annotation_macro_f1": ("annotation, macro-F1", "pca_both_niche"),
 }
 # what was published, where, and why it may not be compared
 SOURCES = {

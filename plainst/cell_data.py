@@ -5,6 +5,9 @@ Rows are those of the cell file everywhere; N cells, G genes, C channels, S pixe
 niche, t squares of the tissue.
 """
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
@@ -17,6 +20,8 @@ PARTS = ("train", "val", "test")
 CHUNK = 4096
 # bytes of crops that are held in memory; larger files are read in every step
 IN_MEMORY = 2**31
+# channels and side that stand in for the crops of a file without pictures
+NO_PICTURE = (1, 16)
 
 
 class Normaliser:
@@ -51,6 +56,14 @@ class Normaliser:
         x = torch.log1p(counts / total * self.median * share)
         z = ((x - self.mean) / self.std).clamp(-5, 5) * visible
         return z, ((total / share).log() - self.depth[0]) / self.depth[1]
+
+    @classmethod
+    def from_state(cls, state):
+        """The normaliser that `state` describes."""
+        self = cls()
+        self.median, self.depth = state["median"], tuple(state["depth"])
+        self.share, self.mean, self.std = (state[name] for name in ("share", "mean", "std"))
+        return self
 
     def state(self):
         """What a saved model needs to read new counts: numbers and tensors by name."""
@@ -111,29 +124,49 @@ class CellDataset:
 
     cells: a `Cells`; split: masks (N,) of the parts; normalise: a fitted `Normaliser`; k cells make
     a niche, t squares a tissue. rows {part: row numbers}; niche, square, tissue and their places:
-    see `neighbour_tables`; shape (C, S). Tensors come on `device`, tables stay on the CPU.
+    see `neighbour_tables`; shape (C, S); has_pictures: whether the file has crops. Tensors come on
+    `device`, tables stay on the CPU.
     """
 
     def __init__(self, cells, split, normalise, k, t, device):
-        self.cells, self.split, self.normalise, self.device = cells, split, normalise, device
+        self.cells, self.normalise, self.device = cells, normalise, device
+        self.k, self.t = k, t
+        self.set_split(split)
+        self.counts = cells.counts.tocsr().astype(np.float32)
+        self.has_pictures = cells.crops is not None
+        self.shape, self.stored = NO_PICTURE, None
+        if not self.has_pictures:
+            return
+        n, c, s, _ = cells.crops.shape
+        self.shape = (c, s)
+        if n * c * s * s < IN_MEMORY:
+            self.stored = torch.tensor(cells.crops[np.arange(n)])
+        train = self.rows["train"]
+        sample = self.images(train[:: -(-len(train) // CHUNK)])
+        # (C, 1, 1): a sparse channel counts as much as a full one
+        weight = 1 / sample.var((0, 2, 3)).clamp(min=1e-4)
+        self.channel_weight = (weight / weight.mean())[:, None, None]
+
+    def set_split(self, split):
+        """Take masks of the parts, and make the tables of neighbours inside each."""
+        cells, self.split = self.cells, split
         self.rows = {part: np.flatnonzero(getattr(split, part)) for part in PARTS}
         group = np.full(cells.n_cells, -1)
         for i, part in enumerate(PARTS):
             rows = self.rows[part]
             group[rows] = i * len(cells.sections) + cells.section[rows]
         self.niche, self.niche_places, self.square, self.tissue, self.tissue_places = (
-            neighbour_tables(cells.xy, group, k, t, cells.source)
+            neighbour_tables(cells.xy, group, self.k, self.t, cells.source)
         )
-        self.counts = cells.counts.tocsr().astype(np.float32)
-        n, c, s, _ = cells.crops.shape
-        self.shape = (c, s)
-        is_small = n * c * s * s < IN_MEMORY
-        self.stored = torch.tensor(cells.crops[np.arange(n)]) if is_small else None
-        train = self.rows["train"]
-        sample = self.images(train[:: -(-len(train) // CHUNK)])
-        # (C, 1, 1): a sparse channel counts as much as a full one
-        weight = 1 / sample.var((0, 2, 3)).clamp(min=1e-4)
-        self.channel_weight = (weight / weight.mean())[:, None, None]
+
+    def unsplit(self):
+        """The same cells in one part, with neighbours wherever they are; without the sections that
+        have no niche of k + 1 cells."""
+        whole, sizes = copy.copy(self), self.cells.section_sizes
+        has_niche = (sizes > self.k)[self.cells.section]
+        nobody = np.zeros_like(has_niche)
+        whole.set_split(replace(self.split, train=nobody, val=nobody, test=has_niche))
+        return whole
 
     @property
     def used_rows(self):
@@ -142,7 +175,9 @@ class CellDataset:
 
     def images(self, rows):
         """(B, C, S, S) float in [-1, 1]; from memory where all crops fit into 2 GB, else from the
-        file."""
+        file; black where the file has no pictures."""
+        if not self.has_pictures:
+            return torch.full((len(rows), *NO_PICTURE, NO_PICTURE[1]), -1.0, device=self.device)
         if self.stored is not None:
             x = self.stored[rows]
         else:
@@ -178,19 +213,22 @@ class CellDataset:
         total = total.index_add(0, square_of, z[is_used.to(z.device)])
         return total / torch.bincount(square_of, minlength=len(total))[:, None]
 
-    def surroundings(self, z, squares, rows):
+    def surroundings(self, z, squares, rows, modality=None):
         """What the cells `rows` can read of z (N, d) and its `square_means`: of the niche z (B, k,
         d) and places (B, k, 2); of the tissue z (B, t, d), places (B, t, 2) and which squares exist
-        (B, t)."""
+        (B, t). With modality (B,), z (m, N, d) and squares (m, n, d) hold several embeddings, and a
+        row reads the one of its number."""
         rows, device = torch.as_tensor(rows), z.device
-        tissue = self.tissue[rows]
-        return (
-            z[self.niche[rows].to(device)],
-            self.niche_places[rows].to(device),
-            squares[tissue.clamp(min=0).to(device)],
-            self.tissue_places[rows].to(device),
-            (tissue >= 0).to(device),
-        )
+        niche, tissue = self.niche[rows].to(device), self.tissue[rows].to(device)
+        squares_of = tissue.clamp(min=0)
+        if modality is None:
+            near, far = z[niche], squares[squares_of]
+        else:
+            number = modality.to(device)[:, None]
+            near, far = z[number, niche], squares[number, squares_of]
+        near_places = self.niche_places[rows].to(device)
+        far_places = self.tissue_places[rows].to(device)
+        return near, near_places, far, far_places, tissue >= 0
 
 
 def random_orientation(x, which):

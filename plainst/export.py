@@ -41,7 +41,13 @@ GENES_IN_CSV = 200
 SPOT_OF_PITCH = 0.55
 
 
+# arrays of names
+TEXTS = {"barcodes", "ids", "slide", "genes", "classes", "gene_sets", "probes"}
 COUNTS, PREDICTED = "counts", "predicted expression"
+# of spatia: by the network alone, and its mean with a ridge
+EXPRESSION_LAYERS = (
+    *("imputed", "imputed_with_ridge", "image_to_genes", "image_to_genes_with_ridge"),
+)
 
 
 @dataclass
@@ -191,24 +197,35 @@ def _expression(arrays: dict) -> dict:
 
 
 def _cells(arrays: dict) -> dict:
-    """spatia: clusters, and what the generated and the real pictures measure (mean of the draws);
-    layers: predicted expression."""
-    columns = {}
-    if "clusters" in arrays:
-        columns["cluster"] = names_of(arrays["clusters"])
+    """spatia: clusters of all cells; of the scored cells what the generated and the real pictures
+    measure (mean of the draws), and as layers their predicted expression; NaN for the others."""
+    n, columns = len(arrays["ids"]), {"cluster": names_of(arrays["clusters"])}
+    scored = arrays.get("scored", np.array([], np.int64))
+
+    def of_all(values):
+        """values (n_scored, ...) in the rows of all cells."""
+        out = np.full((n, *values.shape[1:]), np.nan, np.float32)
+        out[scored] = values
+        return out
+
+    if "scored" in arrays:
+        columns["scored"] = np.isin(np.arange(n), scored)
     if "probes_generated" in arrays:
         made, real = arrays["probes_generated"].mean(axis=0), arrays["probes_real"]
-        for i, probe in enumerate(("own_area", "other_area", "near_density")):
-            columns |= {f"{probe}_generated": made[:, i], f"{probe}_real": real[:, i]}
-    return {
+        names = arrays.get("probes", ("own_area", "other_area", "near_density"))
+        for i, probe in enumerate(names):
+            columns[f"{probe}_generated"] = of_all(made[:, i])
+            columns[f"{probe}_real"] = of_all(real[:, i])
+    part = {
         "columns": columns | _labels(arrays),
         "embedding": arrays["z"],
-        "x": arrays["expression"],
-        "x_is": "measured expression, normalised",
         "genes": arrays["genes"],
-        "layers": {k: arrays[k] for k in ("imputed", "image_to_genes") if k in arrays},
-        "category": "cluster" if "clusters" in arrays else "",
+        "layers": {k: of_all(arrays[k]) for k in EXPRESSION_LAYERS if k in arrays},
+        "category": "cluster",
     }
+    if "expression" in arrays:
+        part |= {"x": of_all(arrays["expression"]), "x_is": "measured expression, normalised"}
+    return part
 
 
 @dataclass(frozen=True)
@@ -245,10 +262,10 @@ CONTENTS = {
     "cmrcnet": _H_AND_E,
     "spatia": Content(
         _cells,
-        ("ids", "xy", "labels", "genes", "z", "expression"),
+        ("ids", "xy", "labels", "genes", "z", "clusters"),
         (
-            *("imputed", "image_to_genes", "probes_generated", "probes_real"),
-            *("clusters", "classes"),
+            *("expression", "scored", *EXPRESSION_LAYERS),
+            *("probes_generated", "probes_real", "probes", "classes"),
         ),
         is_cells=True,
     ),
@@ -421,7 +438,7 @@ def read_arrays(path, method: str) -> dict[str, np.ndarray]:
     with _of_this_version(path), np.load(path, allow_pickle=False) as file:
         names = [*content.needed, *(name for name in content.optional if name in file.files)]
         arrays = {name: file[name] for name in names}
-        for name in {"barcodes", "ids", "slide", "genes", "classes", "gene_sets"} & set(arrays):
+        for name in TEXTS & set(arrays):
             is_text = arrays[name].dtype.kind == "U" or not arrays[name].size
             if arrays[name].ndim != 1 or not is_text:
                 raise ValueError(f"{name} is {arrays[name].dtype} of shape {arrays[name].shape}")

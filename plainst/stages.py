@@ -1,5 +1,6 @@
 """Training in stages that follow each other: a checkpoint from which --resume goes on in the middle
-of any of them, batches that are shared by the processes of torchrun, averaged weights.
+of any of them, batches that are shared by the processes of torchrun, AdamW with a warm-up, averaged
+weights.
 
     stages = Stages(config, record.folder / "latest.pt", "spatia checkpoint", checksum, "cells")
     losses = []
@@ -18,6 +19,8 @@ from plainst.readers.checked import DataError
 
 # steps between two looks at the losses: to read one is to wait for the device
 LOOK = 50
+# optimiser steps of warm-up, a tenth of the steps where that is less
+WARM_UP = 100
 
 
 class Stages:
@@ -91,6 +94,39 @@ def read_losses(losses, n_read, name):
             "counts for extreme values"
         )
     return len(losses)
+
+
+class ScheduledAdamW(torch.optim.AdamW):
+    """AdamW whose rates rise over a warm-up, then fall on a cosine to 0; gradients are summed over
+    the processes and clipped at norm 1.
+
+    parameters: of the network, or groups of them; lr: the peak of the groups that name none;
+    n_steps: of the stage.
+    """
+
+    def __init__(self, parameters, lr, n_steps, weight_decay):
+        super().__init__(parameters, lr, weight_decay=weight_decay, foreach=True)
+        self.n_steps, self.warm_up = n_steps, max(1, min(WARM_UP, n_steps // 10))
+        self.peaks = [group["lr"] for group in self.param_groups]
+
+    def set_rates(self, step):
+        """Set the learning rates of step number `step`."""
+        for group, peak in zip(self.param_groups, self.peaks):
+            group["lr"] = peak * run.warmup_cosine(step, self.n_steps, self.warm_up)
+
+    def sum_and_clip(self, loss):
+        """Sum loss and gradients over the processes, clip the gradients; -> the loss of the whole
+        batch."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        total = run.sum_gradients(parameters, loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        return total
+
+
+def step_generator(seed, stage, step):
+    """torch.Generator that knows seed, stage (0, 1, 2) and step only: an interrupted or shared run
+    draws the same numbers."""
+    return torch.Generator().manual_seed((seed * 3 + stage) * 10_000_019 + step)
 
 
 def sample_batch(rows, batch, generator):

@@ -4,18 +4,21 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from PIL import Image
 
 import data
 from conftest import ROOT
-from plainst.readers import convert
+from plainst.readers import convert, xenium
 
 N, G, C, S = 150, 7, 2, 8
 
@@ -151,6 +154,33 @@ def test_what_may_be_left_out(path):
         and np.isnan(found.um_per_px)
         and found.truth == {}
     )
+
+
+def test_cells_without_pictures(tmp_path):
+    """Legal, with no channel and no mask; the split of them drops no cell for overlapping crops."""
+    words = table(400, crops=None, channels=[])
+    found = data.load_cells(data.write_cells(tmp_path / "c.h5", **words))
+    assert found.crops is None and found.channels == [] and found.n_cells == 400
+    assert "crops None" in repr(found)
+    split = data.cell_split(found, width=300.0, val=0)
+    assert (split.train | split.test).all() and not split.leaks_position
+    for changes in ({"channels": ["own"]}, {"masks": np.zeros((400, S, S), bool)}):
+        with pytest.raises(data.DataError, match="holds no crops: give a crop a cell"):
+            data.write_cells(tmp_path / "d.h5", **words | changes)
+
+
+def test_an_h5ad_becomes_cells_without_pictures(real_data, tmp_path, capsys):
+    source = real_data / "starmap_mpfc" / "BZ5.h5ad"
+    assert (
+        convert.main(["h5ad", str(source), str(tmp_path / "c.h5"), "--label_key", "cell_type"])
+        is None
+    )
+    found = data.load_cells(tmp_path / "c.h5")
+    assert (found.n_cells, found.n_genes, len(found.classes)) == (1049, 166, 15)
+    slide = data.load_slide(source, label_key="cell_type")
+    assert (found.counts != slide.counts).nnz == 0 and (found.labels == slide.labels).all()
+    np.testing.assert_array_equal(found.xy, slide.xy)
+    assert "no pictures, 15 classes; dropped 0 cells without a count" in capsys.readouterr().out
 
 
 def test_the_same_cells_give_the_same_bytes(path, tmp_path):
@@ -447,6 +477,84 @@ def test_nuclei_with_few_reads_are_dropped_and_counted(tmp_path, capsys):
     )
 
 
+READS = "Gene,x,y\n" + "a,45,25\n" * 9 + "b,155,64\n" * 9
+
+
+def write_stain(path, dtype=np.uint8, shape=(120, 200)):
+    pixels = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+    Image.fromarray(pixels * (100 if dtype == np.uint16 else 1)).save(path)
+    return pixels
+
+
+def test_a_stain_is_one_channel_more(tmp_path):
+    """Its crop is cut where the masks are cut; 8 bits stay, 16 bits are scaled by quantiles."""
+    folder, out = write_ca1(tmp_path / "s", READS, toy_image()), tmp_path / "c.h5"
+    pixels = write_stain(tmp_path / "DAPI.png")
+    words = {"stain": tmp_path / "DAPI.png", "crop_px": 32, "size": 16}
+    found = data.load_cells(data.from_ca1(folder, out, **words))
+    assert found.channels == ["own", "other", "DAPI"] and found.px_per_crop_px == 2
+    assert found.crops.shape == (2, 3, 16, 16)
+    x, y = np.rint(found.xy[0]).astype(int)
+    window = pixels[y - 16 : y + 16, x - 16 : x + 16].astype(float)
+    pooled = window.reshape(16, 2, 16, 2).mean((1, 3))
+    np.testing.assert_array_equal(found.crops[0][2], np.rint(pooled))
+    without = data.load_cells(data.from_ca1(folder, tmp_path / "b.h5", crop_px=32, size=16))
+    np.testing.assert_array_equal(found.crops[:][:, :2], without.crops[:])
+    write_stain(tmp_path / "deep.png", np.uint16)
+    words["stain"] = tmp_path / "deep.png"
+    deep = data.load_cells(data.from_ca1(folder, tmp_path / "d.h5", **words))
+    r = np.corrcoef(deep.crops[:][:, 2].ravel(), found.crops[:][:, 2].ravel())[0, 1]
+    assert deep.channels[2] == "deep" and r > 0.99
+
+
+def test_labels_of_cells_are_joined_by_id(tmp_path):
+    """Also those of nuclei with too few reads, which are dropped; no label is -1."""
+    folder, table = write_ca1(tmp_path / "s", READS, toy_image()), tmp_path / "labels.csv"
+    table.write_text("label,cell_id\nPC,300\n,7\nOligo,5\n")
+    words = {"crop_px": 32, "size": 16, "labels": table}
+    found = data.load_cells(data.from_ca1(folder, tmp_path / "c.h5", **words))
+    assert found.ids.tolist() == ["7", "300"] and found.labels.tolist()[0] == -1
+    assert found.classes[found.labels[1]] == "PC"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stain", "small.png"], "small.png is 100 x 120 px, the label image 200 x 120"),
+        (["--stain", "colour.png"], "colour.png has pixels of kind RGB"),
+        (["--stain", "none.png"], "none.png cannot be read as an image"),
+        (["--stain", "cut.png"], "cut.png cannot be read as an image"),
+        (["--labels", "unknown.csv"], r"unknown.csv labels 1 cells that the data lacks \(99"),
+        (["--labels", "twice.csv"], "twice.csv labels a cell twice"),
+        (["--labels", "columns.csv"], "columns.csv has columns cell, type: it needs cell_id and"),
+        (["--labels", "none.csv"], "none.csv cannot be read as a table of labels"),
+        (["--crop_px", "128"], "a crop of 128 px cannot be cut from it"),
+        (["--crop_px", "50"], "a multiple of its size"),
+        (["--size", "2"], "pooled to 2 px"),
+    ],
+)
+def test_stains_labels_and_crops_that_cannot_be_used(tmp_path, monkeypatch, capsys, words, message):
+    """As on the command line: status 2, one sentence, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    write_ca1(tmp_path / "s", READS, toy_image())
+    write_stain("small.png", shape=(120, 100))
+    write_stain("cut.png")
+    _truncate(tmp_path / "cut.png")
+    Image.fromarray(np.zeros((120, 200, 3), np.uint8)).save("colour.png")
+    for name, text in (
+        ("unknown.csv", "cell_id,label\n7,PC\n99,PC\n"),
+        ("twice.csv", "cell_id,label\n7,PC\n7,PC\n"),
+        ("columns.csv", "cell,type\n7,PC\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        convert.main(["ca1", "s", "c.h5", *words])
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+    assert re.search(message, told), told
+    assert not (tmp_path / "c.h5").exists()
+
+
 @pytest.mark.parametrize(
     ("reads", "message"),
     [
@@ -726,19 +834,52 @@ def test_xenium_bundle(bundle, tmp_path, capsys):
 def test_xenium_reads_only_the_tiles_under_the_cells(bundle, tmp_path, monkeypatch):
     import tifffile
 
-    decoded, whole = [], convert._Plane._tile
+    decoded, whole = [], xenium._Plane._tile
 
     def tile(self, row, col):
         decoded.append((self.path, row, col))
         return whole(self, row, col)
 
-    monkeypatch.setattr(convert._Plane, "_tile", tile)
+    monkeypatch.setattr(xenium._Plane, "_tile", tile)
     monkeypatch.setattr(
         tifffile.TiffPage, "asarray", lambda *a, **k: pytest.fail("a whole page was read")
     )
     data.from_xenium(bundle, tmp_path / "c.h5")
     # of the 24 tiles of a page
     assert 0 < len({d[1:] for d in decoded}) < 12
+
+
+def test_xenium_decodes_each_tile_once(bundle, tmp_path, monkeypatch):
+    import tifffile
+
+    decoded, whole = [], tifffile.TiffPage.decode.__get__
+
+    def counted(page):
+        decode = whole(page, type(page))
+
+        def wrapper(packed, index, **words):
+            decoded.append((page.parent.filename, page.index, index))
+            return decode(packed, index, **words)
+
+        return wrapper
+
+    monkeypatch.setattr(tifffile.TiffPage, "decode", property(counted))
+    data.from_xenium(bundle, tmp_path / "c.h5")
+    assert decoded and len(decoded) == len(set(decoded))
+
+
+def test_xenium_labels_and_wide_crops(bundle, tmp_path):
+    ids = data.read_10x_h5(bundle / "cell_feature_matrix.h5")[2]
+    (tmp_path / "l.csv").write_text(
+        "cell_id,label\n" + "".join(f"{i},t{len(i) % 2}\n" for i in ids)
+    )
+    found = data.load_cells(data.from_xenium(bundle, tmp_path / "c.h5", labels=tmp_path / "l.csv"))
+    assert (found.labels >= 0).all() and set(found.classes) <= {"t0", "t1"}
+    with pytest.raises(data.DataError, match="a crop of 3776 px is wider"):
+        data.from_xenium(bundle, tmp_path / "d.h5", field_um=800.0)
+    (tmp_path / "l.csv").write_text("cell_id,label\nnobody,t0\n")
+    with pytest.raises(data.DataError, match="labels 1 cells that the data lacks"):
+        data.from_xenium(bundle, tmp_path / "d.h5", labels=tmp_path / "l.csv")
 
 
 def test_xenium_z_stack(copy, tmp_path):
@@ -823,3 +964,41 @@ def test_xenium_without_its_packages(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(data.DataError, match="pip install tifffile imagecodecs pyarrow"):
         data.from_xenium(tmp_path, tmp_path / "c.h5")
+
+
+def test_a_simulated_xenium_folder_from_simulation_to_tables(tmp_path, capsys, monkeypatch):
+    """simulate -> convert -> spatia -> CSV and h5ad, as the reader types it; crops show the
+    simulated cells, masks have their areas."""
+    for name in ("tifffile", "imagecodecs", "pyarrow"):
+        pytest.importorskip(name)
+    anndata = pytest.importorskip("anndata")
+    import spatia
+    from plainst import simulate
+
+    monkeypatch.chdir(tmp_path)
+    simulate.main(["xenium", "bundle", "--n_cells", "400", "--n_genes", "48"])
+    with pytest.raises(data.DataError, match="exists already"):
+        simulate.simulate_xenium("bundle", 400, 48)
+    words = ["xenium", "bundle", "cells.h5", "--labels", "bundle/labels.csv", "--field_um", "27.2"]
+    convert.main([*words, "--size", "32"])
+    found, given = data.load_cells("cells.h5"), simulate.cell_field(400, 48, 1)
+    assert found.n_cells == 400 and found.channels == ["DAPI"] and len(found.classes) == 5
+    number = np.array([int(name[4:11]) for name in found.ids])
+    assert (found.counts != given["counts"][number]).nnz == 0
+    np.testing.assert_allclose(found.xy, given["xy"][number] * 4, atol=1e-6)
+    kinds = np.array(given["classes"])[given["labels"][number]]
+    assert [found.classes[i] for i in found.labels] == kinds.tolist()
+    # a crop px is 4 image px, one px of the simulated field
+    area, truth = found.masks[:].sum((1, 2)), given["truth"]["area"][number]
+    assert np.corrcoef(area, truth)[0, 1] > 0.95
+    # every pixel that an outline touches counts
+    np.testing.assert_allclose(np.median(area / truth), 1.1, atol=0.05)
+    crops, masks = found.crops[:][:, 0], found.masks[:]
+    assert crops[masks].mean() > 1.5 * crops[~masks].mean()
+    small = "--steps_a 2 --steps_b 2 --steps_c 2 --draws 1 --ode_steps 2 --h5ad"
+    spatia.main(["--data", "cells.h5", "--width", "400", "--runs", "runs", *small.split()])
+    folder = Path(capsys.readouterr().out.splitlines()[-1]).parent
+    written = anndata.read_h5ad(folder / "result.h5ad")
+    assert written.obs_names.tolist() == found.ids.tolist() and written.obs["cluster"].notna().all()
+    assert "mean_dapi_generated" in written.obs and "own_area_real" not in written.obs
+    assert (folder / "cells.csv").read_text().count("\n") == 401

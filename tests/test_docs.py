@@ -33,6 +33,7 @@ SHORT = {
     "cortex": "--n_spots 260 --n_genes 120",
     "hest": "--n_spots 40 --patch_size 16 --n_genes 60",
     "cells": "--n_cells 200 --n_genes 48",
+    "xenium": "--n_cells 60 --n_genes 48",
 }
 
 

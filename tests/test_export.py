@@ -503,7 +503,7 @@ def test_record_of_every_method_is_exported(method, made, tmp_path, monkeypatch,
     assert not plainst(["export", record])
     lines = capsys.readouterr().out.splitlines()
     # the CSV is there already, the run's own
-    assert len(lines) == 1 + (method in ("gat_fusion", "multist"))
+    assert len(lines) == 1 + (method in ("gat_fusion", "multist", "spatia"))
     a = read(lines[-1])
     arrays = dict(np.load(record.replace("run.json", "arrays.npz")))
     is_cells = method == "spatia"
@@ -521,7 +521,12 @@ def test_record_of_every_method_is_exported(method, made, tmp_path, monkeypatch,
         rows = [cells.ids.tolist().index(name) for name in a.obs_names]
         assert (a.X != cells.counts[rows]).nnz == 0
         assert a.obs["section"].tolist() == [cells.sections[i] for i in cells.section[rows]]
-        assert np.array_equal(a.layers["imputed"], arrays["imputed"])
+        # all cells of the file; what is predicted of the scored ones, the others are missing
+        assert a.obs_names.tolist() == cells.ids.tolist() and a.obs["cluster"].notna().all()
+        scored = arrays["scored"]
+        assert np.array_equal(a.layers["imputed"][scored], arrays["imputed"])
+        assert np.isnan(np.delete(a.layers["imputed"], scored, 0)).all()
+        assert np.flatnonzero(a.obs["scored"]).tolist() == scored.tolist()
     else:
         classes = arrays["classes"].tolist()
         given = [classes[i] if i >= 0 else "" for i in arrays["labels"]]
@@ -544,7 +549,7 @@ def test_every_run_and_prediction_writes_its_results(method, made, tmp_path, mon
     module = pytest.importorskip(method)
     words = [*RUNS[method].format(made=made).split(), "--device", "cpu"]
     csv_name = "cells.csv" if method == "spatia" else "spots.csv"
-    loupe = {"loupe.csv"} if method in ("gat_fusion", "multist") else set()
+    loupe = {"loupe.csv"} if method in ("gat_fusion", "multist", "spatia") else set()
     assert not module.main([*words, "--runs", "runs"])
     bare, names = folder_of(capsys)
     assert csv_name in names and not names & {"result.h5ad", "loupe.csv"}
@@ -561,7 +566,7 @@ def test_every_run_and_prediction_writes_its_results(method, made, tmp_path, mon
     assert all((full / name).read_bytes() == (bare / name).read_bytes() for name in loupe)
     if method == "multist":
         assert written.obs["confidence"].between(1 / 20, 1).all()
-    if method in ("multist", "spatia"):
+    if method == "multist":
         return
     data_words = words[:4] if method == "gat_fusion" else words[:2]
     predict = [*data_words, "--predict", str(bare / "model.pt"), "--device", "cpu"]
@@ -569,7 +574,8 @@ def test_every_run_and_prediction_writes_its_results(method, made, tmp_path, mon
     assert not module.main([*predict, "--runs", "new", "--h5ad"])
     folder, names = folder_of(capsys)
     assert csv_name in names and loupe <= names
-    ids = np.load(folder / "arrays.npz")["barcodes"].tolist()
+    names_of_rows = "ids" if method == "spatia" else "barcodes"
+    ids = np.load(folder / "arrays.npz")[names_of_rows].tolist()
     assert [row[0] for row in rows_of(folder / csv_name)[1:]] == ids
     found = sorted(name for name in names if name.endswith(".h5ad"))
     assert sum(len(read(folder / name)) for name in found) == len(ids)

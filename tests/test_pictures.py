@@ -94,3 +94,37 @@ def test_scores_of_generated_discs(rng):
     assert pictures.generated_images(real, train[:300], train) == copies
     with pytest.raises(ValueError, match="row counts differ"):
         pictures.generated_images(real, train[:20], train)
+
+
+def test_grey_levels_count_only_where_they_are_asked_for(rng):
+    """Masks times .98: another distribution with grey levels, the same without."""
+    y, x = np.mgrid[:32, :32] - 15.5
+    radius = rng.uniform(3, 12, (400, 2, 1, 1))
+    masks = (255 * np.clip((radius - np.hypot(x, y)) / 3, 0, 1)).astype(np.uint8)
+    darker = np.rint(masks * 0.98).astype(np.uint8)
+    scores = {}
+    for has_grey in (True, False):
+        features = pictures.ImageFeatures(has_grey).fit(masks[:200])
+        real, made = features(masks[200:]), features(darker[200:])
+        scores[has_grey] = pictures.generated_images(real, made, features(masks[:200]))
+    assert scores[False]["fd"] < 1.2 * scores[False]["fd_floor"]
+    assert scores[True]["fd"] > 1.5 * scores[True]["fd_floor"], scores
+    # texture inside the cell counts with grey levels only
+    noisy = np.where(masks > 0, rng.integers(150, 255, masks.shape), 0).astype(np.uint8)
+    with_grey, without = (pictures.ImageFeatures(g).fit(noisy) for g in (True, False))
+    assert with_grey(noisy).shape[1] > without(noisy).shape[1]
+
+
+def test_statistics_of_a_stain(rng):
+    image, inside = rng.random((3, 16, 16)), np.zeros((3, 16, 16), bool)
+    inside[0, 4:9, 5:12], inside[1, 3, 3] = True, True
+    found = pictures.stain_statistics(image, inside)
+    values = image[0][inside[0]]
+    assert found.shape == (3, 11) and (found[2, :10] == 0).all()
+    np.testing.assert_allclose(
+        found[0, [0, 1, 2, 5, 8]],
+        [values.mean(), values.std(), values.min(), np.median(values), values.max()],
+    )
+    np.testing.assert_allclose(found[:, 10], image.mean((1, 2)))
+    assert pictures.stain_channel(["own", "other", "dapi"]) == 2
+    assert pictures.stain_channel(["own", "other"]) is None and pictures.stain_channel(["x"]) == 0

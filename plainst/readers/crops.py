@@ -79,11 +79,10 @@ class Cells:
 
     counts (N, G) CSR raw integers, no empty row; genes (G,) symbols; ids (N,) unique names; xy (N,
     2) full-resolution px of the cell's own section, x right, y down; section (N,) index into
-    sections; crops lazily read (N, C, S, S) uint8; channels (C,) names; labels (N,) index into
-    classes,
-    -1 = none; masks lazily read (N, S, S) bool of the cell itself, or None; um_per_px micrometres
-    per full-resolution px, NaN where unknown; px_per_crop_px full-resolution px per crop px; truth
-    {name: array}, what a simulation knows; source the file.
+    sections; crops lazily read (N, C, S, S) uint8, None where there are no pictures; channels (C,)
+    names; labels (N,) index into classes, -1 = none; masks lazily read (N, S, S) bool of the cell
+    itself, or None; um_per_px micrometres per full-resolution px, NaN where unknown; px_per_crop_px
+    full-resolution px per crop px; truth {name: array}, what a simulation knows; source the file.
     """
 
     counts: sp.csr_matrix
@@ -92,7 +91,7 @@ class Cells:
     xy: np.ndarray
     section: np.ndarray
     sections: list[str]
-    crops: CropStack
+    crops: CropStack | None
     channels: list[str]
     labels: np.ndarray
     classes: list[str] = field(default_factory=list)
@@ -111,6 +110,12 @@ class Cells:
         return len(self.genes)
 
     @property
+    def crop_diagonal(self) -> float:
+        """Diagonal of a crop in full-resolution px: no two crops overlap beyond it; 0 without."""
+        side = 0 if self.crops is None else self.crops.shape[-1]
+        return 2**0.5 * side * self.px_per_crop_px
+
+    @property
     def section_sizes(self) -> np.ndarray:
         """(n_sections,) cells of each section."""
         return np.bincount(self.section, minlength=len(self.sections))
@@ -118,7 +123,7 @@ class Cells:
     def __repr__(self) -> str:
         return (
             f"Cells({self.n_cells} cells x {self.n_genes} genes, {len(self.sections)} "
-            f"sections, crops {self.crops.shape[1:]}, "
+            f"sections, crops {None if self.crops is None else self.crops.shape[1:]}, "
             f"{len(self.classes)} classes, source={self.source!r})"
         )
 
@@ -171,7 +176,16 @@ def _check_table(path, counts, genes, ids, xy, section, sections, labels, classe
 
 
 def _check_pictures(path, handle: h5py.File, n: int, n_channels: int) -> None:
-    """Raise DataError unless crops are (N, C, S, S) uint8 and masks, if any, (N, S, S) bool."""
+    """Raise DataError unless crops, if any, are (N, C, S, S) uint8 and masks, if any, (N, S, S)
+    bool."""
+    if "crops" not in handle:
+        require(
+            not n_channels and "masks" not in handle,
+            path,
+            f"names {n_channels} channels or masks but holds no crops",
+            "give a crop a cell, or no channel",
+        )
+        return
     crops = handle["crops"]
     for stack in ("crops", "masks"):
         if stack in handle:
@@ -264,7 +278,7 @@ def load_cells(path) -> Cells:
             if "truth" in handle
             else {}
         )
-        masks = "masks" in handle
+        has_crops, has_masks = "crops" in handle, "masks" in handle
     return Cells(
         counts,
         names["genes"],
@@ -272,11 +286,11 @@ def load_cells(path) -> Cells:
         xy.astype(np.float64),
         section.astype(np.int64),
         names["sections"].tolist(),
-        CropStack(path),
+        CropStack(path) if has_crops else None,
         names["channels"].tolist(),
         labels.astype(np.int64),
         classes,
-        CropStack(path, "masks") if masks else None,
+        CropStack(path, "masks") if has_masks else None,
         um_per_px,
         px_per_crop_px,
         truth,
@@ -376,8 +390,8 @@ def write_cells(
     xy,
     section,
     sections,
-    crops,
-    channels,
+    crops=None,
+    channels=(),
     labels=None,
     classes=(),
     masks=None,
@@ -386,7 +400,7 @@ def write_cells(
     truth: dict | None = None,
 ) -> Path:
     """Write a cell file; `load_cells` gives the arguments back. crops (N, C, S, S) uint8 and masks
-    (N, S, S) bool may be iterables of blocks of rows.
+    (N, S, S) bool may be iterables of blocks of rows, or None: cells without pictures.
 
     Layout: attributes format, version, um_per_px (NaN = unknown), px_per_crop_px; counts/{data,
     indices, indptr} with attribute shape, the CSR matrix (N, G); genes (G,), ids (N,), sections,

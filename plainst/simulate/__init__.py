@@ -7,6 +7,8 @@ real file formats.
     python -m plainst simulate hest datasets/simhest --link ring2
     # a cell file: crops and counts of single cells
     python -m plainst simulate cells datasets/simcells.h5 --n_cells 3000
+    # a Xenium-shaped folder (needs tifffile and pyarrow)
+    python -m plainst simulate xenium datasets/simxenium --n_cells 3000
 
 Nothing is ever N x G dense: counts are drawn in chunks of rows, each with its own random stream,
 and kept sparse.
@@ -42,6 +44,7 @@ from plainst.simulate.cortex import (
 )
 from plainst.simulate.files import new_folder, write_hest, write_visium
 from plainst.simulate.patches import patch_features, ring2_mean, simulate_hest
+from plainst.simulate.xenium import simulate_xenium
 
 FLAGS = {
     "n_spots": "tissue spots of a slice (cortex: 200 to 1,000,000)",
@@ -88,6 +91,7 @@ def main(argv=None) -> None:
             simulate_cells,
             "a cell file: crops and counts of single cells with a known truth",
         ),
+        ("xenium", simulate_xenium, "a Xenium-shaped folder of single cells, with labels.csv"),
     ):
         command = commands.add_parser(
             what,
@@ -115,7 +119,8 @@ def main(argv=None) -> None:
     what, out = options.pop("what"), Path(options.pop("out"))
     try:
         if what != "cortex":
-            print((simulate_hest if what == "hest" else simulate_cells)(out, **options))
+            makers = {"hest": simulate_hest, "cells": simulate_cells, "xenium": simulate_xenium}
+            print(makers[what](out, **options))
             return
         n_slices, n_donors, seed = (options.pop(name) for name in ("n_slices", "n_donors", "seed"))
         if not 1 <= n_donors <= n_slices <= 26:
