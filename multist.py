@@ -41,7 +41,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evaluation import domains, figures
-from evaluation.domains import check
+from evaluation.domains import check, variant
 from plainst import export, run
 from plainst.graphs import SpotBatches, graph_product, in_blocks
 from plainst.losses import LossLog, frozen_statistics, parameter_groups
@@ -808,7 +808,7 @@ def main(argv=None):
     config = run.parse(Config, argv, __doc__.split("\n")[0])
     check(config)
     task = domains.Task(config)
-    record = run.Run("multist", config, task.slide.sample, domains.variant(config), start)
+    record = run.Run("multist", config, task.slide.sample, variant(config), start)
     record.note_inputs(task.files())
     components = task.inputs()  # (N, P)
     record.lap("read")

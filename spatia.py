@@ -180,6 +180,11 @@ class Config(run.Config):
 check = cell_runs.check
 
 
+def variant(config):
+    """Folder name of the run."""
+    return cell_runs.place(config)[1]
+
+
 # --------------------------------------------------------------------------------------------------
 # The cell: image tokens, gene tokens, fusion, heads of stage A
 # --------------------------------------------------------------------------------------------------
@@ -497,7 +502,7 @@ def merged_attention(attention, x, rho, choice=None):
     r"""Self-attention on N - r means of groups, copied back to all N tokens; the size of a group
     counts (proportional attention); rho 0: plain attention.
 
-    $$y = A^\top \mathrm{Attn}\big(A x / s,\; b = \log s\big), \qquad s = A \mathbf{1} \tag{10}$$
+    $$y = A^\top \mathrm{Attn}\big(A x / s,\; b = \log s\big), \qquad s = A \vec{1} \tag{10}$$
 
     Test: test_proportional_attention_equals_attention_on_copies
     """

@@ -42,7 +42,8 @@ VARIANTS = {
     "compile": ["--compile"],
     "default again": [],
 }
-WITHOUT_DROPOUT = ("gat_fusion", "multist", "stformer", "cmrcnet")  # spatia has none
+# of multist it is a constant, spatia has none
+WITHOUT_DROPOUT = ("gat_fusion", "stformer", "cmrcnet")
 WARM = 2
 
 

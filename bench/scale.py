@@ -32,7 +32,7 @@ import data  # noqa: E402
 import gat_fusion  # noqa: E402
 import multist  # noqa: E402
 import stformer  # noqa: E402
-from evaluation import clustering, domains, downstream, layers, samples  # noqa: E402
+from evaluation import clustering, domains, downstream, layers, samples, signalling  # noqa: E402
 from plainst import graphs, run, simulate, tiles  # noqa: E402
 
 SIZES = {
@@ -217,7 +217,7 @@ def hd_slide(n_bins, n_genes, umi=150.0, seed=0):
     labels = small.labels[data.knn_table(small.xy, 1, query=xy)[:, 0]]
     genes, base, fold = simulate.gene_programs(n_genes, 7, 0)
     genes = np.array(
-        [*dict.fromkeys(name for pair in downstream.PAIRS for name in pair), *genes.tolist()]
+        [*dict.fromkeys(name for pair in signalling.PAIRS for name in pair), *genes.tolist()]
     )[:n_genes]
     # (C + 1, G), the last for bins without a label
     share = np.exp(base + np.concatenate([fold, np.zeros((1, n_genes))]))

@@ -167,6 +167,8 @@ class Scaler:
     library size, over the scored training spots; genes where measured."""
 
     def __init__(self, tensors):
+        if not all(torch.is_tensor(value) for value in tensors.values()):
+            raise TypeError("a part of the scaler is no tensor")
         self.tensors = tensors
 
     @classmethod

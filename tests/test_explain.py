@@ -40,7 +40,7 @@ def test_frozen_vectors_have_no_genes_to_perturb(model, tmp_path, capsys):
     import torch
 
     saved = torch.load(model[0], weights_only=True)
-    saved["config"] |= {"mode": "embedding", "embedding": "e.npz"}
+    saved["config"] |= {"mode": "embedding", "embedding": "{slice}.npz"}
     torch.save(saved, tmp_path / "e.pt")
     with pytest.raises(SystemExit) as stop:
         run.cli(explain_layers.main, [str(tmp_path / "e.pt"), "--slice", "s1"])

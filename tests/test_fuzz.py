@@ -285,9 +285,9 @@ def readers_of(root):
     import data
     import gat_fusion
     import stformer
-    from evaluation import downstream, retrieval_task
     from evaluation import genes as gene_runs
     from evaluation import hest as hest_protocol
+    from evaluation import retrieval_task, signalling
     from plainst import download, retrieval, run
     from plainst.readers import convert
     from plainst.readers.slides import donor_of
@@ -377,7 +377,7 @@ def readers_of(root):
         ),
         "HEST metadata": hest,
         "gene list": lambda: {"genes": data.hest_genes(root / "hest")},
-        "pairs": lambda: {"pairs": downstream.read_pairs(root / "pairs.csv")},
+        "pairs": lambda: {"pairs": signalling.read_pairs(root / "pairs.csv")},
         "reads": reads,
         "label image": lambda: {
             "image": convert.read_label_image(root / "ca1" / "label_image.coo.npz")

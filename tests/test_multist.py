@@ -976,11 +976,12 @@ def test_simulated_domains_are_recovered(tmp_path):
         ]
     )
     record = json.loads(next((tmp_path / "runs").rglob("run.json")).read_text())
-    assert record["metrics"]["ari_gene"] > 0.6  # .64-.74 over six seeds
-    # .65-.74 over six seeds, 20 components .12
+    # the preset paper; .50-.62 over six seeds
+    assert record["metrics"]["ari_gene"] > 0.48
+    # .58-.70 over six seeds, 20 components .10-.17
     assert record["metrics"]["ari"] > record["baselines"]["pca_gmm"]["ari"] + 0.3
-    # no marker in this panel: either end is the root; .974-.979 over six seeds
-    assert abs(record["metrics"]["pseudotime_spearman"]) > 0.95
+    # no marker in this panel: either end is the root; .947-.960 over six seeds
+    assert abs(record["metrics"]["pseudotime_spearman"]) > 0.93
 
 
 def test_real_slice_gene_only(real_data, tmp_path):
