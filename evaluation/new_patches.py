@@ -22,6 +22,8 @@ def read_checkpoint(config, check):
             raise ValueError("its scaler is of other genes")
         if known.loss == "zinb" and "median_library" not in scaler:
             raise ValueError("it lacks the median library")
+        if not saved["weights"]:
+            raise ValueError("it holds no network")
         if scaler["x_mean"].ndim != 1:
             raise ValueError("its scaler is of no features")
         saved["scaler"] = Scaler(scaler)

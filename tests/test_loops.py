@@ -38,7 +38,9 @@ def test_profile_tells_operators_and_our_functions_of_every_loop(folder, monkeyp
         "## multist Stage II",
         "## multist Stage III",
     ]
-    assert all(f"multist.stage{i}_terms x1 " in out for i in (1, 2, 3))
+    assert all(f"multist.stage{i}_terms x1 " in out for i in (1, 2))
+    # Stage III goes through the slide in batches
+    assert "multist.stage3_terms x" in out
     assert (
         out.count("float64 results a turn | 0") == 3
         and out.count("graphs built a turn | none") == 3
