@@ -22,8 +22,11 @@ def read_checkpoint(config, check):
             raise ValueError("its scaler is of other genes")
         if known.loss == "zinb" and "median_library" not in scaler:
             raise ValueError("it lacks the median library")
-        if not saved["weights"]:
+        if not saved["weights"] or not isinstance(saved["weights"], list):
             raise ValueError("it holds no network")
+        for name in ("genes", "gene_sets"):
+            if not all(isinstance(word, str) for word in saved[name]):
+                raise ValueError(f"its {name} are no names")
         if scaler["x_mean"].ndim != 1:
             raise ValueError("its scaler is of no features")
         saved["scaler"] = Scaler(scaler)
@@ -32,8 +35,8 @@ def read_checkpoint(config, check):
 
 def load_models(config, saved, known, build, dim_in, device):
     """The networks of a checkpoint."""
-    n_genes, n_pathways = len(saved["genes"]), len(saved["gene_sets"]) or known.pathways
     with run.checkpoint_fits(config.predict):
+        n_genes, n_pathways = len(saved["genes"]), len(saved["gene_sets"]) or known.pathways
         models = [build(known, dim_in, n_genes, n_pathways) for _ in saved["weights"]]
         for model, weights in zip(models, saved["weights"]):
             model.load_state_dict(weights)

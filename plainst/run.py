@@ -506,6 +506,8 @@ def saved_flags(path, cls, values, check):
     of its fields, and passed by `check`. Raises DataError."""
     with checkpoint_fits(path):
         known = cls(**values)
+        if known.preset not in cls.presets:
+            raise ValueError(f"it has no preset {known.preset}")
         types = typing.get_type_hints(cls)
         for name in (field.name for field in dataclasses.fields(cls)):
             kind = types[name]
