@@ -19,6 +19,8 @@ def read_model(config, check):
     known = run.saved_flags(config.predict, type(config), saved["config"], check)
     with run.checkpoint_fits(config.predict):
         saved = {name: saved[name] for name in NEEDED}
+        if not all(isinstance(name, str) for name in saved["genes"]):
+            raise ValueError("its genes are no names")
     for name in OF_THIS_RUN:
         setattr(known, name, getattr(config, name))
     known.fast = True
