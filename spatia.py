@@ -47,6 +47,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from evaluation import cell_runs, new_cells
+from evaluation.cell_runs import check, variant  # noqa: F401
 from plainst import run
 from plainst.cell_batches import cell_batch, context_batch, picture_batch
 from plainst.patch_tokens import cut_patches, grid_places, join_patches, sincos
@@ -175,14 +176,6 @@ class Config(run.Config):
     "model.pt of a run: embed and cluster the cells of --data with it, train nothing"
     min_shared: float = 0.5
     "with --predict: the least share of the model's genes that the cells must have"
-
-
-check = cell_runs.check
-
-
-def variant(config):
-    """Folder name of the run."""
-    return cell_runs.place(config)[1]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -75,6 +75,11 @@ def place(config):
     return f"{config.score}-fold{config.fold}", variant
 
 
+def variant(config):
+    """Folder name of the run, the last part of its place."""
+    return place(config)[1]
+
+
 # --------------------------------------------------------------------------------------------------
 # Cells and their split
 # --------------------------------------------------------------------------------------------------

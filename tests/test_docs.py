@@ -238,7 +238,8 @@ def test_every_command_of_the_pages_runs(reader, monkeypatch, capsys):
         short = (
             SHORT[given[1] if is_simulator else name].split() if is_method or is_simulator else []
         )
-        if is_method and "blocks" in given:  # of the small slide a buffer of the default's width leaves nothing
+        # of the small slide a buffer of the default's width leaves nothing
+        if is_method and "blocks" in given:
             short += ["--buffer", "1"]
         if {"--predict", "--help"} & set(given):
             short = []
