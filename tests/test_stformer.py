@@ -499,6 +499,11 @@ def test_pathway_targets_are_mean_z_scores_of_members():
     rows = mask[0, :, 1]
     z = (true[0, rows, 1] - true[0, rows, 1].mean()) / true[0, rows, 1].std()
     assert torch.allclose(target[0, rows, 0], z)  # its other member alone
+    # a set of three measured members has their mean
+    y, rows = true[1], mask[1].all(1)
+    measured = [y[mask[1, :, g], g] for g in (2, 3, 4)]
+    parts = [(y[rows, g] - m.mean()) / m.std() for g, m in zip((2, 3, 4), measured)]
+    assert torch.allclose(target[1, rows, 1], torch.stack(parts).mean(0))
     assert present[0].tolist() == [True, True, False] and present[1].all()
     assert st.pathway_loss(target, true, mask, member).abs() < 1e-5
 
